@@ -1,0 +1,75 @@
+# Each target works alone on a fresh machine: it first makes its own environment in .venv.
+#
+#   make demo         build a tiny hybrid checkpoint, convert it, verify it, generate from it
+#   make test         the test suite            make test-slow   the tests that take minutes
+#   make lint         ruff and pyright          make notebooks   run the notebooks
+#   make bench        tiny operator benchmark   make clean       remove everything made here
+#
+#   make test JAX=0.11.2           the same with that jax, in an environment of its own
+#   make test PYTHON=/path/python  with that Python (3.12 or newer)
+#   make test ARGS="-k gka"        with these arguments added
+
+JAX ?=
+PYTHON ?=
+ARGS ?=
+VENV := .venv$(addprefix -jax,$(JAX))
+PY := $(VENV)/bin/python
+LIBRARY := $(VENV)/.library
+TOOLS := $(VENV)/.tools
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(addprefix jax==,$(JAX))
+
+.PHONY: demo test test-slow lint notebooks bench clean
+
+demo: $(LIBRARY)
+	$(VENV)/bin/hmf-jax demo $(ARGS)
+
+# One worker per core; more than 8 only cost memory, each has eight fake devices.
+test: $(TOOLS)
+	$(PY) -m pytest -q -n auto --maxprocesses 8 $(ARGS)
+
+# In one process: these measure time and memory.
+test-slow: $(TOOLS)
+	$(PY) -m pytest -v -s -m slow $(ARGS)
+
+lint: $(TOOLS)
+	$(PY) -m ruff check .
+	$(VENV)/bin/basedpyright --level error
+
+notebooks: $(TOOLS)
+	@set -e; for notebook in notebooks/*.py; do \
+	  echo "running $$notebook"; \
+	  $(PY) -m jupytext --quiet --to ipynb --set-kernel - --execute --run-path notebooks \
+	    --output "build/$${notebook%.py}.ipynb" "$$notebook"; \
+	done
+
+bench: $(LIBRARY)
+	$(PY) -m benchmarks.run --out build/bench.jsonl $(ARGS)
+
+clean:
+	rm -rf .venv .venv-jax* build dist .cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A demo needs the library alone; everything else needs the development tools too.
+$(LIBRARY): pyproject.toml | $(PY)
+	$(INSTALL) -e .
+	@touch $@
+
+$(TOOLS): $(LIBRARY)
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+# Candidates are run, not only found: version managers leave shims for Pythons they do not have.
+$(PY):
+	@for python in $(PYTHON) python3.12 python3.13 python3.14 python3 python \
+	    "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python; do \
+	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' \
+	      >/dev/null 2>&1; then \
+	    echo "making $(VENV) with $$("$$python" -c 'import sys; print(sys.executable)')"; \
+	    exec "$$python" -m venv $(VENV); \
+	  fi; \
+	done; \
+	if uv --version >/dev/null 2>&1; then exec uv venv --quiet --seed --python 3.12 $(VENV); fi; \
+	echo "Found no Python 3.12 or newer that runs and has venv. Install one, for example with" >&2; \
+	echo "  apt-get install python3.12-venv  |  brew install python@3.12  |  pyenv install 3.12" >&2; \
+	echo "or install uv (it brings its own Python), or name one: make PYTHON=/path/to/python" >&2; \
+	exit 1

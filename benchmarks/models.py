@@ -1,0 +1,329 @@
+"""Whole models with random weights: first token, decoding, training step, compile time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+import hmf_jax.model
+from benchmarks.rows import Row
+from benchmarks.timing import SETS, milliseconds
+from hmf_jax.config import HybridConfig
+from hmf_jax.model import HybridLM
+from hmf_jax.state import ModelState
+from pallas_kernels import dispatch
+
+Array = jax.Array
+MODELS = ("model", "ttft", "decode_throughput", "train_step")
+COMPILE = "compile"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured, of which model.
+
+    Attributes:
+      preset: "tiny", "8B" or "32B"; mixer: what replaces attention in the converted half.
+      batch, length: rows, and tokens per row of a prompt, of a training row, or already in the
+        state when decoding starts.
+      layers: keep the first `layers` layers only; None keeps all.
+      chunk: tokens per prefill call; None prefills in one.
+      steps: tokens decoded per timed call, which is one dispatch.
+      num_iter: Chebyshev iterations of GKA layers; None where there are none, or the config's.
+      impl: see `pallas_kernels.dispatch`; "auto" picks per operator.
+    """
+
+    preset: str
+    mixer: str
+    batch: int = 1
+    length: int = 128
+    dtype: str = "bfloat16"
+    layers: int | None = None
+    chunk: int | None = None
+    steps: int = 64
+    num_iter: int | None = None
+    impl: str = "auto"
+
+    @property
+    def config(self) -> HybridConfig:
+        config = HybridConfig.preset(self.preset.lower(), self.mixer)
+        if self.layers is None:
+            return config
+        return dataclasses.replace(config, layer_kinds=config.layer_kinds[: self.layers])
+
+    def row(
+        self, op: str, pass_: str, ms: float, extra: dict[str, Any], env: dict[str, Any]
+    ) -> Row:
+        c = self.config
+        dims = dict(
+            batch=self.batch,
+            length=self.length,
+            heads=c.num_attention_heads,
+            kv_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+        )
+        case = f"{self.preset} {self.mixer} {len(c.layer_kinds)} layers"
+        return Row(
+            op, self.impl, self.dtype, dims, self.num_iter, pass_, ms, None, case, extra, **env
+        )
+
+
+class Bench:
+    """A model with random weights on the default device, and the measurements on it."""
+
+    def __init__(self, settings: Settings, env: dict[str, Any]):
+        self.s, self.env = settings, env
+        self.ran: dict[str, str] = {}
+        jax.clear_caches()  # choices are seen when blocks are traced
+        self.model = HybridLM.init(settings.config, dtype=jnp.dtype(settings.dtype))
+        jax.block_until_ready(self.model)
+        self.loaded_peak = _peak_bytes()
+
+    def measure(self, op: str) -> Row:
+        """One of `MODELS`:
+
+        * model: logits of all `length` tokens, without a state.
+        * ttft: an empty state, prefill of `length` tokens, the greedy first token, waited for.
+        * decode_throughput: greedy tokens after `length` others, `steps` per dispatch, the state
+          donated; ms is per token of every row.
+        * train_step: mean cross-entropy of the next token, its gradient, a plain SGD update.
+
+        Extra numbers: bytes of the weights, of the state, of everything the timed program needs
+        (arguments, results and temporaries as the compiler planned them), and the largest number
+        in use so far in this process where the device counts it (that of loading the weights, in
+        peak_bytes_loading, is part of it).
+        """
+        with _watch_dispatch() as ran:
+            pass_, ms, program, extra = getattr(self, f"_{op}")()
+        self.ran |= ran
+        extra["weight_bytes"] = _nbytes(self.model)
+        extra["program_bytes"] = _program_bytes(program)
+        if (peak := _peak_bytes()) is not None:
+            extra |= {"peak_bytes": peak, "peak_bytes_loading": self.loaded_peak}
+        extra["ran"] = dict(sorted(self.ran.items()))
+        return self.s.row(op, pass_, ms, extra, self.env)
+
+    def _tokens(self) -> list[Array]:
+        shape, high = (self.s.batch, self.s.length), self.s.config.vocab_size
+        keys = jax.random.split(jax.random.key(0), SETS)
+        return [jax.random.randint(key, shape, 0, high) for key in keys]
+
+    def _model(self):
+        sets = self._tokens()
+        program = jax.jit(self._forward).lower(self.model, sets[0]).compile()
+        return "fwd", milliseconds(lambda t: program(self.model, t), sets), program, {}
+
+    def _forward(self, model: HybridLM, tokens: Array) -> Array:
+        return model(tokens, num_iter=self.s.num_iter, impl=self.s.impl)[0]
+
+    def _prefill_program(self, capacity: int):
+        """(compiled program of the last chunk, tokens -> first token and state)."""
+
+        def chunk(model: HybridLM, tokens: Array, state: ModelState) -> tuple[Array, ModelState]:
+            logits, new = model(
+                tokens, state=state, num_iter=self.s.num_iter, last_only=True, impl=self.s.impl
+            )
+            assert new is not None
+            return jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32), new
+
+        make = jax.jit(lambda: self.model.init_state(self.s.batch, capacity))
+        step = self.s.chunk or self.s.length
+        programs: dict[Any, Any] = {}
+
+        def prefill(tokens: Array) -> tuple[Array, ModelState]:
+            state, first = make(), tokens[:, 0]
+            for at in range(0, self.s.length, step):
+                part = tokens[:, at : at + step]
+                key = part.shape[1], state.fresh
+                if key not in programs:
+                    jitted = jax.jit(chunk, donate_argnums=2)
+                    programs[key] = jitted.lower(self.model, part, state).compile()
+                first, state = programs[key](self.model, part, state)
+            return first, state
+
+        return programs, prefill
+
+    def _ttft(self):
+        programs, prefill = self._prefill_program(self.s.length)
+        sets = self._tokens()
+        ms = milliseconds(lambda tokens: prefill(tokens)[0], sets, queue=False)
+        largest = max(programs.values(), key=_program_bytes)
+        state = jax.eval_shape(lambda: self.model.init_state(self.s.batch, self.s.length))
+        return "fwd", ms, largest, {"state_bytes": state.nbytes()}
+
+    def _decode_throughput(self):
+        _, prefill = self._prefill_program(self.s.length + self.s.steps)
+
+        def decode(model: HybridLM, token: Array, state: ModelState) -> tuple[Array, ModelState]:
+            # Every timed call starts at `length` again: the cache holds room for one call.
+            state = dataclasses.replace(state, length=jnp.full_like(state.length, self.s.length))
+
+            def one(carry: tuple[Array, ModelState], _: None):
+                token, state = carry
+                logits, new = model(
+                    token[:, None], state=state, num_iter=self.s.num_iter, impl=self.s.impl
+                )
+                assert new is not None
+                return (jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32), new), token
+
+            (token, state), _ = jax.lax.scan(one, (token, state), None, self.s.steps)
+            return token, state
+
+        token, state = prefill(self._tokens()[0])
+        state_bytes = state.nbytes()
+        program = jax.jit(decode, donate_argnums=2).lower(self.model, token, state).compile()
+
+        def call(_: None) -> Array:
+            nonlocal token, state
+            token, state = program(self.model, token, state)
+            return token
+
+        ms = milliseconds(call, [None]) / self.s.steps
+        return "decode", ms, program, {
+            "tokens_per_s": 1e3 * self.s.batch / ms, "state_bytes": state_bytes
+        }  # fmt: skip
+
+    def _train_step(self):
+        def step(model: HybridLM, tokens: Array) -> tuple[Array, HybridLM]:
+            loss, grads = jax.value_and_grad(loss_fn)(model, tokens)
+            return loss, jax.tree.map(lambda p, g: p - jnp.asarray(1e-6, p.dtype) * g, model, grads)
+
+        def loss_fn(model: HybridLM, tokens: Array) -> Array:
+            return next_token_loss(self._forward(model, tokens), tokens)
+
+        sets = self._tokens()
+        program = jax.jit(step, donate_argnums=0).lower(self.model, sets[0]).compile()
+
+        def call(tokens: Array) -> Array:
+            loss, self.model = program(self.model, tokens)
+            return loss
+
+        ms = milliseconds(call, sets)
+        tokens = self.s.batch * self.s.length
+        return "fwd_bwd", ms, program, {"tokens_per_s": 1e3 * tokens / ms}
+
+
+def next_token_loss(logits: Array, tokens: Array) -> Array:
+    """Mean cross-entropy of tokens[:, 1:] under logits[:, :-1], float32 scalar."""
+    log_p = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))
+
+
+def compile_times(settings: Settings, *, inner_jit: bool, env: dict[str, Any]) -> list[Row]:
+    """Seconds to trace, lower and compile the three programs of a model, from nothing.
+
+    The layer pattern is that of the preset, the width that of "tiny" (compile time depends on the
+    number of operations, hardly on their size). Programs: "decode" (one token), "fwd" (prefill of
+    `length` tokens into a state) and "fwd_bwd" (loss and gradient). `inner_jit` True is the model
+    as it is (each kind of block traced and lowered once), False inlines every block.
+    """
+    pattern = settings.config.layer_kinds
+    config = HybridConfig.preset("tiny", layer_kinds=pattern)
+    dtype = jnp.dtype(settings.dtype)
+    model = jax.eval_shape(lambda: HybridLM(config, dtype=dtype))
+    state = jax.eval_shape(lambda: HybridLM(config, dtype=dtype).init_state(settings.batch, 4096))
+    warm = dataclasses.replace(state, fresh=False)
+    token = jax.ShapeDtypeStruct((settings.batch, 1), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((settings.batch, settings.length), jnp.int32)
+
+    def run(model: HybridLM, tokens: Array, state: ModelState):
+        return model(tokens, state=state, last_only=True, impl=settings.impl)
+
+    def grad(model: HybridLM, tokens: Array):
+        loss = lambda m: next_token_loss(m(tokens, impl=settings.impl)[0], tokens)  # noqa: E731
+        return jax.value_and_grad(loss)(model)
+
+    rows = []
+    for pass_, fn, args in (
+        ("decode", run, (model, token, warm)),
+        ("fwd", run, (model, tokens, state)),
+        ("fwd_bwd", grad, (model, tokens)),
+    ):
+        with _inlined_blocks() if not inner_jit else contextlib.nullcontext(), _no_cache():
+            jax.clear_caches()
+            clock = [time.perf_counter()]
+            traced = jax.jit(fn).trace(*args)
+            clock.append(time.perf_counter())
+            lowered = traced.lower()
+            clock.append(time.perf_counter())
+            lowered.compile()
+            clock.append(time.perf_counter())
+        trace_s, lower_s, compile_s = (b - a for a, b in zip(clock, clock[1:], strict=False))
+        extra = {"trace_s": trace_s, "lower_s": lower_s, "compile_s": compile_s}
+        row = settings.row(COMPILE, pass_, 1e3 * (clock[-1] - clock[0]), extra, env)
+        dims = dict(
+            row.shape,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+        )
+        case = f"{row.case} of tiny width, {'inner jit' if inner_jit else 'plain'}"
+        rows.append(dataclasses.replace(row, case=case, shape=dims))
+    return rows
+
+
+def _inlined_blocks():
+    """The plain design: blocks called without an inner jit."""
+    plain = inspect.unwrap(hmf_jax.model._run_block)
+    return mock.patch.object(hmf_jax.model, "_run_block", plain)
+
+
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """Compile from nothing, whatever caches the process uses."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+@contextlib.contextmanager
+def _watch_dispatch() -> Iterator[dict[str, str]]:
+    """Collect which implementation each operator traced inside chose, from dispatch's log."""
+    ran: dict[str, str] = {}
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if isinstance(record.args, tuple) and len(record.args) == 3:
+                ran[str(record.args[0])] = str(record.args[1])
+
+    logger, handler = logging.getLogger("pallas_kernels"), Handler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with mock.patch.object(dispatch, "_said", set()):
+            yield ran
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _peak_bytes() -> int | None:
+    stats = jax.devices()[0].memory_stats()
+    return None if stats is None else stats.get("peak_bytes_in_use")
+
+
+def _program_bytes(program: Any) -> int:
+    m = program.memory_analysis()
+    return (
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        + m.temp_size_in_bytes
+        - m.alias_size_in_bytes
+    )

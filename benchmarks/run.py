@@ -1,0 +1,165 @@
+"""The runner: `python -m benchmarks.run --help`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import models, operators
+from benchmarks.rows import Row, environment
+from benchmarks.timing import ceilings
+from pallas_kernels.dispatch import IMPLS
+from pallas_kernels.shapes import SHAPES, TP
+
+PASSES = ("fwd", "fwd_bwd", "decode")
+OPS = (*operators.OPERATORS, *models.MODELS, models.COMPILE)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    out: Path | None = args.out
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    measured = 0
+    for row in _rows(args):
+        measured += 1
+        if out is not None:
+            with out.open("a") as file:  # one by one: a run that is cut off keeps its rows
+                file.write(row.to_json() + "\n")
+        error = "" if row.relative_error is None else f"  error {row.relative_error:.1e}"
+        extra = "".join(f"  {name} {_short(value)}" for name, value in row.extra.items())
+        print(f"{row.describe():<80} {row.ms:10.3f} ms{error}{extra}", flush=True)
+    if not measured:
+        sys.exit("Nothing was measured: nothing that was asked for could run here.")
+
+
+def _rows(args: argparse.Namespace) -> Iterator[Row]:
+    env = environment()
+    if args.ceilings:
+        yield from ceilings(8192 if jax.default_backend() == "gpu" else 256, env)
+    for op in args.ops:
+        if op in operators.OPERATORS:
+            yield from _operator_rows(op, args, env)
+    if any(op not in operators.OPERATORS for op in args.ops):
+        yield from _model_rows(args, env)
+
+
+def _operator_rows(op: str, args: argparse.Namespace, env: dict[str, Any]) -> Iterator[Row]:
+    num_iters = args.num_iter if op == "gka" else [None]
+    for impl, dtype, tp, batch, pass_, num_iter in itertools.product(
+        args.impls or ["chunked"], args.dtypes, args.tp, args.batches, args.passes, num_iters
+    ):
+        one_token = pass_ == "decode" and op in operators.RECURRENT
+        for length in [1] if one_token else args.lengths:
+            problem = dict(shape=args.shape, tp=tp, batch=batch, length=length, dtype=dtype)
+            problem |= dict(num_iter=num_iter, pass_=pass_)
+            yield from _attempt(operators.measure, op, impl, **problem, env=env)
+
+
+def _model_rows(args: argparse.Namespace, env: dict[str, Any]) -> Iterator[Row]:
+    names = itertools.product(args.impls or ["auto"], args.dtypes, args.mixers)
+    sizes = list(itertools.product(args.batches, args.lengths))
+    for (impl, dtype, mixer), (batch, length) in itertools.product(names, sizes):
+        solves = mixer in ("GKA", "BMF")
+        for num_iter in args.num_iter if solves else [None]:
+            yield from _one_model(
+                args,
+                models.Settings(
+                    preset=args.shape,
+                    mixer=mixer,
+                    batch=batch,
+                    length=length,
+                    dtype=dtype,
+                    layers=args.layers,
+                    chunk=args.chunk,
+                    steps=args.steps,
+                    num_iter=num_iter,
+                    impl=impl,
+                ),
+                env,
+            )
+
+
+def _one_model(
+    args: argparse.Namespace, settings: models.Settings, env: dict[str, Any]
+) -> Iterator[Row]:
+    if models.COMPILE in args.ops:
+        for inner_jit in (True, False):
+            yield from models.compile_times(settings, inner_jit=inner_jit, env=env)
+    if ops := [op for op in args.ops if op in models.MODELS]:
+        bench = models.Bench(settings, env)
+        for op in ops:
+            yield from _attempt(bench.measure, op)
+
+
+def _attempt(measure: Callable[..., Row], *args: Any, **kwargs: Any) -> Iterator[Row]:
+    """The row, or none and a line on stderr where this device cannot run it."""
+    try:
+        yield measure(*args, **kwargs)
+        return
+    except ValueError as error:
+        reason = str(error)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" not in reason:
+            raise
+    what = " ".join(map(str, args)) + "".join(f" {k}={v}" for k, v in kwargs.items() if k != "env")
+    print(f"skipped {what}: {reason}", file=sys.stderr, flush=True)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{k}:{v}" for k, v in value.items())
+    return f"{value:.4g}"
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    on_gpu = jax.default_backend() == "gpu"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description="Time operators and models; one JSON row (benchmarks/rows.py) per measurement.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def many(
+        flag: str, default: object, kind: type, help: str, choices: Sequence[Any] = ()
+    ) -> None:
+        def parse(text: str) -> list[Any]:
+            values = [kind(part) for part in text.split(",")]
+            if unknown := [v for v in values if choices and v not in choices]:
+                raise argparse.ArgumentTypeError(
+                    f"{unknown[0]!r} is unknown; choose from {', '.join(map(str, choices))}"
+                )
+            return values
+
+        parser.add_argument(flag, type=parse, default=default, help=help)
+
+    many("--ops", ",".join(operators.OPERATORS), str, f"of {', '.join(OPS)}", OPS)
+    many("--impls", None, str, "implementations; default: chunked, for models auto", IMPLS)
+    parser.add_argument("--shape", choices=[*SHAPES], default="8B" if on_gpu else "tiny")
+    many("--tp", "1", int, "measure one device's part of this many", TP)
+    many("--batches", "1", int, "rows")
+    many("--lengths", "8192" if on_gpu else "128", int, "tokens per row")
+    many("--num-iter", "30", int, "Chebyshev iterations of GKA")
+    many("--passes", ",".join(PASSES), str, "of operators", PASSES)
+    many("--dtypes", "bfloat16", str, "of inputs and weights", ("bfloat16", "float32", "float16"))
+    many("--mixers", "GKA", str, "models: what replaces attention in the converted layers")
+    parser.add_argument("--layers", type=int, help="models: keep this many layers")
+    parser.add_argument("--chunk", type=int, help="models: tokens per prefill call")
+    parser.add_argument("--steps", type=int, default=64, help="models: tokens per decode call")
+    parser.add_argument(
+        "--ceilings", action=argparse.BooleanOptionalAction, default=on_gpu,
+        help="measure copy bandwidth and matrix product rate first",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="append rows to this file (JSON lines)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

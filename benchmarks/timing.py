@@ -1,0 +1,73 @@
+"""How times are taken.
+
+Inputs rotate through several sets so that no cache holds them; compilation and the first calls are
+left out; calls are queued back to back until a sample lasts `SAMPLE_S`, then waited for, which
+hides the cost of launching from Python behind the device as a real loop does. The result is the
+median sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.rows import Row
+
+SETS = 3
+SAMPLE_S = 0.02
+BUDGET_S = 1.0
+
+
+def milliseconds(fn: Callable[[Any], Any], sets: Sequence[Any], *, queue: bool = True) -> float:
+    """Median time of `fn(x)` with x from `sets` in turn, in milliseconds.
+
+    With `queue` False every call is waited for: what one caller sees who needs the answer.
+    """
+    for x in sets:
+        jax.block_until_ready(fn(x))
+    start = time.perf_counter()
+    jax.block_until_ready(fn(sets[0]))
+    once = time.perf_counter() - start
+    calls = max(1, min(1000, round(SAMPLE_S / once))) if queue else 1
+    samples = max(5, min(50, round(BUDGET_S / (once * calls))))
+    turn = itertools.cycle(sets)
+    times = []
+    for _ in range(samples):
+        start = time.perf_counter()
+        for x in itertools.islice(turn, calls):
+            out = fn(x)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / calls)
+    return 1e3 * statistics.median(times)
+
+
+def ceilings(size: int, env: dict[str, Any]) -> list[Row]:
+    """What this device can do: a copy (GB/s) and a size^3 bf16 matrix product (TFLOP/s).
+
+    The copy reads and writes 32 size^2 bytes each (2 GiB at 8192) and counts both.
+    """
+    keys = jax.random.split(jax.random.key(0), 2 * SETS)
+    wide = [jax.random.bits(key, (8 * size, size), jnp.uint32) for key in keys[:SETS]]
+    # The new value depends on the old one, so the compiler has to move every byte.
+    copy_ms = milliseconds(jax.jit(lambda x: x ^ jnp.uint32(1)), wide)
+    moved = 2 * wide[0].nbytes
+    del wide
+    square = [jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys[SETS:]]
+    pairs = list(itertools.pairwise([*square, square[0]]))
+    matmul_ms = milliseconds(jax.jit(lambda ab: ab[0] @ ab[1]), pairs)
+
+    def row(op: str, dtype: str, ms: float, unit: str, amount: float) -> Row:
+        shape = dict(batch=1, length=size, heads=1, kv_heads=1, head_dim=size)
+        rate = {unit: amount / ms}
+        return Row(op, "xla", dtype, shape, None, "fwd", ms, None, extra=rate, **env)
+
+    return [
+        row("ceiling_copy", "uint32", copy_ms, "gb_per_s", moved / 1e6),
+        row("ceiling_matmul", "bfloat16", matmul_ms, "tflop_per_s", 2 * size**3 / 1e9),
+    ]

@@ -1,0 +1,173 @@
+"""Parameters -> a Hugging Face directory that the original and this package load."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from convert import mapping
+from convert.safetensors_io import DTYPES, Pending, dtype_name, write
+from hmf_jax.config import HybridConfig
+
+# What travels with a model besides its weights and config.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates",
+    "generation_config.json",
+)
+
+
+def save(
+    directory: str | Path,
+    config: HybridConfig,
+    params: Mapping[str, jax.Array],
+    *,
+    dtypes: Mapping[str, str] | None = None,
+    companions: str | Path | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
+    """Writes config.json, safetensors and tokenizer files; all of them or nothing.
+
+    Args:
+      directory: target; created by renaming a finished temporary directory next to it.
+      config: the model's config.
+      params: parameter path -> array.
+      dtypes: checkpoint name -> "BF16" | "F16" | "F32", e.g. those of the checkpoint the parameters
+        came from; tensors it does not name keep the dtype they are held in.
+      companions: directory whose tokenizer, chat template and generation_config.json are copied.
+      max_shard_size: "5GB", "500MiB" or bytes.
+      overwrite: replace a directory that already holds a model.
+      progress: show a bar with bytes and remaining time.
+
+    Raises:
+      FileExistsError: the directory is not empty (and `overwrite` cannot help or is off).
+      ValueError: parameters that are missing, unexpected, wrong-shaped or not finite, by name.
+    """
+    entries = mapping.table(config)
+    wanted = {e.path: e.parameter_shape for e in entries}
+    problems = [f"missing: {p}" for p in wanted if p not in params]
+    problems += [f"unexpected: {p}" for p in params if p not in wanted]
+    problems += [
+        f"wrong shape: {p} is {tuple(params[p].shape)}, must be {shape}"
+        for p, shape in wanted.items()
+        if p in params and tuple(params[p].shape) != shape
+    ]
+    bad: list[str] = []
+    pending = []
+    for name, blocks in mapping.by_tensor(entries).items() if not problems else ():
+        held = dtype_name(np.result_type(*(params[e.path].dtype for e in blocks)))
+        dtype = (dtypes or {}).get(name, held)
+        if dtype not in DTYPES:
+            raise ValueError(f"{name}: cannot write dtype {dtype!r}; use one of {list(DTYPES)}")
+        make = functools.partial(_assemble, name, blocks, params, DTYPES[dtype], bad)
+        pending.append(Pending(name, dtype, mapping.tensor_shape(blocks), make))
+    if problems:
+        raise ValueError(f"nothing written to {directory}:\n  " + "\n  ".join(problems))
+
+    with replacing(directory, overwrite) as tmp:
+        total = sum(t.nbytes for t in pending)
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="writing weights", disable=not progress
+        ) as bar:
+            write(tmp, pending, max_shard_size, bar.update)
+        if bad:
+            lines = "\n  ".join(f"not finite: {n} holds NaN or infinity" for n in bad)
+            raise ValueError(f"nothing written to {directory}:\n  {lines}")
+        write_config(tmp, config, pending[0].dtype)
+        if companions is not None:
+            copy_companions(companions, tmp)
+
+
+def write_config(directory: Path, config: HybridConfig, dtype: str) -> None:
+    """config.json, whose `dtype` is that of the embeddings ("BF16", ...)."""
+    data = {**config.to_dict(), "dtype": DTYPES[dtype].name}
+    (directory / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: str | Path, target: Path) -> None:
+    """Copies tokenizer files, chat templates and generation_config.json, where there are any."""
+    for pattern in _COMPANIONS:
+        for path in sorted(Path(source).glob(pattern)):
+            if path.is_dir():
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, target / path.name)
+
+
+@contextlib.contextmanager
+def replacing(directory: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory that takes the place of `directory` if the block succeeds.
+
+    Raises FileExistsError if there is something in the way: a file, or a directory that is not
+    empty and that either holds no model or must not be overwritten.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists():
+        if not directory.is_dir():
+            raise FileExistsError(f"{directory} is a file; choose another output directory")
+        if any(directory.iterdir()):
+            if not (directory / "config.json").is_file():
+                raise FileExistsError(
+                    f"{directory} is not empty and holds no model; choose another"
+                )
+            if not overwrite:
+                raise FileExistsError(
+                    f"{directory} is not empty; choose another directory or pass overwrite=True"
+                )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    tag = uuid.uuid4().hex[:8]
+    tmp, old = (directory.with_name(f".{directory.name}.{what}-{tag}") for what in ("tmp", "old"))
+    tmp.mkdir()
+    try:
+        yield tmp
+        if directory.exists():
+            directory.rename(old)
+        try:
+            tmp.rename(directory)
+        except OSError:
+            if old.exists():
+                old.rename(directory)
+            raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _convert(x: jax.Array, transpose: bool, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    y = (x.T if transpose else x).astype(dtype)
+    return y, jnp.isfinite(y).all()
+
+
+def _assemble(
+    name: str,
+    blocks: list[mapping.Entry],
+    params: Mapping[str, jax.Array],
+    dtype: np.dtype,
+    bad: list[str],
+) -> np.ndarray:
+    """The checkpoint tensor on the host; its name goes to `bad` if it is not finite."""
+    parts = []
+    for e in blocks:
+        y, finite = _convert(params[e.path], e.transposed, dtype)
+        if not finite and name not in bad:
+            bad.append(name)
+        parts.append(np.asarray(y).reshape(e.shape).astype(dtype, copy=False))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

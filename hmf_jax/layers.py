@@ -1,0 +1,169 @@
+"""Building blocks that every layer kind shares. Shapes: B batch, T tokens, d hidden, D head dim."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hmf_jax.config import HybridConfig
+
+Array = jax.Array
+Dims = tuple[str | None, ...]
+
+
+def linear(
+    n_in: int, n_out: int, dims: Dims, config: HybridConfig, dtype, rngs: nnx.Rngs, bias: bool = False
+) -> nnx.Linear:
+    """`nnx.Linear` with kernel [n_in, n_out] ~ N(0, initializer_range) and named dimensions."""
+    return nnx.Linear(
+        n_in,
+        n_out,
+        use_bias=bias,
+        dtype=dtype,
+        param_dtype=dtype,
+        kernel_init=nnx.initializers.normal(config.initializer_range),
+        rngs=rngs,
+        kernel_metadata={"dims": dims},
+        bias_metadata={"dims": dims[1:]},
+    )
+
+
+def rms(x: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nnx.Module):
+    """weight * dtype(x / rms(x)): statistics in float32, cast to x.dtype before the weight."""
+
+    def __init__(self, size: int, eps: float, dtype, dims: Dims = (None,)):
+        self.weight = nnx.Param(jnp.ones(size, dtype), dims=dims)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        return self.weight[...].astype(x.dtype) * rms(x, self.eps).astype(x.dtype)
+
+
+class OutputNorm(nnx.Module):
+    """RMSNorm over head_dim, all in float32, then an optional SiLU gate: rms(x) * weight * silu(gate)."""
+
+    def __init__(self, size: int, eps: float, dtype):
+        self.weight = nnx.Param(jnp.ones(size, dtype), dims=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Array, gate: Array | None) -> Array:
+        """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
+        y = rms(x, self.eps) * self.weight[...].astype(jnp.float32)
+        if gate is not None:
+            y = y * jax.nn.silu(gate.astype(jnp.float32))
+        return y.astype(x.dtype)
+
+
+class GatedGroupNorm(nnx.Module):
+    """Mamba2's output norm: gate first, then RMSNorm per head: rms(x * silu(gate)) * weight."""
+
+    def __init__(self, size: int, eps: float, dtype):
+        self.weight = nnx.Param(jnp.ones(size, dtype), dims=("heads",))
+        self.eps = eps
+
+    def __call__(self, x: Array, gate: Array) -> Array:
+        """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
+        y = rms(x.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32)), self.eps)
+        weight = self.weight[...].astype(jnp.float32).reshape(x.shape[-2:])
+        return (y * weight).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x))."""
+
+    def __init__(self, config: HybridConfig, dtype, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = linear(d, f, ("embed", "mlp"), config, dtype, rngs)
+        self.up_proj = linear(d, f, ("embed", "mlp"), config, dtype, rngs)
+        self.down_proj = linear(f, d, ("mlp", "embed"), config, dtype, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def split_heads(x: Array, head_dim: int) -> Array:
+    """[B, T, H * D] -> [B, T, H, D]."""
+    return x.reshape(*x.shape[:-1], -1, head_dim)
+
+
+def merge_heads(x: Array) -> Array:
+    """[B, T, H, D] -> [B, T, H * D]."""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def log_decay(A_log: Array, x: Array, dt_bias: Array) -> tuple[Array, Array]:
+    """Step size softplus(x + dt_bias) and log-decay -exp(A_log) * step, both float32 [B, T, H]."""
+    step = jax.nn.softplus(x.astype(jnp.float32) + dt_bias)
+    return step, -jnp.exp(A_log) * step
+
+
+def decay_params(heads: int, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:
+    """Fresh (A_log, dt_bias), float32 [H]: A ~ U(0, 16), softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
+    A = jax.random.uniform(rngs.params(), (heads,), minval=1e-3, maxval=16.0)
+    log_dt = jax.random.uniform(
+        rngs.params(), (heads,), minval=math.log(1e-3), maxval=math.log(0.1)
+    )
+    dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
+    inverse_softplus = dt + jnp.log(-jnp.expm1(-dt))
+    dims = ("heads",)
+    return nnx.Param(jnp.log(A), dims=dims), nnx.Param(inverse_softplus, dims=dims)
+
+
+def rope_frequencies(config: HybridConfig) -> tuple[Array, float]:
+    """Inverse frequencies float32 [D/2] and the factor that multiplies cos and sin.
+
+    "default": theta^(-2i/D). "linear": divided by `factor`. "yarn" (Peng et al. 2023): slow
+    dimensions are divided by `factor`, fast ones kept, with a linear ramp between the dimensions
+    that turn beta_slow and beta_fast times within the original context.
+    """
+    rope, D = config.rope, config.head_dim
+    frequency = 1.0 / rope.theta ** (jnp.arange(0, D, 2, dtype=jnp.float32) / D)
+    if rope.rope_type == "default":
+        return frequency, 1.0
+    factor = rope.factor or 1.0
+    if rope.rope_type == "linear":
+        return frequency / factor, 1.0
+    context = rope.original_max_position_embeddings or config.max_position_embeddings
+
+    def dimension(turns: float) -> float:
+        wavelength = context / (turns * 2 * math.pi)
+        return D * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast or 32.0), dimension(rope.beta_slow or 1.0)
+    if rope.truncate is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, D - 1)
+    slow = jnp.clip((jnp.arange(D // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    frequency = frequency / factor * slow + frequency * (1.0 - slow)
+
+    def temperature(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.attention_factor is not None:
+        return frequency, rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return frequency, temperature(rope.mscale) / temperature(rope.mscale_all_dim)
+    return frequency, temperature(1.0)
+
+
+def rope_table(positions: Array, config: HybridConfig) -> tuple[Array, Array]:
+    """cos, sin float32 [B, T, 1, D/2] of rotary position embeddings for positions [B, T]."""
+    frequency, scale = rope_frequencies(config)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+
+
+def apply_rope(x: Array, table: tuple[Array, Array]) -> Array:
+    """Rotate the two halves of x [B, T, H, D] (half-split convention), float32 inside."""
+    cos, sin = table
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,135 @@
+"""Full causal attention ("*") and sliding-window attention ("SWA"): QK-norm, RoPE, grouped heads."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hmf_jax.config import HybridConfig
+from hmf_jax.layers import RMSNorm, apply_rope, linear, merge_heads, split_heads
+from hmf_jax.mixers.base import Array, Context, zeros
+from hmf_jax.state import AttentionState, WindowState
+from pallas_kernels import attention, decode_attention
+
+KV_DIMS = ("batch", None, "kv_heads", None)
+
+
+def write(buffer: Array, slots: Array, values: Array) -> Array:
+    """buffer[b, slots[b, t]] = values[b, t]; slots outside the buffer [B, S, K, D] are dropped."""
+    put = jax.vmap(lambda row, slot, value: row.at[slot].set(value, mode="drop"))
+    return put(buffer, slots, values.astype(buffer.dtype))
+
+
+def chronological(ring: Array, offset: Array) -> Array:
+    """The entries of rings [B, W, K, D] (token i in slot i mod W) from the oldest to the newest."""
+    size = ring.shape[1]
+    slots = (offset[:, None] + jnp.arange(size)) % size
+    return jnp.take_along_axis(ring, slots[:, :, None, None], axis=1)
+
+
+def refill(tokens: Array, offset: Array, lengths: Array, skip: int, size: int, lag: int) -> Array:
+    """Rings of `size` entries after `lengths` new tokens, filled from chronological tokens.
+
+    Args:
+      tokens: [B, skip + T, K, D]; entry j is token offset - skip + j.
+      offset: [B] tokens before this call.
+      lengths: [B] new tokens of each row.
+      skip: past tokens that `tokens` starts with; at least size + lag.
+      size: entries of a ring.
+      lag: the ring ends this many tokens before the newest one.
+    """
+    end = (offset + lengths - lag)[:, None]  # the ring holds tokens end - size .. end - 1
+    token = end - size + (jnp.arange(size) - (end - size)) % size
+    entry = token - offset[:, None] + skip
+    return jnp.take_along_axis(tokens, entry[:, :, None, None], axis=1)
+
+
+def project(x: Array, proj: nnx.Linear, norm: RMSNorm | None, ctx: Context, D: int) -> Array:
+    """Project x to heads [B, T, H, D]; queries and keys are normalised, then rotated."""
+    heads = split_heads(proj(x), D)
+    return heads if norm is None else apply_rope(norm(heads), ctx.rope)
+
+
+class Attention(nnx.Module):
+    """Softmax attention over all earlier tokens, or over the last `window` ones.
+
+    Keys are cached after norm and RoPE. Without a window the cache has one entry per token; with
+    a window W it is a ring of W entries and query i sees keys i-W+1 .. i.
+    """
+
+    def __init__(
+        self, config: HybridConfig, *, dtype, rngs: nnx.Rngs, window: int | None = None
+    ):
+        d, D = config.hidden_size, config.head_dim
+        nq, nk = config.num_attention_heads * D, config.num_key_value_heads * D
+        bias = config.attention_bias
+        self.q_proj = linear(d, nq, ("embed", "heads"), config, dtype, rngs, bias)
+        self.k_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs, bias)
+        self.v_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs, bias)
+        self.o_proj = linear(nq, d, ("heads", "embed"), config, dtype, rngs, bias)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps, dtype)
+        self.k_norm = RMSNorm(D, config.rms_norm_eps, dtype)
+        self.kv_heads, self.head_dim, self.window = config.num_key_value_heads, D, window
+
+    def __call__(
+        self, x: Array, ctx: Context, state: AttentionState | WindowState | None = None
+    ) -> tuple[Array, AttentionState | WindowState | None]:
+        q = project(x, self.q_proj, self.q_norm, ctx, self.head_dim)
+        k = project(x, self.k_proj, self.k_norm, ctx, self.head_dim)
+        v = project(x, self.v_proj, None, ctx, self.head_dim)
+        attend = self._full if self.window is None else self._windowed
+        o, state = attend(q, k, v, ctx, state)
+        return self.o_proj(merge_heads(o)), state
+
+    def _own_tokens(self, q: Array, k: Array, v: Array, ctx: Context) -> Array:
+        """Attention among the tokens of this call, which are whole sequences."""
+        packed = ctx.segment_ids if ctx.offset is None else None  # with a state: padding only
+        return attention(
+            q, k, v, window=self.window, segment_ids=packed, kv_lengths=ctx.lengths, **ctx.options
+        )
+
+    def _full(self, q, k, v, ctx: Context, state):
+        if state is None:
+            return self._own_tokens(q, k, v, ctx), None
+        T, capacity = q.shape[1], state.k.shape[1]
+        lengths = jnp.full_like(ctx.offset, T) if ctx.lengths is None else ctx.lengths
+        step = jnp.arange(T)
+        slots = jnp.where(step < lengths[:, None], ctx.offset[:, None] + step, capacity)
+        state = AttentionState(write(state.k, slots, k), write(state.v, slots, v))
+        if T == 1:
+            keys = jnp.minimum(ctx.offset + lengths, capacity)
+            o = decode_attention(q[:, 0], state.k, state.v, keys, **ctx.options)[:, None]
+        elif ctx.fresh:
+            o = self._own_tokens(q, k, v, ctx)
+        else:
+            o = attention(q, state.k, state.v, offset=ctx.offset, **ctx.options)
+        return o, state
+
+    def _windowed(self, q, k, v, ctx: Context, state):
+        if state is None:
+            return self._own_tokens(q, k, v, ctx), None
+        T, W = q.shape[1], state.k.shape[1]
+        lengths = jnp.full_like(ctx.offset, T) if ctx.lengths is None else ctx.lengths
+        if T == 1:
+            slots = jnp.where(lengths > 0, ctx.offset % W, W)[:, None]
+            state = WindowState(write(state.k, slots, k), write(state.v, slots, v))
+            keys = jnp.minimum(ctx.offset + lengths, W)
+            return decode_attention(q[:, 0], state.k, state.v, keys, **ctx.options)[:, None], state
+        keys = jnp.concatenate([chronological(state.k, ctx.offset), k], axis=1)
+        values = jnp.concatenate([chronological(state.v, ctx.offset), v], axis=1)
+        if ctx.fresh:
+            o = self._own_tokens(q, k, v, ctx)
+        else:
+            o = attention(
+                q, keys, values, window=W, offset=ctx.offset, past=W, **ctx.options
+            )
+        ring = [refill(t, ctx.offset, lengths, W, W, 0) for t in (keys, values)]
+        return o, WindowState(*ring)
+
+    def init_state(self, batch: int, capacity: int, dtype, mesh) -> AttentionState | WindowState:
+        """Empty caches: [B, capacity, K, D], or rings [B, W, K, D] (never more than capacity)."""
+        cls = AttentionState if self.window is None else WindowState
+        size = capacity if self.window is None else self.window
+        shape = (batch, size, self.kv_heads, self.head_dim)
+        return cls(zeros(shape, KV_DIMS, dtype, mesh), zeros(shape, KV_DIMS, dtype, mesh))

@@ -1,0 +1,72 @@
+"""Gated DeltaNet (GDN): linear attention with the gated delta rule."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hmf_jax.config import GDNConfig, HybridConfig
+from hmf_jax.layers import linear, log_decay, split_heads
+from hmf_jax.mixers.base import Array, Context
+from hmf_jax.mixers.linear import GatedLinearMixer, l2_normalize
+from hmf_jax.state import GDNState
+from pallas_kernels import gated_delta_rule, gated_delta_rule_step
+
+
+class GatedDeltaNet(GatedLinearMixer):
+    """Projections, short convolutions, gates, then the operator `pallas_kernels.gated_delta_rule`.
+
+    Source: Gated Delta Networks, arXiv 2412.06464. The log-decay and the write gate are float32.
+    """
+
+    c: GDNConfig
+
+    def __init__(self, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
+        c = config.gdn
+        assert c is not None
+        convs = (c.use_short_conv,) * 3
+        super().__init__(
+            config, c, dtype=dtype, rngs=rngs, convs=convs, conv_bias=c.conv_bias
+        )
+        d, H = config.hidden_size, config.num_attention_heads
+        self.gk_proj = linear(d, H, ("embed", "heads"), config, dtype, rngs)
+        self.b_proj = linear(d, H, ("embed", "heads"), config, dtype, rngs)
+
+    def __call__(
+        self, x: Array, ctx: Context, state: GDNState | None = None
+    ) -> tuple[Array, GDNState | None]:
+        s = state
+        q, conv_q = self.convolve(self.q_proj(x), self.q_conv1d, ctx, s and s.conv_q, silu=True)
+        k, conv_k = self.convolve(self.k_proj(x), self.k_conv1d, ctx, s and s.conv_k, silu=True)
+        v, conv_v = self.convolve(self.v_proj(x), self.v_conv1d, ctx, s and s.conv_v, silu=True)
+        q = l2_normalize(split_heads(q, self.head_dim), 1e-6, under_root=True)
+        k = l2_normalize(self.expand(k, self.proj_k, self.k_rep), 1e-6, under_root=True)
+        v = self.expand(v, self.proj_v, self.v_rep)
+        q, k = q.astype(v.dtype), k.astype(v.dtype)
+        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
+        if self.c.allow_neg_eigval:
+            beta = 2.0 * beta
+        g = log_decay(self.A_log[...], self.gk_proj(x), self.dt_bias[...])[1]
+
+        if state is not None and x.shape[1] == 1:
+            q, k, v, g, beta = (a[:, 0] for a in ctx.mask(q, k, v, g, beta) if a is not None)
+            o, matrix = gated_delta_rule_step(q, k, v, g, beta, state.s, **ctx.options)
+            o = o[:, None]
+        else:
+            o, matrix = gated_delta_rule(
+                q,
+                k,
+                v,
+                g,
+                beta,
+                initial_state=None if state is None else state.s,
+                segment_ids=ctx.segment_ids,
+                **ctx.options,
+            )
+        y = self.output(o, x)
+        return y, None if state is None else GDNState(conv_q, conv_k, conv_v, matrix)
+
+    def init_state(self, batch: int, capacity: int, dtype, mesh) -> GDNState:
+        """Zeros; the size does not depend on capacity."""
+        return GDNState(*self.conv_states(batch, dtype, mesh), self.matrix(batch, mesh))

@@ -1,0 +1,158 @@
+"""What Gated KalmaNet and Gated DeltaNet share: projections, short convolutions, head expansion."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hmf_jax.config import GDNConfig, GKAConfig, HybridConfig
+from hmf_jax.layers import OutputNorm, decay_params, linear, merge_heads, split_heads
+from hmf_jax.mixers.base import Array, Context, zeros
+from pallas_kernels import causal_conv1d
+
+Channels = Literal["heads", "kv_heads"]
+
+
+class ShortConv(nnx.Module):
+    """Depthwise causal convolution over time, then SiLU. weight [K, C]; weight[-1] is now."""
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        dim: Channels,
+        config: HybridConfig,
+        dtype,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+    ):
+        init = nnx.initializers.normal(config.initializer_range)
+        self.weight = nnx.Param(init(rngs.params(), (size, channels), dtype), dims=(None, dim))
+        self.bias = nnx.Param(jnp.zeros(channels, dtype), dims=(dim,)) if bias else None
+        self.letter = "h" if dim == "heads" else "k"
+
+    def __call__(self, x: Array, ctx: Context, state: Array | None) -> tuple[Array, Array]:
+        """x [B, T, C], state [B, K-1, C] or None -> (y [B, T, C], the last K-1 inputs)."""
+        return causal_conv1d(
+            x,
+            self.weight[...],
+            None if self.bias is None else self.bias[...],
+            initial_state=state,
+            segment_ids=ctx.segment_ids,
+            channels=self.letter,
+            **ctx.options,
+        )
+
+    def init_state(self, batch: int, dtype, mesh) -> Array:
+        size, channels = self.weight.shape
+        dim = "heads" if self.letter == "h" else "kv_heads"
+        return zeros((batch, size - 1, channels), ("batch", None, dim), dtype, mesh)
+
+
+class LowRank(nnx.Module):
+    """linearB(silu(linearA(x))): the low-rank part of the key/value expansion."""
+
+    def __init__(self, n_in: int, rank: int, n_out: int, config, dtype, rngs: nnx.Rngs):
+        self.linearA = linear(n_in, rank, (None, None), config, dtype, rngs)
+        self.linearB = linear(rank, n_out, (None, "heads"), config, dtype, rngs)
+        self.linearB.kernel[...] = jnp.zeros_like(self.linearB.kernel[...])
+
+    def __call__(self, x: Array) -> Array:
+        return self.linearB(jax.nn.silu(self.linearA(x)))
+
+
+class GatedLinearMixer(nnx.Module):
+    """Base of GKA and GDN. H = query heads; k and v have fewer heads and are shared or expanded."""
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        c: GKAConfig | GDNConfig,
+        *,
+        dtype,
+        rngs: nnx.Rngs,
+        convs: tuple[bool, bool, bool],
+        conv_bias: bool = False,
+    ):
+        d, D = config.hidden_size, config.head_dim
+        H, Hkv = config.num_attention_heads, config.num_key_value_heads
+        nq, nk = H * D, Hkv * D
+        self.q_proj = linear(d, nq, ("embed", "heads"), config, dtype, rngs)
+        self.k_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs)
+        self.v_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs)
+        self.o_proj = linear(nq, d, ("heads", "embed"), config, dtype, rngs)
+
+        def conv(wanted: bool, channels: int, dim: Channels) -> ShortConv | None:
+            if not wanted:
+                return None
+            return ShortConv(channels, c.conv_size, dim, config, dtype, rngs, conv_bias)
+
+        self.q_conv1d = conv(convs[0], nq, "heads")
+        self.k_conv1d = conv(convs[1], nk, "kv_heads")
+        self.v_conv1d = conv(convs[2], nk, "kv_heads")
+        gate = linear(d, nq, ("embed", "heads"), config, dtype, rngs) if c.use_gate else None
+        self.g_proj = gate
+        self.o_norm = OutputNorm(D, c.norm_eps, dtype)
+        self.A_log, self.dt_bias = decay_params(H, rngs)
+        low_rank = c.kv_proj_rank is not None and H != Hkv
+        learned = low_rank and c.kv_learnable_residual
+        one_hot = jnp.repeat(jnp.eye(Hkv, dtype=dtype), H // Hkv, axis=0)
+        self.proj_k = LowRank(nk, c.kv_proj_rank, nq, config, dtype, rngs) if low_rank else None
+        self.proj_v = LowRank(nk, c.kv_proj_rank, nq, config, dtype, rngs) if low_rank else None
+        self.k_rep = nnx.Param(one_hot, dims=(None, None)) if learned else None
+        self.v_rep = nnx.Param(one_hot, dims=(None, None)) if learned else None
+        self.c, self.heads, self.head_dim = c, H, D
+
+    def convolve(
+        self, x: Array, conv: ShortConv | None, ctx: Context, state: Array | None, silu: bool
+    ) -> tuple[Array, Array | None]:
+        """Short convolution with its history; without one, SiLU or nothing."""
+        if conv is not None:
+            return conv(x, ctx, state)
+        return (jax.nn.silu(x) if silu else x), None
+
+    def expand(self, x: Array, low_rank: LowRank | None, rep: nnx.Param | None) -> Array:
+        """Keys or values [B, T, Hkv*D] as heads.
+
+        Plain: [B, T, Hkv, D], which operators share among groups of query heads. With a low-rank
+        projection: [B, T, H, D] = low_rank(x) + the repeated (or learnably mixed) heads.
+        """
+        heads = split_heads(x, self.head_dim)
+        if low_rank is None:
+            return heads
+        if rep is None:
+            residual = jnp.repeat(heads, self.heads // heads.shape[2], axis=2)
+        else:
+            residual = jnp.einsum("btkd,hk->bthd", heads, rep[...].astype(x.dtype))
+        return split_heads(low_rank(x), self.head_dim) + residual
+
+    def output(self, o: Array, x: Array) -> Array:
+        """Norm, gate and output projection of o [B, T, H, D]; x is the mixer's input."""
+        gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.head_dim)
+        return self.o_proj(merge_heads(self.o_norm(o, gate)))
+
+    def conv_states(self, batch: int, dtype, mesh) -> list[Array | None]:
+        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        return [None if conv is None else conv.init_state(batch, dtype, mesh) for conv in convs]
+
+    def matrix(self, batch: int, mesh) -> Array:
+        """An empty float32 state [B, H, D, D]."""
+        shape = (batch, self.heads, self.head_dim, self.head_dim)
+        return zeros(shape, ("batch", "heads", None, None), jnp.float32, mesh)
+
+
+def l2_normalize(x: Array, eps: float, *, under_root: bool) -> Array:
+    """Unit vectors along the last axis, in float32 (kept).
+
+    Zero vectors stay zero: GKA adds eps to the norm, GDN adds it under the root.
+    """
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    if under_root:
+        return x * jax.lax.rsqrt(square + eps)
+    positive = square > 0  # keeps the gradient of the root finite at zero
+    norm = jnp.sqrt(jnp.where(positive, square, 1.0))
+    return x / (jnp.where(positive, norm, 0.0) + eps)

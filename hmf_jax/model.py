@@ -1,0 +1,257 @@
+"""The decoder: embeddings, blocks of one mixer and one MLP each, final norm, logits.
+
+A model is a plain pytree (flax NNX, no state inside): use `jax.jit`, `jax.grad` and `jax.tree` on it
+directly. What it remembers between calls is a `ModelState`, passed in and returned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from hmf_jax.config import HybridConfig
+from hmf_jax.layers import MLP, RMSNorm, linear, rope_table
+from hmf_jax.mixers import Context, make_mixer
+from hmf_jax.sharding import constrain, for_model, named_sharding
+from hmf_jax.state import ModelState
+from pallas_kernels.segments import documents
+
+Array = jax.Array
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, kind: str, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mixer = make_mixer(kind, config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = MLP(config, dtype, rngs)
+
+    def __call__(self, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
+        """x [B, T, d] -> (the residual stream after the block, the mixer's output, new state)."""
+        mixed, state = self.mixer(self.input_layernorm(x), ctx, state)
+        x = constrain(x + mixed, ctx.mesh, "batch", None, None)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return constrain(x, ctx.mesh, "batch", None, None), mixed, state
+
+
+@jax.jit
+def _run_block(block: Block, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
+    """One inner jit: layers of the same kind have equal tree structures and are traced once."""
+    return block(x, ctx, state)
+
+
+class HybridLM(nnx.Module):
+    """A decoder-only language model whose layers mix tokens in any mix of kinds.
+
+    Args:
+      config: architecture.
+      dtype: dtype of parameters and activations (recurrent states, gates and decays are float32).
+      mesh: device mesh (see `hmf_jax.make_mesh`), or None. Building a model on a mesh this way
+        leaves the parameters where they are made; `HybridLM.init` puts them on their shards.
+      rngs: seeds of the random initial parameters.
+    """
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        *,
+        dtype=jnp.bfloat16,
+        mesh: Mesh | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        d, V = config.hidden_size, config.vocab_size
+        self.embed_tokens = nnx.Embed(
+            V,
+            d,
+            dtype=dtype,
+            param_dtype=dtype,
+            embedding_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+            embedding_metadata={"dims": ("vocab", "embed")},
+        )
+        self.layers = nnx.List(
+            [Block(kind, config, dtype=dtype, rngs=rngs) for kind in config.layer_kinds]
+        )
+        self.norm = RMSNorm(d, config.rms_norm_eps, dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else linear(d, V, ("embed", "vocab"), config, dtype, rngs)
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.mesh = for_model(mesh, config)
+        self.source: str | None = None  # the directory it was loaded from; has the tokenizer
+
+    @classmethod
+    def init(
+        cls, config: HybridConfig, *, dtype=jnp.bfloat16, mesh: Mesh | None = None, seed: int = 0
+    ) -> HybridLM:
+        """A model with random parameters, each made on its own shards."""
+
+        def build(seed: Array) -> HybridLM:
+            return cls(config, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(jax.random.key(seed)))
+
+        abstract = jax.eval_shape(build, jnp.uint32(0))
+        return jax.jit(build, out_shardings=abstract.shardings())(jnp.uint32(seed))
+
+    def shardings(self) -> Any:
+        """A pytree like the model with the sharding of each parameter (None without a mesh)."""
+
+        def one(p: nnx.Variable) -> Any:
+            return named_sharding(self.mesh, p.get_metadata()["dims"], p.shape)
+
+        is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+        leaves, tree = jax.tree.flatten(self, is_leaf=is_param)
+        if self.mesh is None:
+            return None
+        return jax.tree.unflatten(jax.tree.structure(self), [one(p) for p in leaves])
+
+    def init_state(self, batch: int, capacity: int) -> ModelState:
+        """An empty state for `batch` rows of at most `capacity` tokens each.
+
+        Memory: full attention layers take capacity entries per row, all other kinds a size that
+        does not depend on capacity.
+        """
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"batch={batch} and capacity={capacity} must be at least 1.")
+        layers = tuple(
+            block.mixer.init_state(batch, capacity, self.dtype, self.mesh) for block in self.layers
+        )
+        return ModelState(layers, jnp.zeros(batch, jnp.int32), capacity)
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        state: ModelState | None = None,
+        num_iter: Array | int | None = None,
+        last_only: bool = False,
+        impl: str = "auto",
+    ) -> tuple[Array, ModelState | None]:
+        """Logits of the next token after each token.
+
+        Args:
+          tokens: [B, T] integers. With a state they continue its rows; T may be anything.
+          positions: [B, T] rotary positions; default: the index of each token in its document.
+          segment_ids: [B, T]; 0 marks padding (anywhere; it leaves no trace), other numbers mark
+            packed documents, which do not see each other. With a state every non-zero number means
+            "valid": packing is for whole sequences.
+          state: from `init_state` or an earlier call; a row must not outgrow its capacity (tokens
+            beyond it are lost to full attention layers, so check before you call).
+          num_iter: Chebyshev iterations of GKA layers, a number or one per row [B]; 0 = plain gated
+            linear attention. Default: the config's. Changing it does not recompile.
+          last_only: logits for the last valid token of each row only.
+          impl: operator implementation, see `pallas_kernels.dispatch`.
+
+        Returns:
+          logits [B, T, V] in the model's dtype ([B, 1, V] with last_only), unspecified at padding;
+          the new state, or None without one.
+        """
+        x, order, ctx = self._enter(tokens, positions, segment_ids, state, num_iter, impl)
+        x, layers, _ = self._run(x, ctx, state)
+        if last_only:
+            last = tokens.shape[1] - 1 if ctx.lengths is None else jnp.maximum(ctx.lengths - 1, 0)
+            rows = jnp.broadcast_to(last, tokens.shape[:1])[:, None, None]
+            x = jnp.take_along_axis(x, rows, axis=1)
+        return self._head(_restore(x, None if last_only else order)), _advance(
+            state, layers, ctx, tokens.shape[1]
+        )
+
+    def trace(
+        self,
+        tokens: Array,
+        *,
+        state: ModelState | None = None,
+        num_iter: Array | int | None = None,
+        impl: str = "auto",
+    ) -> tuple[Array, ModelState | None, list[tuple[Array, Array]]]:
+        """Like `__call__`, and (mixer output, residual stream after the layer) [B, T, d] per layer."""
+        x, _, ctx = self._enter(tokens, None, None, state, num_iter, impl)
+        x, layers, seen = self._run(x, ctx, state)
+        return self._head(x), _advance(state, layers, ctx, tokens.shape[1]), seen
+
+    def _enter(self, tokens, positions, segment_ids, state, num_iter, impl):
+        """Embed the tokens and describe them; padding moves to the end of each row."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{tokens.shape}.")
+        B, T = tokens.shape
+        for name, a in (("positions", positions), ("segment_ids", segment_ids)):
+            if a is not None and a.shape != tokens.shape:
+                raise ValueError(f"{name} has shape {a.shape}, but tokens have {tokens.shape}.")
+        if state is not None and state.length.shape != (B,):
+            raise ValueError(
+                f"The state holds {state.length.shape[0]} rows, but tokens have {B}; "
+                f"make one with init_state({B}, capacity)."
+            )
+        if isinstance(num_iter, int) and num_iter < 0:
+            raise ValueError(f"num_iter={num_iter} must be 0 or more.")
+        order = lengths = None
+        if segment_ids is not None:
+            valid = segment_ids != 0
+            lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
+            if state is not None:
+                segment_ids = valid.astype(jnp.int32)
+            if T > 1:
+                order = jnp.argsort(~valid, axis=1, stable=True)
+                tokens = jnp.take_along_axis(tokens, order, axis=1)
+                segment_ids = jnp.take_along_axis(segment_ids, order, axis=1)
+                if positions is not None:
+                    positions = jnp.take_along_axis(positions, order, axis=1)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+            if state is not None:
+                positions = positions + state.length[:, None]
+            elif segment_ids is not None:
+                doc, _ = documents(segment_ids)
+                starts = jnp.concatenate([jnp.zeros((B, 1), bool), doc[:, 1:] != doc[:, :-1]], 1)
+                positions = positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
+        ctx = Context(
+            rope=rope_table(positions, self.config),
+            segment_ids=segment_ids,
+            lengths=lengths,
+            offset=None if state is None else state.length,
+            num_iter=None if num_iter is None else jnp.asarray(num_iter, jnp.int32),
+            fresh=state is not None and state.fresh,
+            impl=impl,
+            mesh=self.mesh,
+        )
+        x = constrain(self.embed_tokens(tokens), self.mesh, "batch", None, None)
+        return x, order, ctx
+
+    def _run(self, x: Array, ctx: Context, state: ModelState | None):
+        """All blocks: (x, layer states, [(mixer output, layer output)])."""
+        states = [None] * len(self.layers) if state is None else list(state.layers)
+        seen = []
+        for i, block in enumerate(self.layers):
+            x, mixed, states[i] = _run_block(block, x, ctx, states[i])
+            seen.append((mixed, x))
+        return x, tuple(states), seen
+
+    def _head(self, x: Array) -> Array:
+        x = self.norm(x)
+        if self.lm_head is None:
+            logits = x @ self.embed_tokens.embedding[...].astype(x.dtype).T
+        else:
+            logits = self.lm_head(x)
+        return constrain(logits, self.mesh, "batch", None, "vocab")
+
+
+def _restore(x: Array, order: Array | None) -> Array:
+    """Undo the reordering of tokens that put padding last."""
+    if order is None:
+        return x
+    return jnp.take_along_axis(x, jnp.argsort(order, axis=1)[:, :, None], axis=1)
+
+
+def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelState | None:
+    if state is None:
+        return None
+    new = T if ctx.lengths is None else ctx.lengths
+    return dataclasses.replace(state, layers=layers, length=state.length + new, fresh=False)

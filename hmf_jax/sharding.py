@@ -1,0 +1,120 @@
+"""Device meshes, and the one table that says which dimension of a tensor lives on which mesh axis.
+
+A user's mesh has the axes "dp" (data parallel), "fsdp" (data parallel, parameters split too) and
+"tp" (tensor parallel: heads, MLP columns, vocabulary). A model runs on a mesh with a fourth axis,
+"rep": where there are more tensor parallel devices than key/value heads, "tp" is split into
+tp x rep, and key/value heads (projections, convolution channels, caches) are replicated over "rep".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hmf_jax.config import HybridConfig
+from pallas_kernels.sharded import BATCH_AXES, HEAD_AXES, KV_HEAD_AXES, batch_axes
+
+# Dimension name -> mesh axes. Names that are not here (None, "head_dim", "rank", "time") stay whole.
+TABLE: dict[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "embed": ("fsdp",),
+    "heads": HEAD_AXES,
+    "kv_heads": KV_HEAD_AXES,
+    "mlp": HEAD_AXES,
+    "vocab": HEAD_AXES,
+}
+
+
+def make_mesh(
+    *, dp: int = 1, fsdp: int = 1, tp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Build a device mesh with the axes ("dp", "fsdp", "tp").
+
+    Args:
+      dp: data parallel groups; each holds a copy of what the other axes leave.
+      fsdp: data parallel devices that also split the parameters.
+      tp: tensor parallel devices; must divide the attention heads of the model.
+      devices: the devices to use, default all; their number must be dp * fsdp * tp.
+
+    Raises:
+      ValueError: the product does not match the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = (dp, fsdp, tp)
+    if min(shape) < 1 or math.prod(shape) != len(devices):
+        raise ValueError(
+            f"dp={dp} x fsdp={fsdp} x tp={tp} needs {math.prod(shape)} devices, but there are "
+            f"{len(devices)}; pass devices=jax.devices()[:{max(math.prod(shape), 1)}] to use fewer."
+        )
+    return Mesh(np.asarray(devices).reshape(shape), ("dp", "fsdp", "tp"))
+
+
+def for_model(mesh: Mesh | None, config: HybridConfig) -> Mesh | None:
+    """The mesh a model of this config runs on: axes ("dp", "fsdp", "tp", "rep").
+
+    Args:
+      mesh: any mesh whose axes are among dp, fsdp, tp and rep (absent ones count as 1), or None.
+      config: gives the numbers of heads that "tp" must divide.
+
+    Raises:
+      ValueError: foreign axis names, or a tensor parallel size that does not divide the model.
+    """
+    if mesh is None:
+        return None
+    names = ("dp", "fsdp", "tp", "rep")
+    foreign = set(mesh.axis_names) - set(names)
+    if foreign:
+        raise ValueError(
+            f"Mesh axes {sorted(foreign)} are unknown; use make_mesh(dp=, fsdp=, tp=)."
+        )
+    order = [a for a in names if a in mesh.axis_names]
+    devices = np.transpose(mesh.devices, [mesh.axis_names.index(a) for a in order])
+    size = {a: mesh.shape.get(a, 1) for a in names}
+    tp = size["tp"] * size["rep"]
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    for what, n in (
+        ("num_attention_heads", heads),
+        ("intermediate_size", config.intermediate_size),
+        ("vocab_size", config.vocab_size),
+    ):
+        if n % tp:
+            raise ValueError(f"tp={tp} does not divide {what}={n}; choose a tp that does.")
+    if kv_heads % tp and tp % kv_heads:
+        raise ValueError(
+            f"tp={tp} neither divides num_key_value_heads={kv_heads} nor is a multiple of it; "
+            f"choose a tp that is."
+        )
+    if config.hidden_size % size["fsdp"]:
+        raise ValueError(f"fsdp={size['fsdp']} does not divide hidden_size={config.hidden_size}.")
+    kv = min(tp, kv_heads)
+    return Mesh(devices.reshape(size["dp"], size["fsdp"], kv, tp // kv), names)
+
+
+def spec(mesh: Mesh, dims: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """PartitionSpec of an array whose axes carry these dimension names (see `TABLE`).
+
+    A batch that the data axes do not divide stays whole on every device.
+    """
+    axes: list[tuple[str, ...] | None] = []
+    for dim, n in zip(dims, shape, strict=True):
+        names = batch_axes(mesh, n) if dim == "batch" else TABLE.get(dim or "")
+        axes.append(names or None)
+    return PartitionSpec(*axes)
+
+
+def named_sharding(
+    mesh: Mesh | None, dims: Sequence[str | None], shape: Sequence[int]
+) -> NamedSharding | None:
+    """`spec` on a mesh; None without one."""
+    return None if mesh is None else NamedSharding(mesh, spec(mesh, dims, shape))
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *dims: str | None) -> jax.Array:
+    """Tell the compiler how an activation is split (no-op without a mesh)."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(mesh, dims, x.shape)))

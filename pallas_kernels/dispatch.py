@@ -1,0 +1,43 @@
+"""Which implementation of an operator runs, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+IMPLS = ("auto", "mosaic", "triton", "jla", "cudnn", "chunked", "reference")
+_log = logging.getLogger("pallas_kernels")
+_said: set[tuple[str, str, str]] = set()
+
+
+def resolve(op: str, impl: str, usable: Mapping[str, str | None]) -> str:
+    """Pick the implementation of `op`.
+
+    Args:
+      op: operator name, for messages.
+      impl: one of `IMPLS`. A named implementation never falls back to another one.
+      usable: the implementations `op` has, best first: name -> None when it can run these
+        arguments on this backend, else the reason why it cannot.
+
+    Returns:
+      The name of the implementation to run. Says once (logger "pallas_kernels", level INFO)
+      which one that is and why.
+
+    Raises:
+      ValueError: unknown name, or a named implementation that cannot run these arguments.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} is unknown; choose one of {', '.join(IMPLS)}.")
+    if impl == "auto":
+        name = next(n for n, why_not in usable.items() if why_not is None)
+        why = "; ".join(f"not {n}: {w}" for n, w in usable.items() if w is not None) or "first choice"
+    else:
+        if impl not in usable:
+            raise ValueError(f"{op} has no implementation {impl!r}; it has {', '.join(usable)}.")
+        if usable[impl] is not None:
+            raise ValueError(f"{op} cannot run impl={impl!r} here: {usable[impl]}. Use impl='auto'.")
+        name, why = impl, "asked for"
+    if (op, name, why) not in _said:
+        _said.add((op, name, why))
+        _log.info("%s runs %s (%s)", op, name, why)
+    return name

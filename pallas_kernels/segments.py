@@ -1,0 +1,27 @@
+"""Packed documents and padding, as every operator sees them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def documents(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Number the documents of packed rows.
+
+    Args:
+      segment_ids: [B, T] integers; 0 marks padding, a change between two non-zero neighbours
+        (padding skipped) starts a new document.
+
+    Returns:
+      doc: [B, T] int32, non-decreasing, 0 for the first document of a row (the one that continues
+        an initial state). Padding carries the number of the document before it.
+      valid: [B, T] bool, False at padding.
+    """
+    valid = segment_ids != 0
+    index = jnp.arange(segment_ids.shape[1])
+    last = jax.lax.cummax(jnp.where(valid, index, -1), axis=1)
+    previous = jnp.concatenate([jnp.full_like(last[:, :1], -1), last[:, :-1]], axis=1)
+    before = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
+    starts = valid & (previous >= 0) & (segment_ids != before)
+    return jnp.cumsum(starts, axis=1, dtype=jnp.int32), valid

@@ -1,0 +1,63 @@
+"""`shard_map` around operator calls: batch and heads are split, time and head_dim never are.
+
+Kernels are opaque to the compiler's partitioner, and a recurrence gives it little to work with, so
+every operator call names its split. Mesh axes (see `hmf_jax.sharding`): "dp" and "fsdp" split the
+batch; "tp" splits heads of every kind; "rep" splits query heads further where there are more tensor
+parallel devices than key/value heads, which are then replicated over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+BATCH_AXES = ("dp", "fsdp")
+HEAD_AXES = ("tp", "rep")
+KV_HEAD_AXES = ("tp",)
+_LETTERS = {"b": BATCH_AXES, "h": HEAD_AXES, "k": KV_HEAD_AXES}
+
+
+def batch_axes(mesh: Mesh, batch: int) -> tuple[str, ...]:
+    """Mesh axes that split a batch of this size: all of them, or none if they do not divide it."""
+    size = 1
+    for axis in BATCH_AXES:
+        size *= mesh.shape[axis]
+    return BATCH_AXES if batch % size == 0 else ()
+
+
+def spec(mesh: Mesh, dims: str, batch: int) -> PartitionSpec:
+    """PartitionSpec for an array described by letters: b batch, h heads, k kv heads, other: whole."""
+    table = {**_LETTERS, "b": batch_axes(mesh, batch)}
+    return PartitionSpec(*(table.get(letter) or None for letter in dims))
+
+
+def call(
+    fn: Callable[..., Any],
+    mesh: Mesh | None,
+    batch: int,
+    args: Sequence[Any],
+    in_dims: Sequence[str],
+    out_dims: Any,
+) -> Any:
+    """Run `fn(*args)` with every array split as its letters say; plain call when `mesh` is None.
+
+    Args:
+      fn: takes and returns arrays of local shapes; arguments may be None (an empty pytree).
+      mesh: device mesh with the axes of this module, or None.
+      batch: global batch size.
+      args: global arrays, pytrees of arrays that share one letter string, or None.
+      in_dims: one letter string per argument, one letter per axis ("bthd", "btkd", "" = scalar).
+      out_dims: pytree of letter strings with the structure of the result.
+    """
+    if mesh is None or mesh.size == 1:
+        return fn(*args)
+    return jax.shard_map(
+        fn,
+        mesh=mesh,
+        in_specs=tuple(spec(mesh, d, batch) for d in in_dims),
+        out_specs=jax.tree.map(lambda d: spec(mesh, d, batch), out_dims),
+        check_vma=False,
+    )(*args)

@@ -1,0 +1,94 @@
+"""Golden cases of the original code, unpacked on demand into Hugging Face directories.
+
+They live outside the repository: in the packed directory named by HMF_GOLDENS, by default
+../shared/goldens next to the repository. Tests that need them are skipped where they are absent.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+_ROOT = Path(__file__).resolve().parents[1]
+PACKED = Path(os.environ.get("HMF_GOLDENS", _ROOT / ".." / "shared" / "goldens"))
+MISSING = f"golden cases not found in {PACKED}: set HMF_GOLDENS to the directory with cases.json"
+
+
+@functools.cache
+def _cases() -> dict[str, Any]:
+    file = PACKED / "cases.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def cases(kind: str) -> list[Any]:
+    """Names of the cases of one kind ("model", "op", "compose", ...), for pytest.parametrize."""
+    names = [name for name, case in _cases().items() if case["kind"] == kind]
+    return names or [pytest.param("", marks=pytest.mark.skip(reason=MISSING), id="missing")]
+
+
+@functools.cache
+def _target() -> Path:
+    path = Path(tempfile.mkdtemp(prefix="goldens-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@functools.cache
+def _recipe():
+    spec = importlib.util.spec_from_file_location("golden_recipe", PACKED / "recipe.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def golden(name: str) -> Path:
+    """Directory of one case: case.json, expected.safetensors and, for models, a checkpoint.
+
+    Unpacked once per session; skips the calling test if the golden cases are not there.
+    """
+    if not _cases():
+        pytest.skip(MISSING)
+    case = dict(_cases()[name])
+    shapes, config = case.pop("shapes", None), case.pop("config", None)
+    directory = _target() / name
+    directory.mkdir()
+    (directory / "case.json").write_text(json.dumps(case))
+    prefix = f"{name}/"
+    found: dict[str, np.ndarray] = {}
+    for file in sorted(PACKED.glob("expected_*.safetensors")):
+        with safe_open(file, framework="numpy") as f:
+            found |= {
+                k.removeprefix(prefix): f.get_tensor(k) for k in f.keys() if k.startswith(prefix)
+            }
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in found.items()}, directory / "expected.safetensors"
+    )
+    if shapes is not None:
+        params = _recipe().build(shapes, case["seed"])
+        assert _recipe().digest(params) == case["sha"], f"{name}: not the recorded parameters"
+        bf16 = {k: v.astype(ml_dtypes.bfloat16) for k, v in params.items()}
+        save_file(bf16, directory / "model.safetensors", metadata={"format": "pt"})
+    if config is not None:
+        (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def expected(directory: Path) -> dict[str, np.ndarray]:
+    """All tensors of a case's expected.safetensors."""
+    with safe_open(directory / "expected.safetensors", framework="numpy") as f:
+        return {k: f.get_tensor(k) for k in f.keys()}

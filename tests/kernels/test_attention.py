@@ -1,0 +1,468 @@
+"""Full, sliding-window, continued and decode attention against the dense definition."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.attention import attention, chunked, cudnn, decode_attention
+from tests.util import rel
+
+# Documents of 9 and 21 tokens with padding before, between and after them.
+SEGMENT_IDS = np.array(
+    [[0] * 3 + [1] * 9 + [2] * 21 + [0] * 4, [5] * 21 + [0] * 2 + [4] * 9 + [0] * 5]
+)
+KEYWORDS = {
+    "plain": {},
+    "lengths": {"kv_lengths": np.array([37, 21], np.int32)},
+    "packed": {"segment_ids": SEGMENT_IDS},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Blocks of 8 queries and 8 keys, so that short inputs cross many of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "QUERY_BLOCK", 8)
+        patch.setattr(chunked, "SCORES_PER_BLOCK", 64)
+        patch.setattr(chunked, "KEY_BLOCK", 16)
+        yield
+
+
+def normal(seed: int, *shape: int, dtype=np.float32) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def qkv(batch=2, length=37, heads=4, kv_heads=2, dim=8, keys=None, dtype=np.float32):
+    keys = length if keys is None else keys
+    shapes = (length, heads), (keys, kv_heads), (keys, kv_heads)
+    return tuple(normal(i, batch, *shape, dim, dtype=dtype) for i, shape in enumerate(shapes))
+
+
+def value_and_grads(op, *args):
+    """Output of `op` and the gradients of a fixed linear function of it."""
+
+    def run(*args):
+        o, pull = jax.vjp(op, *args)
+        return o, pull(jnp.asarray(normal(9, *o.shape), o.dtype))
+
+    return jax.jit(run)(*args)
+
+
+attention_jit = jax.jit(
+    functools.partial(attention, impl="chunked"), static_argnames=("window", "past", "scale")
+)
+
+
+def assert_close(actual, expected, limit=2e-6):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert rel(a, b) < limit or np.abs(np.asarray(a) - np.asarray(b)).max() < limit
+
+
+# The definition
+
+
+@pytest.mark.parametrize(
+    ("window", "keywords"),
+    [(None, "plain"), (1, "plain"), (9, "plain"), (100, "plain")]
+    + [(None, "lengths"), (5, "lengths"), (None, "packed"), (5, "packed")],
+)
+def test_chunked_equals_reference(window, keywords):
+    def op(impl):
+        return lambda *a: attention(*a, window=window, impl=impl, **KEYWORDS[keywords])
+
+    args = qkv()
+    assert_close(value_and_grads(op("chunked"), *args), value_and_grads(op("reference"), *args))
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "kv_heads", "dim", "window"),
+    [(1, 2, 2, 4, None), (1, 2, 1, 4, 1), (7, 3, 3, 5, 7), (8, 6, 2, 16, 9), (17, 4, 1, 8, 16)],
+)
+def test_shapes(length, heads, kv_heads, dim, window):
+    def op(impl):
+        return lambda *a: attention(*a, window=window, impl=impl)
+
+    args = qkv(1, length, heads, kv_heads, dim)
+    assert_close(value_and_grads(op("chunked"), *args), value_and_grads(op("reference"), *args))
+
+
+def test_window_counts_the_token_itself():
+    """Zero queries weigh all visible keys alike: the output lists them."""
+    length, window = 9, 3
+    v = np.eye(length, dtype=np.float32)[None, :, None]
+    q = np.zeros_like(v)
+    for impl in ("chunked", "reference"):
+        weights = np.asarray(attention(q, q, v, window=window, impl=impl))[0, :, 0]
+        for i in range(length):
+            keys = [j for j in range(length) if i - window < j <= i]
+            assert np.flatnonzero(weights[i]).tolist() == keys
+            np.testing.assert_allclose(weights[i, keys], 1 / len(keys), rtol=1e-6)
+
+
+def test_query_heads_share_key_heads_in_blocks():
+    q, k, v = qkv(heads=6, kv_heads=2)
+    shared = attention_jit(q, k, v)
+    assert rel(shared, attention_jit(q, np.repeat(k, 3, axis=2), np.repeat(v, 3, axis=2))) < 1e-6
+
+
+def test_scale():
+    q, k, v = qkv()
+    default = attention_jit(q, k, v)
+    assert rel(attention_jit(q * 8**-0.5, k, v, scale=1.0), default) < 1e-6
+    assert rel(attention_jit(q, k, v, scale=0.1), default) > 0.1
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        args = qkv(dtype=np.float64)
+        a, b = (
+            value_and_grads(lambda *x, impl=impl: attention(*x, window=11, impl=impl), *args)
+            for impl in ("chunked", "reference")
+        )
+        assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(a))
+        assert_close(a, b, 1e-14)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_bfloat16_in_and_out(impl):
+    args = qkv()
+    small = [jnp.asarray(x, jnp.bfloat16) for x in args]
+    o, grads = value_and_grads(lambda *a: attention(*a, window=20, impl=impl), *small)
+    exact = value_and_grads(
+        lambda *a: attention(*a, window=20, impl="reference"),
+        *(np.asarray(x, np.float32) for x in small),
+    )
+    assert all(x.dtype == jnp.bfloat16 for x in (o, *grads))
+    assert rel(o, exact[0]) < 5e-3
+    assert all(rel(a, b) < 2e-2 for a, b in zip(grads, exact[1], strict=True))
+
+
+def test_zero_keys_give_the_mean():
+    _, _, v = qkv(heads=2)
+    q = np.zeros_like(v)
+    o, grads = value_and_grads(attention, q, q, v)
+    mean = np.cumsum(v, axis=1) / np.arange(1, 38)[:, None, None]
+    assert rel(o, mean) < 1e-6
+    assert all(np.isfinite(x).all() for x in grads)
+
+
+# Continuing: a cache, or the past in front of the new tokens
+
+
+def chronological(x: np.ndarray, start: int, past: int, length: int) -> np.ndarray:
+    """Tokens start - past .. start + length of x [B, T, ...]; NaN before token 0."""
+    kept = x[:, max(start - past, 0) : start + length]
+    empty = past + length - kept.shape[1]
+    return np.pad(kept, [(0, 0), (empty, 0), (0, 0), (0, 0)], constant_values=np.nan)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from([1, 4, 11]), min_size=1, max_size=6),
+    window=st.sampled_from([None, 7, 50]),
+    layout=st.sampled_from(["cache", "past"]),
+)
+def test_any_split_equals_the_whole(pieces, window, layout):
+    q, k, v = qkv(length=66)
+    start, outputs = 0, []
+    for length in pieces:
+        if layout == "cache":  # what lies behind the written part must not matter
+            written = np.arange(66) < start + length
+            keys = [np.where(written[:, None, None], x, np.nan) for x in (k, v)]
+            past = None
+        else:
+            past = 66 if window is None else window - 1
+            keys = [chronological(x, start, past, length) for x in (k, v)]
+        offset = np.full(2, start, np.int32)
+        outputs.append(
+            chunked_jit(
+                q[:, start : start + length], *keys, window=window, offset=offset, past=past
+            )
+        )
+        start += length
+    assert rel(np.concatenate(outputs, axis=1), whole(window)[:, :start]) < 2e-6
+
+
+@functools.cache
+def whole(window):
+    return np.asarray(attention(*qkv(length=66), window=window, impl="reference"))
+
+
+@pytest.mark.parametrize(
+    ("past", "window"), [(None, None), (None, 6), (0, 6), (12, None), (12, 1), (12, 40)]
+)
+def test_rows_at_different_offsets(past, window):
+    offset = np.array([0, 5, 21], np.int32)
+    length = 19
+    keys = 48 if past is None else past + length
+
+    def op(impl):
+        return lambda *a: attention(*a, window=window, offset=offset, past=past, impl=impl)
+
+    args = qkv(3, length, keys=keys)
+    ours = value_and_grads(op("chunked"), *args)
+    assert_close(ours, value_and_grads(op("reference"), *args))
+    d_k = ours[1][1]
+    if past:  # the first row has no past yet
+        assert not np.asarray(d_k)[0, :past].any()
+        assert np.asarray(d_k)[2, :past].any() == (window != 1)
+
+
+# Padding and packing
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_packed_equals_separate(window):
+    """Outputs and gradients, whatever surrounds a document."""
+    args = qkv()
+    o, grads = value_and_grads(
+        lambda *a: attention(*a, window=window, segment_ids=SEGMENT_IDS, impl="chunked"), *args
+    )
+    cotangent = normal(9, *o.shape)
+
+    @jax.jit
+    def alone(args, cotangent):
+        o, pull = jax.vjp(lambda *a: attention(*a, window=window, impl="reference"), *args)
+        return o, *pull(cotangent)
+
+    for row, start, end in ((0, 3, 12), (0, 12, 33), (1, 0, 21), (1, 23, 32)):
+        part = (slice(row, row + 1), slice(start, end))
+        expected = alone([x[part] for x in args], cotangent[part])
+        for a, b in zip((o, *grads), expected, strict=True):
+            assert rel(a[part], b) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("impl", "keywords"), [("chunked", "lengths"), ("chunked", "packed"), ("reference", "packed")]
+)
+def test_padding_never_leaks(keywords, impl):
+    kwargs = KEYWORDS[keywords]
+    if keywords == "lengths":
+        pad = np.arange(37) >= kwargs["kv_lengths"][:, None]
+    else:
+        pad = kwargs["segment_ids"] == 0
+    args = qkv()
+    holes = [np.where(pad[:, :, None, None], np.nan, x) for x in args]
+
+    @jax.jit
+    def run(args, cotangent):
+        o, pull = jax.vjp(lambda *a: attention(*a, impl=impl, **kwargs), *args)
+        return o, pull(cotangent)
+
+    cotangent = normal(9, *args[0].shape)
+    clean = run(args, cotangent)
+    dirty = run(holes, np.where(pad[:, :, None, None], np.nan, cotangent))
+    for a, b in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.asarray(a)[pad].any()
+
+
+def test_same_id_after_another_document_is_a_new_document():
+    args = qkv()
+    again = np.array([[1] * 10 + [2] * 10 + [1] * 17] * 2)
+    fresh = np.array([[1] * 10 + [2] * 10 + [3] * 17] * 2)
+    run = jax.jit(lambda ids: attention(*args, segment_ids=ids))
+    np.testing.assert_array_equal(run(again), run(fresh))
+
+
+# Decode
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_decode_equals_the_last_row_of_attention(impl):
+    lengths = np.array([1, 13, 37], np.int32)
+    q, k, v = qkv(3)
+    order = np.random.default_rng(0).permutation(37)
+    used = order < lengths[:, None]  # token order[j] lies in entry j; rubbish behind the prefix
+    order = np.stack([np.concatenate([order[u], order[~u]]) for u in used])
+    buffers = [
+        np.where(order[:, :, None, None] < lengths[:, None, None, None],
+                 np.take_along_axis(x, order[:, :, None, None], axis=1), np.nan)
+        for x in (k, v)
+    ]  # fmt: skip
+    o = jax.jit(lambda *a: decode_attention(*a, impl=impl))(q[:, 0], *buffers, lengths)
+    rows = jnp.arange(3), lengths - 1
+    aligned = np.zeros_like(q)
+    aligned[rows] = q[:, 0]
+    full = jax.jit(lambda *a: attention(*a, impl="reference"))(aligned, k, v)
+    assert rel(o, full[rows]) < 1e-6
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_decode_of_an_empty_row_is_zero(impl):
+    q, k, v = qkv(2, 20)
+    o, grads = value_and_grads(
+        lambda *a: decode_attention(*a, np.array([0, 20], np.int32), impl=impl), q[:, 0], k, v
+    )
+    assert not np.asarray(o[0]).any() and np.asarray(o[1]).any()
+    assert all(np.isfinite(x).all() and not np.asarray(x[0]).any() for x in grads)
+
+
+def test_decode_gradients():
+    lengths = np.array([3, 20], np.int32)
+    q, k, v = qkv(2, 20)
+    ours, dense = (
+        value_and_grads(
+            lambda *a, impl=impl: decode_attention(*a, lengths, impl=impl), q[:, 0], k, v
+        )
+        for impl in ("chunked", "reference")
+    )
+    assert_close(ours, dense)
+
+
+# Sizes
+
+
+def test_real_block_sizes(monkeypatch):
+    monkeypatch.setattr(chunked, "QUERY_BLOCK", 256)
+    monkeypatch.setattr(chunked, "SCORES_PER_BLOCK", 2**18)
+    args = qkv(1, 1100, 2, 1, 8)
+    ours, dense = (
+        value_and_grads(lambda *a, impl=impl: attention(*a, impl=impl), *args)
+        for impl in ("chunked", "reference")
+    )
+    assert_close(ours, dense)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_memory_is_linear(window, monkeypatch):
+    monkeypatch.setattr(chunked, "QUERY_BLOCK", 256)
+    monkeypatch.setattr(chunked, "SCORES_PER_BLOCK", 2**18)
+
+    def loss(q, k, v):
+        return attention(q, k, v, window=window, impl="chunked").sum()
+
+    def temporaries(length):
+        x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(65536) < 2.5 * temporaries(32768) < 2**28  # one score matrix: 2**32
+
+
+# cuDNN
+
+
+def test_cudnn_is_refused_with_a_reason():
+    args = [jnp.asarray(x, jnp.bfloat16) for x in qkv()]
+    if jax.default_backend() != "gpu":
+        with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+            attention(*args, impl="cudnn")
+        with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+            decode_attention(args[0][:, 0], *args[1:], jnp.array([1, 2]), impl="cudnn")
+    with pytest.raises(ValueError, match="segment_ids"):
+        attention(*args, segment_ids=np.ones((2, 37), np.int32), impl="cudnn")
+    with pytest.raises(ValueError, match="offset"):
+        attention(*args, offset=np.zeros(2, np.int32), impl="cudnn")
+    with pytest.raises(ValueError, match="no implementation 'mosaic'"):
+        attention(*args, impl="mosaic")
+
+
+@pytest.fixture
+def cuda_lowering(monkeypatch):
+    """Text of a function lowered for CUDA, on a machine that has neither a GPU nor cuDNN."""
+    internals = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(internals, "check_cudnn_version", lambda: 91500)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    device = type("Device", (), {"compute_capability": "9.0"})()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    return lambda f, *args: (
+        jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text().replace("\\22", '"')
+    )
+
+
+def test_cudnn_lowers_for_cuda(cuda_lowering):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(length=64))
+    lengths = jnp.array([64, 3], jnp.int32)
+    text = cuda_lowering(lambda *a: attention(*a), q, k, v)
+    assert "__cudnn$fmhaSoftmax" in text
+    assert '"mask_type": "CAUSAL"' in text and '"sliding_window_length": 0' in text
+    text = cuda_lowering(lambda *a: attention(*a, window=16, kv_lengths=lengths), q, k, v)
+    assert '"mask_type": "CAUSAL"' in text and '"sliding_window_length": 16' in text
+    text = cuda_lowering(
+        jax.grad(lambda *a: attention(*a, window=16).astype(jnp.float32).sum()), q, k, v
+    )
+    assert "__cudnn$fmhaSoftmaxBackward" in text
+    text = cuda_lowering(lambda *a: decode_attention(*a), q[:, 0], k, v, lengths)
+    assert '"mask_type": "PADDING"' in text
+    for kwargs in ({"offset": lengths}, {"segment_ids": jnp.ones((2, 64), jnp.int32)}):
+        assert "cudnn" not in cuda_lowering(lambda *a, kw=kwargs: attention(*a, **kw), q, k, v)
+
+
+def test_cudnn_takes_what_it_can(cuda_lowering):
+    good = [jnp.zeros((1, 4, 2, 64), jnp.bfloat16)] * 3
+    assert cudnn.why_not(*good) is None
+    assert "bfloat16" in cudnn.why_not(*(x.astype(jnp.float32) for x in good))
+    assert "head_dim" in cudnn.why_not(*(x[..., :60] for x in good))
+    assert "head_dim" in cudnn.why_not(*(jnp.tile(x, 3) for x in good))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 100])
+@pytest.mark.parametrize("lengths", [None, (300, 0, 77)])
+def test_cudnn_equals_reference(window, lengths):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(3, 300, 8, 2, 128))
+    kwargs = {"window": window, "kv_lengths": None if lengths is None else jnp.array(lengths)}
+    ours = value_and_grads(lambda *a: attention(*a, impl="cudnn", **kwargs), q, k, v)
+    exact = value_and_grads(
+        lambda *a: attention(*a, impl="reference", **kwargs),
+        *(x.astype(jnp.float32) for x in (q, k, v)),
+    )
+    assert_close(ours, exact, 1e-2)
+
+
+@pytest.mark.gpu
+def test_cudnn_decode_equals_reference():
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(4, 500, 8, 2, 128))
+    lengths = jnp.array([0, 1, 77, 500])
+    ours = decode_attention(q[:, 0], k, v, lengths, impl="cudnn")
+    exact = decode_attention(
+        *(x.astype(jnp.float32) for x in (q[:, 0], k, v)), lengths, impl="reference"
+    )
+    assert_close(ours, exact, 1e-2)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": np.zeros((2, 37, 8))}, "q must be"),
+        ({"k": np.zeros((2, 37, 3, 8))}, "K dividing"),
+        ({"k": np.zeros((2, 37, 2, 4))}, "k must be"),
+        ({"v": np.zeros((2, 36, 2, 8))}, "shape of k"),
+        ({"k": np.zeros((2, 40, 2, 8)), "v": np.zeros((2, 40, 2, 8))}, "0 past and 37 new"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"past": 3}, "needs offset"),
+        ({"past": 3, "offset": np.zeros(2, np.int32)}, "3 past and 37 new"),
+        ({"offset": np.zeros(3, np.int32)}, "one integer per row"),
+        ({"kv_lengths": np.zeros((2, 1), np.int32)}, "one integer per row"),
+        ({"segment_ids": np.ones((2, 36), np.int32)}, "segment_ids must be"),
+        (
+            {"segment_ids": np.ones((2, 37), np.int32), "offset": np.zeros(2, np.int32)},
+            "leave them",
+        ),
+        ({"kv_lengths": np.ones(2, np.int32), "offset": np.zeros(2, np.int32)}, "leave them"),
+        ({"impl": "fast"}, "unknown"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = dict(zip("qkv", qkv(), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        attention(**arguments)
+
+
+def test_bad_decode_input():
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="q must be"):
+        decode_attention(q, k, v, np.ones(2, np.int32))
+    with pytest.raises(ValueError, match="lengths must"):
+        decode_attention(q[:, 0], k, v, np.ones(3, np.int32))

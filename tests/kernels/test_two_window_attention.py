@@ -1,0 +1,352 @@
+"""B'MOJO-F attention: the union of both windows, however a sequence is cut, padded or packed."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.attention import chunked
+from pallas_kernels.two_window_attention import two_window_attention, two_window_decode
+from tests.goldens import expected, golden
+from tests.kernels.test_attention import (
+    KEYWORDS,
+    SEGMENT_IDS,
+    assert_close,
+    chronological,
+    cuda_lowering,  # noqa: F401 (fixture)
+    normal,
+    small_blocks,  # noqa: F401 (fixture)
+    value_and_grads,
+)
+from tests.util import rel
+
+two_window_jit = jax.jit(two_window_attention, static_argnames=("window", "impl"))
+
+
+def streams(batch=2, length=37, heads=4, kv_heads=2, dim=8):
+    """q, k, v, k_fading, v_fading, q_fading."""
+    shapes = [(length, heads)] + [(length, kv_heads)] * 4 + [(length, heads)]
+    return tuple(normal(10 + i, batch, *shape, dim) for i, shape in enumerate(shapes))
+
+
+def op(impl, **kwargs):
+    """A function of all six arrays, or of five: tied weights."""
+
+    def run(q, k, v, k_fading, v_fading, q_fading=None):
+        return two_window_attention(
+            q, k, v, k_fading, v_fading, q_fading=q_fading, impl=impl, **kwargs
+        )
+
+    return run
+
+
+# The definition
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_every_query_sees_the_union_of_its_windows(impl):
+    """Zero queries weigh all visible keys alike: the output lists them."""
+    length, window = 13, 3
+    zero = np.zeros((1, length, 1, 2 * length), np.float32)
+    v = np.eye(length, 2 * length, dtype=np.float32)[None, :, None]
+    v_fading = np.eye(length, 2 * length, length, dtype=np.float32)[None, :, None]
+    o = two_window_jit(zero, zero, v, zero, v_fading, window=window, impl=impl)
+    for i, weights in enumerate(np.asarray(o)[0, :, 0]):
+        here = [j for j in range(length) if i - window < j <= i]
+        fading = [j for j in range(length) if i - 2 * window < j <= i - window]
+        if i == 6:
+            assert (here, fading) == ([4, 5, 6], [1, 2, 3])
+        seen = here + [length + j for j in fading]
+        assert np.flatnonzero(weights).tolist() == seen
+        np.testing.assert_allclose(weights[seen], 1 / len(seen), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("window", "keywords"),
+    [(1, "plain"), (5, "plain"), (8, "plain"), (25, "plain"), (37, "plain"), (90, "plain")]
+    + [(4, "packed"), (4, "lengths")],
+)
+def test_chunked_equals_reference(window, keywords, tied):
+    args = streams()[: 5 if tied else 6]
+    kwargs = {"window": window, **KEYWORDS[keywords]}
+    ours = value_and_grads(op("chunked", **kwargs), *args)
+    assert_close(ours, value_and_grads(op("reference", **kwargs), *args))
+
+
+def test_one_token():
+    args = streams(length=1)
+    assert rel(two_window_jit(*args[:5], window=4), np.repeat(args[2], 2, axis=2)) < 1e-6
+
+
+def test_keeps_the_dtype_of_the_values():
+    args = streams()[:5]
+    exact = two_window_jit(*args, window=6)
+    assert exact.dtype == jnp.float32
+    o = two_window_jit(*(jnp.asarray(x, jnp.bfloat16) for x in args), window=6)
+    assert o.dtype == jnp.bfloat16 and rel(o, exact) < 2e-2
+
+
+@pytest.mark.parametrize("blocks", ["small", "real"])
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_golden(impl, blocks, monkeypatch):
+    """Outputs and gradients of the original's kernels. Its fading stream is cut to what it uses:
+    queries W.., keys ..L-W."""
+    if blocks == "real":
+        monkeypatch.setattr(chunked, "QUERY_BLOCK", 256)
+        monkeypatch.setattr(chunked, "SCORES_PER_BLOCK", 2**18)
+    case = golden("op_bmojo")
+    window = json.loads((case / "case.json").read_text())["window"]
+    tensors = {k: x.astype(np.float32) for k, x in expected(case).items()}
+
+    def run(q, k, v, q_fading, k_fading, v_fading):
+        rest = [(0, 0), (0, window), (0, 0), (0, 0)]
+        q_fading = jnp.pad(q_fading, [(0, 0), (window, 0), (0, 0), (0, 0)])
+        k_fading, v_fading = jnp.pad(k_fading, rest), jnp.pad(v_fading, rest)
+        return two_window_attention(
+            q, k, v, k_fading, v_fading, q_fading=q_fading, window=window, impl=impl
+        )
+
+    names = "qi", "ki", "vi", "qf", "kf", "vf"
+    o, pull = jax.vjp(jax.jit(run), *(tensors[name] for name in names))
+    assert rel(o, tensors["o"]) < 1e-5
+    for name, grad in zip(names, pull(jnp.asarray(tensors["do"])), strict=True):
+        assert rel(grad[:1], tensors["d" + name]) < 1e-5
+
+
+# Any cut of the sequence
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from([1, 4, 11]), min_size=1, max_size=6),
+    window=st.sampled_from([1, 6, 40]),
+    tied=st.booleans(),
+)
+def test_any_split_equals_the_whole(pieces, window, tied):
+    q, k, v, k_fading, v_fading, q_fading = streams(length=66)
+    start, outputs = 0, []
+    for length in pieces:
+        now = slice(start, start + length)
+        here = [chronological(x, start, window, length) for x in (k, v)]
+        fading = [chronological(x, start, 2 * window, length) for x in (k_fading, v_fading)]
+        offset = np.full(2, start, np.int32)
+        own = None if tied else q_fading[:, now]
+        outputs.append(
+            two_window_jit(q[:, now], *here, *fading, window=window, q_fading=own, offset=offset)
+        )
+        start += length
+    assert rel(np.concatenate(outputs, axis=1), whole(window, tied)[:, :start]) < 2e-6
+
+
+@functools.cache
+def whole(window, tied):
+    args = streams(length=66)
+    q_fading = None if tied else args[5]
+    return np.asarray(two_window_jit(*args[:5], window=window, q_fading=q_fading, impl="reference"))
+
+
+def test_gradients_of_rows_at_different_offsets():
+    window, length, offset = 5, 19, np.array([0, 3, 8, 30], np.int32)
+    q, _, _, _, _, q_fading = streams(4, length)
+    here = [normal(i, 4, window + length, 2, 8) for i in (1, 2)]
+    fading = [normal(i, 4, 2 * window + length, 2, 8) for i in (3, 4)]
+    args = q, *here, *fading, q_fading
+    ours = value_and_grads(op("chunked", window=window, offset=offset), *args)
+    assert_close(ours, value_and_grads(op("reference", window=window, offset=offset), *args))
+
+
+# Padding and packing
+
+
+def test_packed_equals_separate():
+    """Documents isolate both windows: outputs and gradients, whatever surrounds a document."""
+    window, args = 4, streams()
+    o, grads = value_and_grads(op("chunked", window=window, segment_ids=SEGMENT_IDS), *args)
+    cotangent = normal(9, *o.shape)
+
+    @jax.jit
+    def alone(args, cotangent):
+        o, pull = jax.vjp(op("reference", window=window), *args)
+        return o, *pull(cotangent)
+
+    for row, start, end in ((0, 3, 12), (0, 12, 33), (1, 0, 21), (1, 23, 32)):
+        part = (slice(row, row + 1), slice(start, end))
+        for a, b in zip((o, *grads), alone([x[part] for x in args], cotangent[part]), strict=True):
+            assert rel(a[part], b) < 2e-6
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_padding_never_leaks(impl):
+    pad = (SEGMENT_IDS == 0)[:, :, None, None]
+
+    @jax.jit
+    def run(args, cotangent):
+        o, pull = jax.vjp(op(impl, window=6, segment_ids=SEGMENT_IDS), *args)
+        return o, pull(cotangent)
+
+    args, cotangent = streams(), normal(9, 2, 37, 4, 8)
+    clean = run(args, cotangent)
+    dirty = run([np.where(pad, np.nan, x) for x in args], np.where(pad, np.nan, cotangent))
+    for a, b in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.asarray(a)[pad[:, :, 0, 0]].any()
+
+
+# Decode
+
+
+def ring_decode(q, k, v, k_fading, v_fading, q_fading, start, window, impl):
+    """All tokens from `start` [B] on, one by one, through the ring buffers.
+
+    One buffer [in-context ring | readable fading ring] and a pending ring: writing token i moves
+    the pending entry in slot i mod W, token i - W, to the readable ring.
+    """
+    batch, length = q.shape[:2]
+    rows = jnp.arange(batch)
+
+    def write(buffer, pending, here, fading, i):
+        slot = i % window
+        buffer = buffer.at[rows, slot].set(here)
+        buffer = buffer.at[rows, window + slot].set(pending[rows, slot])
+        return buffer, pending.at[rows, slot].set(fading)
+
+    def step(state, t):
+        i = start + t
+        at = jnp.minimum(i, length - 1)
+        k_state, v_state = (
+            write(*s, here[rows, at], fading[rows, at], i)
+            for s, here, fading in zip(state, (k, v), (k_fading, v_fading), strict=True)
+        )
+        o = two_window_decode(
+            q[rows, at],
+            k_state[0],
+            v_state[0],
+            jnp.minimum(i + 1, window),
+            jnp.clip(i - window + 1, 0, window),
+            q_fading=None if q_fading is None else q_fading[rows, at],
+            impl=impl,
+        )
+        return (k_state, v_state), o
+
+    def filled(x, x_fading):  # as a prefill of `start` tokens leaves them
+        buffer = np.full((batch, 2 * window, *x.shape[2:]), np.nan, np.float32)
+        pending = np.full((batch, window, *x.shape[2:]), np.nan, np.float32)
+        for b in range(batch):
+            for j in range(start[b]):
+                buffer[b, j % window] = x[b, j]
+                buffer[b, window + j % window] = pending[b, j % window]
+                pending[b, j % window] = x_fading[b, j]
+        return jnp.asarray(buffer), jnp.asarray(pending)
+
+    state = filled(k, k_fading), filled(v, v_fading)
+    steps = jnp.arange(length - min(start))
+    return np.asarray(jax.jit(lambda s: jax.lax.scan(step, s, steps)[1])(state))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("window", [1, 5])
+def test_ring_decode_equals_forward_past_two_windows(window, tied, impl):
+    args = tuple(jnp.asarray(x) for x in streams(3, 26))
+    q_fading = None if tied else args[5]
+    full = np.asarray(two_window_jit(*args[:5], window=window, q_fading=q_fading, impl="reference"))
+    start = np.array([0, 7, 13], np.int32)
+    steps = ring_decode(*args[:5], q_fading, start, window, impl)
+    for row, first in enumerate(start):
+        assert 26 > 2 * window + first or first > 2 * window
+        assert rel(steps[: 26 - first, row], full[row, first:]) < 2e-6
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_decode_of_an_empty_row_is_zero(tied):
+    q, k, v, *_, q_fading = (x[:, :8] for x in streams())
+    full, none = np.array([0, 4], np.int32), np.array([0, 2], np.int32)
+
+    def run(impl):
+        return jax.jit(
+            lambda q, k, v, q_fading: two_window_decode(
+                q, k, v, full, none, q_fading=None if tied else q_fading, impl=impl
+            )
+        )(q[:, 0], k, v, q_fading[:, 0])
+
+    assert not np.asarray(run("chunked")[0]).any()
+    assert_close(run("chunked"), run("reference"))
+
+
+# cuDNN
+
+
+def test_tied_decode_lowers_to_cudnn(cuda_lowering):  # noqa: F811
+    q, k, v, *_, q_fading = (jnp.asarray(x[:, :8], jnp.bfloat16) for x in streams())
+    lengths = jnp.array([4, 0], jnp.int32)
+    text = cuda_lowering(lambda *a: two_window_decode(*a, lengths, lengths), q[:, 0], k, v)
+    assert "__cudnn$fmhaSoftmax" in text and '"mask_type": "PADDING"' in text
+    text = cuda_lowering(
+        lambda *a: two_window_decode(*a[:3], lengths, lengths, q_fading=a[3]),
+        q[:, 0], k, v, q_fading[:, 0],
+    )  # fmt: skip
+    assert "cudnn" not in text
+    with pytest.raises(ValueError, match="q_fading is given"):
+        two_window_decode(q[:, 0], k, v, lengths, lengths, q_fading=q[:, 0], impl="cudnn")
+
+
+@pytest.mark.gpu
+def test_cudnn_decode_equals_reference():
+    q, k, v, *_ = (jnp.asarray(x, jnp.bfloat16) for x in streams(4, 128, 8, 2, 128))
+    lengths = jnp.array([0, 30, 64, 64]), jnp.array([0, 0, 1, 64])
+    ours = two_window_decode(q[:, 0], k, v, *lengths, impl="cudnn")
+    exact = two_window_decode(
+        *(x.astype(jnp.float32) for x in (q[:, 0], k, v)), *lengths, impl="reference"
+    )
+    assert_close(ours, exact, 1e-2)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 0}, "window must be at least 1"),
+        ({"k_fading": np.zeros((2, 36, 2, 8))}, "shape of k_fading"),
+        ({"q_fading": np.zeros((2, 36, 4, 8))}, "q_fading must have"),
+        (
+            {"k_fading": np.zeros((2, 37, 1, 8)), "v_fading": np.zeros((2, 37, 1, 8))},
+            "2 heads of k",
+        ),
+        ({"k": np.zeros((2, 38, 2, 8)), "v": np.zeros((2, 38, 2, 8))}, "k must hold 0 past"),
+        (
+            {"k": np.zeros((2, 30, 2, 8)), "v": np.zeros((2, 30, 2, 8)), "offset": np.zeros(2)},
+            "k must hold",
+        ),
+        ({"offset": np.zeros(1, np.int32)}, "one integer per row"),
+        ({"segment_ids": np.ones((2, 37)), "offset": np.zeros(2, np.int32)}, "leave them None"),
+        ({"impl": "cudnn"}, "no implementation 'cudnn'"),
+    ],
+)
+def test_bad_input(change, message):
+    names = "q", "k", "v", "k_fading", "v_fading", "q_fading"
+    arguments = dict(zip(names, streams(), strict=True)) | {"window": 4} | change
+    with pytest.raises(ValueError, match=message):
+        two_window_attention(**arguments)
+
+
+def test_bad_decode_input():
+    q, k, v, *_ = streams(length=8)
+    ones = np.ones(2, np.int32)
+    with pytest.raises(ValueError, match="q must be"):
+        two_window_decode(q, k, v, ones, ones)
+    with pytest.raises(ValueError, match="two rings of equal size"):
+        two_window_decode(q[:, 0], k[:, :7], v[:, :7], ones, ones)
+    with pytest.raises(ValueError, match="lengths_fading"):
+        two_window_decode(q[:, 0], k, v, ones, np.ones(3, np.int32))
+    with pytest.raises(ValueError, match="q_fading"):
+        two_window_decode(q[:, 0], k, v, ones, ones, q_fading=q)

@@ -1,0 +1,55 @@
+"""Every model case recorded from the original: float32 to 1e-4, bfloat16 no worse than its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.verify import Report, run_case, verify_dir
+from hmf_jax.loading import from_pretrained
+from tests.goldens import cases, expected, golden
+
+BF16_CASES = ("attn", "swa", "gka", "gdn", "m2", "bmf_gka_tied", "mixed_hd64")
+
+
+def load(directory: Path, dtype):
+    return from_pretrained(directory, dtype=dtype, progress=False)
+
+
+def failures(report: Report) -> str:
+    return "\n".join(str(c) for c in report.checks if not c.ok)
+
+
+@pytest.mark.parametrize("case", cases("model"))
+def test_float32(case: str):
+    directory = golden(case)
+    report = verify_dir(directory, load)
+    assert report.ok, failures(report)
+    compared = {c.name for c in report.checks}
+    recorded = {n for n in expected(directory) if n.startswith(("layers.", "state."))}
+    assert compared == recorded | {"logits", "logits (prefill)", "logits_tail", "decode"}
+
+
+@pytest.mark.parametrize("case", [c for c in cases("model") if c in BF16_CASES])
+def test_bfloat16(case: str):
+    report = verify_dir(golden(case), load, dtype="bfloat16")
+    assert report.ok, failures(report)
+    judged = {c.name for c in report.checks if c.tolerance is not None}
+    assert judged == {"logits", "logits (prefill)"}
+
+
+def test_a_wrong_model_fails():
+    directory = golden("swa")
+    case = json.loads((directory / "case.json").read_text())
+    recorded = expected(directory)
+    model = load(directory, jnp.float32)
+    model.layers[1].mixer.o_proj.kernel[...] *= 1.001
+    checks = {c.name: c for c in run_case(model, case, recorded)}
+    assert checks["layers.0.layer_out"].ok and checks["state.0.key_last4"].ok
+    assert not checks["layers.1.mixer_out"].ok and not checks["logits"].ok
+    assert not checks["decode"].ok
+    assert np.isclose(checks["layers.1.mixer_out"].error, 1e-3, rtol=0.02)

@@ -1,0 +1,293 @@
+"""Generation: equal to the full forward, rows independent, nothing compiled twice, clear errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from itertools import zip_longest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hmf_jax.config import HybridConfig
+from hmf_jax.generation import Decoder, generate, stream, warmup
+from hmf_jax.model import HybridLM
+from hmf_jax.sampling import SamplingParams
+from hmf_jax.sharding import make_mesh
+
+V = 320
+_compiled: list[str] = []
+
+
+def _count(event: str, _: float, **kwargs) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def build(kinds: tuple[str, ...], mesh=None) -> HybridLM:
+    """A random float32 model whose next-token distributions are far from flat."""
+    config = HybridConfig.preset("tiny", layer_kinds=kinds)
+    model = HybridLM.init(config, dtype=jnp.float32, mesh=mesh, seed=1)
+    assert model.lm_head is not None
+    model.lm_head.kernel.set_value(30 * model.lm_head.kernel[...])
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> HybridLM:
+    return build(("*", "GKA"))
+
+
+def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, V, n).tolist() for n in lengths]
+
+
+def check_greedy(model: HybridLM, prompts, generations) -> None:
+    """Every new token is the argmax of one full forward over prompt + output; so its logprob."""
+    rows = [p + g.tokens for p, g in zip(prompts, generations, strict=True)]
+    tokens = np.array(list(zip_longest(*rows, fillvalue=0))).T
+    mask = np.arange(tokens.shape[1]) < np.array([[len(r)] for r in rows])
+    forward = jax.jit(lambda m, t, s: m(t, segment_ids=s)[0])
+    logprobs = np.asarray(jax.nn.log_softmax(forward(model, tokens, mask.astype(np.int32)), -1))
+    for i, (prompt, g) in enumerate(zip(prompts, generations, strict=True)):
+        predicted = logprobs[i, len(prompt) - 1 : len(rows[i]) - 1]
+        assert predicted.argmax(-1).tolist() == g.tokens
+        np.testing.assert_allclose(g.logprobs, predicted.max(-1), atol=2e-3)
+
+
+def test_all_kinds_equal_the_full_forward():
+    """Different lengths in one batch, several chunks, and past two windows of 16."""
+    model = build(("*", "GKA", "GDN", "M2", "BMF", "SWA"))
+    prompts = prompts_of(1, 40, 70)
+    out = generate(model, prompts, max_new_tokens=70, prefill_chunk=32, logprobs=True)
+    assert [(len(g.tokens), g.finish_reason) for g in out] == [(70, "length")] * 3
+    check_greedy(model, prompts, out)
+
+
+def test_chunk_size_changes_nothing(model):
+    prompts = prompts_of(50, 3)
+    settings = dict(max_new_tokens=12, logprobs=True)
+    out = generate(model, prompts, prefill_chunk=7, **settings)
+    check_greedy(model, prompts, out)
+    other = generate(model, prompts, prefill_chunk=32, **settings)
+    assert [g.tokens for g in other] == [g.tokens for g in out]
+
+
+def test_a_row_does_not_depend_on_its_batch(model):
+    prompts = prompts_of(9, 31, 2, 17)
+    params = [
+        SamplingParams(temperature=0.8, seed=1),
+        SamplingParams(temperature=1.2, top_k=20, top_p=0.9, seed=1),
+        SamplingParams(repetition_penalty=1.3),
+        SamplingParams(temperature=0.8, min_p=0.05, repetition_penalty=1.1, seed=7),
+    ]
+    limits = [20, 5, 11, 20]
+
+    def run(rows: list[int]) -> list[list[int]]:
+        out = generate(
+            model,
+            [prompts[i] for i in rows],
+            sampling=[params[i] for i in rows],
+            max_new_tokens=[limits[i] for i in rows],
+        )
+        return [g.tokens for g in out]
+
+    alone = [run([i])[0] for i in range(4)]
+    assert [len(t) for t in alone] == limits
+    assert run([3, 1, 0]) == [alone[3], alone[1], alone[0]]
+    assert run([0, 3, 2, 1]) == [alone[0], alone[3], alone[2], alone[1]]
+
+
+def test_seeds(model):
+    prompt = prompts_of(9)[0]
+    hot = [SamplingParams(temperature=1.0, seed=s) for s in (1, 2, 1)]
+    a, b, c = (g.tokens for g in generate(model, [prompt] * 3, max_new_tokens=10, sampling=hot))
+    assert a == c and a != b
+
+
+def test_repetition_penalty_sees_prompt_and_output(model):
+    strong = SamplingParams(repetition_penalty=1e6)
+    prompt = prompts_of(30)[0]
+    (out,) = generate(model, [prompt], max_new_tokens=60, sampling=strong)
+    # Seen tokens are pushed to about 0 or far below; unseen ones with positive logits win.
+    assert len(set(out.tokens)) == 60 and not set(out.tokens) & set(prompt)
+
+
+def test_stream_yields_the_tokens_of_generate(model):
+    prompts = prompts_of(5, 12)
+    limits = [21, 4]
+    expected = [g.tokens for g in generate(model, prompts, max_new_tokens=limits)]
+    steps = list(stream(model, prompts, max_new_tokens=limits, tokens_per_dispatch=6))
+    assert [[len(new) for new in step] for step in steps] == [
+        [1, 1],
+        [6, 3],
+        [6, 0],
+        [6, 0],
+        [2, 0],
+    ]
+    assert [sum((step[i] for step in steps), []) for i in range(2)] == expected
+
+
+def test_end_tokens(model):
+    prompts = prompts_of(5, 12)
+    free = [g.tokens for g in generate(model, prompts, max_new_tokens=20, eos_ids=())]
+    end = free[0][6]
+    first = free[0].index(end)
+    absent = next(t for t in range(V) if t not in free[0] + free[1])
+    a, b = generate(model, prompts, max_new_tokens=20, eos_ids=[[absent, end], [absent]])
+    assert a.tokens == free[0][: first + 1] and a.finish_reason == "eos"
+    assert b.tokens == free[1] and b.finish_reason == "length"
+    (both,) = generate(model, prompts[:1], max_new_tokens=20, eos_ids=(absent, end))
+    assert both == a
+    (immediate,) = generate(model, prompts[:1], max_new_tokens=20, eos_ids=(free[0][0],))
+    assert immediate.tokens == free[0][:1] and immediate.finish_reason == "eos"
+    with_config = dataclasses.replace(model.config, eos_token_id=(absent, end))
+    leaves, tree = jax.tree.flatten(model)
+    same = jax.tree.unflatten(tree, leaves)
+    same.config = with_config
+    assert generate(same, prompts[:1], max_new_tokens=20)[0] == a
+
+
+def test_full_state_ends_a_row(model):
+    prompt = prompts_of(30)[0]
+    (free,) = generate(model, [prompt], max_new_tokens=20)
+    (out,) = generate(model, [prompt], max_new_tokens=20, capacity=40)
+    assert out.tokens == free.tokens[:10] and out.finish_reason == "capacity"
+    (exact,) = generate(model, [prompt], max_new_tokens=10, capacity=40)
+    assert exact.tokens == out.tokens and exact.finish_reason == "length"
+
+
+def test_num_iter_per_prompt(model):
+    prompt = prompts_of(20)[0]
+    one = {n: generate(model, [prompt], max_new_tokens=8, num_iter=n)[0].tokens for n in (0, 30)}
+    both = generate(model, [prompt] * 2, max_new_tokens=8, num_iter=[0, 30])
+    assert [g.tokens for g in both] == [one[0], one[30]]
+    assert one[0] != one[30]
+    assert generate(model, [prompt], max_new_tokens=8)[0].tokens == one[30]
+
+
+def test_second_prompt_compiles_nothing(model):
+    def run(length: int, **settings):
+        prompts = prompts_of(length, 3, seed=length)
+        return generate(model, prompts, max_new_tokens=9, prefill_chunk=32, **settings)
+
+    run(40)
+    before = len(_compiled)
+    run(61, num_iter=3, eos_ids=(1, 2, 3), sampling=SamplingParams(temperature=1.0, top_k=3))
+    run(35, logprobs=True, sampling=[SamplingParams(top_p=0.5, temperature=0.1), SamplingParams()])
+    assert len(_compiled) == before
+    run(300)  # another capacity: the counter does count
+    assert len(_compiled) > before
+
+
+def test_warmup_compiles_everything(model):
+    settings = dict(capacity=200, prefill_chunk=128)
+    warmup(model, **settings)
+    before = len(_compiled)
+    for length in (2, 70, 128, 129, 195):
+        generate(model, prompts_of(length), max_new_tokens=4, **settings)
+    assert len(_compiled) == before
+
+
+def test_continuing_a_decoder(model):
+    """Prompt, some output, then more tokens: the same as one prompt of all of them."""
+    first, second = prompts_of(11, 6, seed=3)
+    decoder = Decoder(model, 1, capacity=256)
+    ((tokens, _),) = decoder.start([first], max_new_tokens=50)
+    tokens = tokens + decoder.step(5)[0][0]
+    assert len(tokens) == 6
+    # The newest token is not in the state yet.
+    assert decoder.context == [first + tokens[:-1]]
+    decoder.stop(0)
+    assert not decoder.active and decoder.finish_reason == ["stop"]
+    assert decoder.step(5) == [([], [])]
+    ((new, _),) = decoder.start([second], max_new_tokens=8)
+    new = new + decoder.step()[0][0]
+    whole = first + tokens[:-1] + second
+    (expected,) = generate(model, [whole], max_new_tokens=8, capacity=256)
+    assert new == expected.tokens
+    assert decoder.context == [whole + new[:-1]]
+
+
+def test_stopping_one_row_leaves_the_other(model):
+    prompts = prompts_of(5, 12)
+    expected = generate(model, prompts[1:], max_new_tokens=20)[0].tokens
+    decoder = Decoder(model, 2, capacity=256)
+    got = decoder.start(prompts, max_new_tokens=20)[1][0]
+    decoder.stop(0)
+    while decoder.active:
+        (stopped, _), (more, _) = decoder.step(4)
+        assert stopped == []
+        got = got + more
+    assert got == expected
+
+
+def test_mesh_gives_the_same_tokens_and_compiles_once(model):
+    mesh = make_mesh(dp=2, tp=2, devices=jax.devices()[:4])
+    sharded = build(("*", "GKA"), mesh)
+    prompts = prompts_of(40, 9)
+    hot = [SamplingParams(temperature=0.9, top_p=0.9, seed=s) for s in (1, 2)]
+    settings = dict(max_new_tokens=8, prefill_chunk=32, sampling=hot)
+    expected = [g.tokens for g in generate(model, prompts, **settings)]
+    assert [g.tokens for g in generate(sharded, prompts, **settings)] == expected
+    before = len(_compiled)
+    generate(sharded, prompts_of(90, 3), **settings)
+    assert len(_compiled) == before
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, "at least one list"),
+        ([[]], {}, "Prompt 0 is empty"),
+        ([[1], []], {}, "Prompt 1 is empty"),
+        ([1, 2, 3], {}, r"Put a single prompt into a list: \[prompt\]"),
+        ([[0.5]], {}, "not integer token ids"),
+        ([[V]], {}, f"token id {V}, outside the vocabulary of {V}"),
+        ([[-1]], {}, "token id -1, outside"),
+        ([[1] * 40], {"capacity": 40}, "Prompt 0 has 40 tokens.* no room in a capacity of 40"),
+        ([[1] * 4096], {}, "no room in a capacity of 4096"),
+        ([[1]], {"capacity": 5000}, "more than max_position_embeddings=4096"),
+        ([[1]], {"capacity": 0}, "must be at least 1"),
+        ([[1]], {"prefill_chunk": 0}, "must be at least 1"),
+        ([[1]], {"num_iter": -1}, "num_iter=-1 must be a whole number >= 0"),
+        ([[1], [2]], {"num_iter": [3, -2]}, "num_iter=-2 must be"),
+        ([[1]], {"num_iter": 1.5}, "num_iter"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number >= 1"),
+        ([[1]], {"max_new_tokens": [1, 2]}, "max_new_tokens has 2 entries for 1 prompts"),
+        ([[1]], {"sampling": [SamplingParams()] * 2}, "2 sampling settings for 1 prompts"),
+        ([[1], [2]], {"eos_ids": [[1]]}, "1 lists of end tokens for 2 prompts"),
+    ],
+)
+def test_bad_input(model, prompts, settings, message):
+    before = len(_compiled)
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, **settings)
+    with pytest.raises(ValueError, match=message):
+        stream(model, prompts, **settings)  # at the call, not at the first next()
+    assert len(_compiled) <= before + 2  # nothing ran; an empty state may have been made
+
+
+def test_compilation_cache_serves_the_next_process(tmp_path):
+    code = (
+        "import jax, jax.numpy as jnp, hmf_jax.generation as g\n"
+        "hits = []\n"
+        "jax.monitoring.register_event_listener(lambda e, **k: hits.append(e))\n"
+        f"assert g.enable_compilation_cache({str(tmp_path)!r}).is_dir()\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "jax.jit(lambda x: jnp.tanh(x) @ x)(jnp.ones((8, 8)))\n"
+        "print(sum('cache_hits' in h for h in hits))\n"
+    )
+    run = [sys.executable, "-c", code]
+    hits = [subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ).stdout]
+    assert list(tmp_path.iterdir())
+    hits += [subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ).stdout]
+    assert int(hits[0]) == 0 and int(hits[1]) > 0
