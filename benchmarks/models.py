@@ -234,13 +234,13 @@ def compile_times(settings: Settings, *, inner_jit: bool, env: dict[str, Any]) -
     warm = dataclasses.replace(state, fresh=False)
     token = jax.ShapeDtypeStruct((settings.batch, 1), jnp.int32)
     tokens = jax.ShapeDtypeStruct((settings.batch, settings.length), jnp.int32)
+    options: dict[str, Any] = dict(num_iter=settings.num_iter, impl=settings.impl)
 
     def run(model: HybridLM, tokens: Array, state: ModelState):
-        return model(tokens, state=state, last_only=True, impl=settings.impl)
+        return model(tokens, state=state, last_only=True, **options)
 
     def grad(model: HybridLM, tokens: Array):
-        loss = lambda m: next_token_loss(m(tokens, impl=settings.impl)[0], tokens)  # noqa: E731
-        return jax.value_and_grad(loss)(model)
+        return jax.value_and_grad(lambda m: next_token_loss(m(tokens, **options)[0], tokens))(model)
 
     rows = []
     for pass_, fn, args in (

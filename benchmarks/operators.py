@@ -16,7 +16,6 @@ cast to float32 and with full-precision matrix products,
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -233,108 +232,118 @@ def measure(
     s = SHAPES[shape].per_device(tp)
     if pass_ == "decode" and op in RECURRENT:
         length = 1
-    case = functools.partial(_Case, op, impl, s, dtype, num_iter)
+    problem = _Problem(op, s, dtype, num_iter, pass_)
+    fn = problem.function(impl)
     windows = 3 * s.window if op == "two_window_attention" else 0
-    short = case(1, min(length, max(ERROR_TOKENS, windows)))
-    error = short.error(pass_)
-    ms = case(batch, length).milliseconds(pass_)
+    error = problem.error(fn, min(length, max(ERROR_TOKENS, windows)))
+    ms = problem.milliseconds(fn, batch, length)
     dims = dict(batch=batch, length=length, heads=s.heads, kv_heads=s.kv_heads, head_dim=s.head_dim)
     name = shape if tp == 1 else f"{shape} tp{tp}"
     return Row(op, impl, dtype, dims, num_iter, pass_, ms, error, case=name, **env)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Case:
-    """One operator on one problem."""
+class _Problem:
+    """One pass of one operator, for any batch and length."""
 
     name: str
-    impl: str
     shape: Shape
     dtype: str
     num_iter: int | None
-    batch: int
-    length: int
+    pass_: str
 
     @property
     def op(self) -> Operator:
         return OPERATORS[self.name]
 
-    def _normal(self, seed: int, length: int) -> Normal:
-        keys = iter(jax.random.split(jax.random.key(seed), 8))
-        return lambda *dims: jax.random.normal(next(keys), (self.batch, length, *dims), jnp.float32)
+    def function(self, impl: str) -> Callable[..., Any]:
+        """The jitted pass. "fwd": inputs -> output; "fwd_bwd": inputs -> (output, gradients);
+        "decode": (inputs, state) -> (outputs, state), token by token, the state donated."""
+        options: dict[str, Any] = dict(impl=impl, num_iter=self.num_iter)
 
-    def inputs(self, seed: int, length: int) -> Inputs:
-        x = self.op.inputs(self._normal(seed, length), self.shape)
-        return {n: a if n in self.op.float32 else a.astype(self.dtype) for n, a in x.items()}
+        def forward(x: Inputs) -> Array:
+            return self.op.run(x, self.shape, **options)
 
-    def state(self) -> Any:
-        """A state that 64 random tokens have built, or a cache of `length` keys."""
-        recurrent = self.name in RECURRENT
-        state = self.op.state(self._normal(99, 64 if recurrent else self.length), self.shape)
-        return state if recurrent else jax.tree.map(self._cast, state)
+        def forward_backward(x: Inputs) -> tuple[Array, Inputs]:
+            out, pull = jax.vjp(forward, x)
+            noise = jax.random.normal(jax.random.key(7), out.shape, jnp.float32)
+            return out, pull(noise.astype(out.dtype))[0]
+
+        def decode(x: Inputs, state: Any) -> tuple[Array, Any]:
+            tokens = {n: jnp.moveaxis(a, 1, 0) for n, a in x.items() if n not in self.op.weights}
+            weights = {n: x[n] for n in self.op.weights}
+
+            def step(state: Any, token: Inputs) -> tuple[Any, Array]:
+                out, state = self.op.step(token | weights, state, self.shape, **options)
+                return state, out
+
+            state, out = jax.lax.scan(step, state, tokens)
+            return out, state
+
+        if self.pass_ == "decode":
+            return jax.jit(decode, donate_argnums=1)
+        return jax.jit({"fwd": forward, "fwd_bwd": forward_backward}[self.pass_])
+
+    def inputs(self, seed: int, batch: int, length: int) -> Inputs:
+        @jax.jit
+        def make(key: Array) -> Inputs:
+            x = self.op.inputs(_normal(key, batch, length), self.shape)
+            return {n: a if n in self.op.float32 else self._cast(a) for n, a in x.items()}
+
+        return make(jax.random.key(seed))
+
+    def state(self, batch: int, length: int) -> Any:
+        """A state as 64 random tokens leave it, or a cache of `length` keys."""
+
+        @jax.jit
+        def make(key: Array) -> Any:
+            if self.name in RECURRENT:
+                return self.op.state(_normal(key, batch, 64), self.shape)
+            return jax.tree.map(self._cast, self.op.state(_normal(key, batch, length), self.shape))
+
+        return make(jax.random.key(99))
 
     def _cast(self, x: Array) -> Array:
         return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    def forward(self, x: Inputs, impl: str) -> tuple[Array]:
-        return (self.op.run(x, self.shape, impl=impl, num_iter=self.num_iter),)
-
-    def forward_backward(self, x: Inputs, impl: str) -> tuple[Array, Inputs]:
-        out, pull = jax.vjp(lambda x: self.forward(x, impl)[0], x)
-        noise = jax.random.normal(jax.random.key(7), out.shape).astype(out.dtype)
-        return out, pull(noise)[0]
-
-    def decode(self, x: Inputs, state: Any, impl: str) -> tuple[Array, Any]:
-        """x [B, T, ...]: one step after the other; output [B, T, H, D] and the state."""
-        tokens = {n: jnp.moveaxis(a, 1, 0) for n, a in x.items() if n not in self.op.weights}
-        weights = {n: x[n] for n in self.op.weights}
-
-        def step(state: Any, token: Inputs) -> tuple[Any, Array]:
-            out, state = self.op.step(
-                token | weights, state, self.shape, impl=impl, num_iter=self.num_iter
-            )
-            return state, out
-
-        state, out = jax.lax.scan(step, state, tokens)
-        return jnp.moveaxis(out, 0, 1), state
-
-    def milliseconds(self, pass_: str) -> float:
-        if pass_ != "decode":
-            fn = jax.jit(functools.partial(self._sequence(pass_), impl=self.impl))
-            return milliseconds(fn, [self.inputs(i, self.length) for i in range(SETS)])
-        loop = jax.jit(functools.partial(self.decode, impl=self.impl), donate_argnums=1)
-        state = self.state()
+    def milliseconds(self, fn: Callable[..., Any], batch: int, length: int) -> float:
+        if self.pass_ != "decode":
+            return milliseconds(fn, [self.inputs(i, batch, length) for i in range(SETS)])
+        state = self.state(batch, length)
 
         def call(x: Inputs) -> Array:
             nonlocal state
-            out, state = loop(x, state)
+            out, state = fn(x, state)
             return out
 
-        sets = [self.inputs(i, DECODE_STEPS) for i in range(SETS)]
+        sets = [self.inputs(i, batch, DECODE_STEPS) for i in range(SETS)]
         return milliseconds(call, sets) / DECODE_STEPS
 
-    def error(self, pass_: str) -> float:
-        """Worst relative error of what the pass returns (see the module)."""
-        if pass_ == "decode":
-            x, state = self.inputs(0, 1), self.state()
-            got = jax.jit(functools.partial(self.decode, impl=self.impl))(x, state)[0]
-            x, state = jax.tree.map(_up, (x, state))
+    def error(self, fn: Callable[..., Any], length: int) -> float:
+        """Worst relative error of what the pass returns (see the module), for one row."""
+        if self.pass_ == "decode":
+            x, state = self.inputs(0, 1, 1), self.state(1, length)
+            x32, state32 = jax.tree.map(_up, (x, state))
+            got = fn(x, state)[0]
             with jax.default_matmul_precision("highest"):
-                want = jax.jit(functools.partial(self.decode, impl="reference"))(x, state)[0]
+                want = self.function("reference")(x32, state32)[0]
         else:
-            oracle = "reference" if pass_ == "fwd" or self.name != "gka" else "chunked"
-            x, fn = self.inputs(0, self.length), self._sequence(pass_)
-            got = jax.jit(functools.partial(fn, impl=self.impl))(x)
+            solution = self.pass_ == "fwd_bwd" and self.name == "gka"
+            x = self.inputs(0, 1, length)
+            got = fn(x)
             with jax.default_matmul_precision("highest"):
-                want = jax.jit(functools.partial(fn, impl=oracle))(jax.tree.map(_up, x))
+                want = self.function("chunked" if solution else "reference")(jax.tree.map(_up, x))
         return max(jax.tree.leaves(jax.tree.map(_relative, got, want)))
 
-    def _sequence(self, pass_: str) -> Callable[..., Any]:
-        return {"fwd": self.forward, "fwd_bwd": self.forward_backward}[pass_]
+
+def _normal(key: Array, batch: int, length: int) -> Normal:
+    keys = iter(jax.random.split(key, 8))
+    return lambda *dims: jax.random.normal(next(keys), (batch, length, *dims), jnp.float32)
 
 
 def _up(x: Array) -> Array:
-    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    """A float32 copy (a copy even of float32: the original may be donated)."""
+    return jnp.array(x, jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
 
 
 def _relative(a: Array, b: Array) -> float:

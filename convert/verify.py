@@ -1,7 +1,7 @@
 """Compares a model with recorded outputs of the original: logits, hidden states, caches, decoding.
 
-A case directory holds a checkpoint, `case.json` and `expected.safetensors`. The model is used through
-four methods only (`__call__`, `trace`, `init_state`, `dtype`), so this module imports no model.
+A case directory holds a checkpoint, `case.json` and `expected.safetensors`. Of the model only
+`__call__`, `trace`, `init_state` and `dtype` are used, so this module imports no model.
 """
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ def run_case(
 ) -> list[Check]:
     """Runs one case and compares every recorded tensor.
 
-    The recorded tokens are run three ways: as one forward without a cache (`logits`, `logits_tail`), as
-    a prefill of L tokens (`logits (prefill)`, `layers.*`, `state.*`), and as 8 single steps after
-    it (`decode`), which must give what the original's decode gave, or its full forward where its own
-    cached decode is wrong (B'MOJO-F).
+    The recorded tokens are run three ways: as one forward without a cache (`logits`,
+    `logits_tail`), as a prefill of L tokens (`logits (prefill)`, `layers.*`, `state.*`), and as 8
+    single steps after it (`decode`), which must give what the original's decode gave, or its full
+    forward where its own cached decode is wrong (B'MOJO-F).
 
     Args:
       model: with `dtype`, `init_state(batch, capacity)`, `__call__(tokens, state=)` and

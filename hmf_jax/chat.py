@@ -6,7 +6,7 @@ The only file that knows text; everything below it (`hmf_jax.generation`) knows 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,7 @@ class ChatSession:
         assert self.last is not None
         return self.last
 
-    def stream(self, text: str) -> Iterator[str]:
+    def stream(self, text: str) -> Generator[str]:
         """Say something; the reply in pieces, as the model writes it (thinking with its tags).
 
         Closing the iterator early ends the reply there. `last` and `messages` are updated when it
@@ -246,7 +246,7 @@ class ChatSession:
         """
         return self._stream(text, 8)
 
-    def _stream(self, text: str, tokens_per_dispatch: int) -> Iterator[str]:
+    def _stream(self, text: str, tokens_per_dispatch: int) -> Generator[str]:
         messages = [*self.messages, {"role": "user", "content": text}]
         options = {} if self.thinking is None else {"enable_thinking": self.thinking}
         prompt = self.tokenizer.apply_chat_template(
@@ -265,7 +265,7 @@ class ChatSession:
 
     def _reply(
         self, messages, prompt: str, decoder: Decoder, first: Step, tokens_per_dispatch: int
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         stream = TextStream(self.tokenizer, self.stop, self.stop_ids)
         intact = True
         try:

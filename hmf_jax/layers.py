@@ -31,9 +31,19 @@ def linear(
     )
 
 
+def exact_dtype(dtype):
+    """What states, gates and norms are computed in: float32 (float64 in float64 models)."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def exact(x: Array) -> Array:
+    """x in `exact_dtype`."""
+    return x.astype(exact_dtype(x.dtype))
+
+
 def rms(x: Array, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
-    x = x.astype(jnp.float32)
+    x = exact(x)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
@@ -57,9 +67,9 @@ class OutputNorm(nnx.Module):
 
     def __call__(self, x: Array, gate: Array | None) -> Array:
         """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
-        y = rms(x, self.eps) * self.weight[...].astype(jnp.float32)
+        y = rms(x, self.eps) * exact(self.weight[...])
         if gate is not None:
-            y = y * jax.nn.silu(gate.astype(jnp.float32))
+            y = y * jax.nn.silu(exact(gate))
         return y.astype(x.dtype)
 
 
@@ -72,8 +82,8 @@ class GatedGroupNorm(nnx.Module):
 
     def __call__(self, x: Array, gate: Array) -> Array:
         """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
-        y = rms(x.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32)), self.eps)
-        weight = self.weight[...].astype(jnp.float32).reshape(x.shape[-2:])
+        y = rms(exact(x) * jax.nn.silu(exact(gate)), self.eps)
+        weight = exact(self.weight[...]).reshape(x.shape[-2:])
         return (y * weight).astype(x.dtype)
 
 
@@ -102,7 +112,7 @@ def merge_heads(x: Array) -> Array:
 
 def log_decay(A_log: Array, x: Array, dt_bias: Array) -> tuple[Array, Array]:
     """Step size softplus(x + dt_bias) and log-decay -exp(A_log) * step, both float32 [B, T, H]."""
-    step = jax.nn.softplus(x.astype(jnp.float32) + dt_bias)
+    step = jax.nn.softplus(exact(x) + dt_bias)
     return step, -jnp.exp(A_log) * step
 
 
@@ -165,5 +175,5 @@ def rope_table(positions: Array, config: HybridConfig) -> tuple[Array, Array]:
 def apply_rope(x: Array, table: tuple[Array, Array]) -> Array:
     """Rotate the two halves of x [B, T, H, D] (half-split convention), float32 inside."""
     cos, sin = table
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(exact(x), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -6,6 +6,7 @@ An Orbax directory of ours holds `config.json`, `params/` (sharded arrays, resto
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -65,10 +66,11 @@ def from_pretrained(
     if num_iter is not None:
         if config.gka is None:
             raise ValueError(f"{directory} has no GKA layers: leave num_iter out")
-        config = config.override({"gka_config.num_iter": num_iter})
+        gka = dataclasses.replace(config.gka, num_iter=num_iter)
+        config = dataclasses.replace(config, gka=gka)
     mesh = for_model(mesh, config)
     stored = None
-    if dtype is None or dtype == "auto":
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         stored = _held_dtypes(directory, config)
         dtype = stored["embed_tokens.embedding"]
     model = nnx.eval_shape(lambda: HybridLM(config, dtype=dtype, mesh=mesh))

@@ -93,11 +93,12 @@ class HybridLM(nnx.Module):
     ) -> HybridLM:
         """A model with random parameters, each made on its own shards."""
 
-        def build(seed: Array) -> HybridLM:
-            return cls(config, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(jax.random.key(seed)))
+        def build() -> HybridLM:
+            return cls(config, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(seed))
 
-        abstract = jax.eval_shape(build, jnp.uint32(0))
-        return jax.jit(build, out_shardings=abstract.shardings())(jnp.uint32(seed))
+        if mesh is None:
+            return build()
+        return jax.jit(build, out_shardings=jax.eval_shape(build).shardings())()
 
     def shardings(self) -> Any:
         """A pytree like the model with the sharding of each parameter (None without a mesh)."""

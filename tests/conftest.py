@@ -1,11 +1,17 @@
-"""Eight fake CPU devices for the sharding tests; markers."""
+"""Eight fake CPU devices for the sharding tests, quick compilation, markers."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Programs here are small and run a few times: what costs is compiling them, so optimise little.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
 )
 
 import jax

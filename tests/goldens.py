@@ -39,6 +39,12 @@ def cases(kind: str) -> list[Any]:
     return names or [pytest.param("", marks=pytest.mark.skip(reason=MISSING), id="missing")]
 
 
+def recorded(name: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """config.json and the tensor shapes of one case's checkpoint, without unpacking it."""
+    case = _cases()[name]
+    return case["config"], {n: tuple(shape) for n, shape in case["shapes"].items()}
+
+
 @functools.cache
 def _target() -> Path:
     path = Path(tempfile.mkdtemp(prefix="goldens-"))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from itertools import zip_longest
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ V = 320
 _compiled: list[str] = []
 
 
-def _count(event: str, _: float, **kwargs) -> None:
+def _count(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
         _compiled.append(event)
 
@@ -74,7 +75,7 @@ def test_all_kinds_equal_the_full_forward():
 
 def test_chunk_size_changes_nothing(model):
     prompts = prompts_of(50, 3)
-    settings = dict(max_new_tokens=12, logprobs=True)
+    settings: dict[str, Any] = dict(max_new_tokens=12, logprobs=True)
     out = generate(model, prompts, prefill_chunk=7, **settings)
     check_greedy(model, prompts, out)
     other = generate(model, prompts, prefill_chunk=32, **settings)
@@ -189,7 +190,7 @@ def test_second_prompt_compiles_nothing(model):
 
 
 def test_warmup_compiles_everything(model):
-    settings = dict(capacity=200, prefill_chunk=128)
+    settings: dict[str, Any] = dict(capacity=200, prefill_chunk=128)
     warmup(model, **settings)
     before = len(_compiled)
     for length in (2, 70, 128, 129, 195):
@@ -235,7 +236,7 @@ def test_mesh_gives_the_same_tokens_and_compiles_once(model):
     sharded = build(("*", "GKA"), mesh)
     prompts = prompts_of(40, 9)
     hot = [SamplingParams(temperature=0.9, top_p=0.9, seed=s) for s in (1, 2)]
-    settings = dict(max_new_tokens=8, prefill_chunk=32, sampling=hot)
+    settings: dict[str, Any] = dict(max_new_tokens=8, prefill_chunk=32, sampling=hot)
     expected = [g.tokens for g in generate(model, prompts, **settings)]
     assert [g.tokens for g in generate(sharded, prompts, **settings)] == expected
     before = len(_compiled)

@@ -32,3 +32,34 @@ def tiny_config(kinds: tuple[str, ...], **changes):
         bmojo=BMojoConfig(window_size=4, tie_attn_weights=True, ssm_mixer="GKA"),
     )
     return HybridConfig(**{**fields, **changes})
+
+
+def random_model(config, dtype, seed: int = 0):
+    """A model whose every parameter matters (a fresh one hardly uses its convolutions and gates)."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from hmf_jax.model import HybridLM
+
+    rng = np.random.default_rng(seed)
+    model = nnx.eval_shape(lambda: HybridLM(config, dtype=dtype))
+
+    def value(path, p: nnx.Variable) -> nnx.Variable:
+        name, x = str(path), rng.standard_normal(p.shape)
+        if "A_log" in name:
+            x = 0.3 + 0.8 * x
+        elif "dt_bias" in name:
+            x = 0.8 * x - 3.0
+        elif "_rep" in name:
+            x = np.kron(np.eye(p.shape[1]), np.ones((p.shape[0] // p.shape[1], 1))) + 0.2 * x
+        elif "conv1d" in name or "bias" in name:
+            x = 0.4 * x
+        elif len(p.shape) == 1:
+            x = np.maximum(1 + 0.25 * x, 0.2)
+        elif "embed" not in name:
+            x = x / p.shape[0] ** 0.5
+        return p.replace(jnp.asarray(x, p.dtype))
+
+    is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(value, model, is_leaf=is_param)

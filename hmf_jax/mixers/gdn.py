@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from hmf_jax.config import GDNConfig, HybridConfig
-from hmf_jax.layers import linear, log_decay, split_heads
+from hmf_jax.layers import exact, linear, log_decay, split_heads
 from hmf_jax.mixers.base import Array, Context
 from hmf_jax.mixers.linear import GatedLinearMixer, l2_normalize
 from hmf_jax.state import GDNState
@@ -44,7 +43,7 @@ class GatedDeltaNet(GatedLinearMixer):
         k = l2_normalize(self.expand(k, self.proj_k, self.k_rep), 1e-6, under_root=True)
         v = self.expand(v, self.proj_v, self.v_rep)
         q, k = q.astype(v.dtype), k.astype(v.dtype)
-        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
+        beta = jax.nn.sigmoid(exact(self.b_proj(x)))
         if self.c.allow_neg_eigval:
             beta = 2.0 * beta
         g = log_decay(self.A_log[...], self.gk_proj(x), self.dt_bias[...])[1]
@@ -69,4 +68,4 @@ class GatedDeltaNet(GatedLinearMixer):
 
     def init_state(self, batch: int, capacity: int, dtype, mesh) -> GDNState:
         """Zeros; the size does not depend on capacity."""
-        return GDNState(*self.conv_states(batch, dtype, mesh), self.matrix(batch, mesh))
+        return GDNState(*self.conv_states(batch, dtype, mesh), self.matrix(batch, dtype, mesh))

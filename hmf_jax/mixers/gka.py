@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from hmf_jax.config import GKAConfig, HybridConfig
-from hmf_jax.layers import linear, log_decay, split_heads
+from hmf_jax.layers import exact, linear, log_decay, split_heads
 from hmf_jax.mixers.base import Array, Context
 from hmf_jax.mixers.linear import GatedLinearMixer, l2_normalize
 from hmf_jax.state import GKAState
@@ -51,9 +50,9 @@ class GatedKalmaNet(GatedLinearMixer):
 
         alpha = beta = g = None
         if self.alpha_proj is not None:
-            alpha = jax.nn.sigmoid(self.alpha_proj(x).astype(jnp.float32))
+            alpha = jax.nn.sigmoid(exact(self.alpha_proj(x)))
         if self.b_proj is not None:
-            beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32)) + 1e-6
+            beta = jax.nn.sigmoid(exact(self.b_proj(x))) + 1e-6
         if c.use_forgetting_gate:
             g = log_decay(self.A_log[...], self.a_proj(x), self.dt_bias[...])[1]
 
@@ -90,4 +89,4 @@ class GatedKalmaNet(GatedLinearMixer):
     def init_state(self, batch: int, capacity: int, dtype, mesh) -> GKAState:
         """Zeros; the size does not depend on capacity."""
         convs = self.conv_states(batch, dtype, mesh)
-        return GKAState(*convs, self.matrix(batch, mesh), self.matrix(batch, mesh))
+        return GKAState(*convs, self.matrix(batch, dtype, mesh), self.matrix(batch, dtype, mesh))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hmf_jax.config import GDNConfig, GKAConfig, HybridConfig
-from hmf_jax.layers import OutputNorm, decay_params, linear, merge_heads, split_heads
+from hmf_jax.layers import OutputNorm, decay_params, exact, exact_dtype, linear, merge_heads, split_heads
 from hmf_jax.mixers.base import Array, Context, zeros
 from pallas_kernels import causal_conv1d
 
@@ -138,10 +138,10 @@ class GatedLinearMixer(nnx.Module):
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         return [None if conv is None else conv.init_state(batch, dtype, mesh) for conv in convs]
 
-    def matrix(self, batch: int, mesh) -> Array:
-        """An empty float32 state [B, H, D, D]."""
+    def matrix(self, batch: int, dtype, mesh) -> Array:
+        """An empty float32 state [B, H, D, D] (float64 in float64 models)."""
         shape = (batch, self.heads, self.head_dim, self.head_dim)
-        return zeros(shape, ("batch", "heads", None, None), jnp.float32, mesh)
+        return zeros(shape, ("batch", "heads", None, None), exact_dtype(dtype), mesh)
 
 
 def l2_normalize(x: Array, eps: float, *, under_root: bool) -> Array:
@@ -149,7 +149,7 @@ def l2_normalize(x: Array, eps: float, *, under_root: bool) -> Array:
 
     Zero vectors stay zero: GKA adds eps to the norm, GDN adds it under the root.
     """
-    x = x.astype(jnp.float32)
+    x = exact(x)
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     if under_root:
         return x * jax.lax.rsqrt(square + eps)

@@ -11,6 +11,7 @@ from hmf_jax.layers import (
     RMSNorm,
     apply_rope,
     decay_params,
+    exact_dtype,
     linear,
     log_decay,
     merge_heads,
@@ -109,6 +110,6 @@ class Mamba2(nnx.Module):
         dims = ("batch", "heads", None, None)
         return Mamba2State(
             *convs,
-            zeros(shape, dims, jnp.float32, mesh),
-            zeros(shape[:2], dims[:2], jnp.float32, mesh),
+            zeros(shape, dims, exact_dtype(dtype), mesh),
+            zeros(shape[:2], dims[:2], exact_dtype(dtype), mesh),
         )

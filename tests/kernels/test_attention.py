@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,12 @@ from pallas_kernels.attention import attention, chunked, cudnn, decode_attention
 from tests.util import rel
 
 # Documents of 9 and 21 tokens with padding before, between and after them.
-SEGMENT_IDS = np.array(
+SEGMENT_IDS = jnp.array(
     [[0] * 3 + [1] * 9 + [2] * 21 + [0] * 4, [5] * 21 + [0] * 2 + [4] * 9 + [0] * 5]
 )
-KEYWORDS = {
+KEYWORDS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "lengths": {"kv_lengths": np.array([37, 21], np.int32)},
+    "lengths": {"kv_lengths": jnp.array([37, 21])},
     "packed": {"segment_ids": SEGMENT_IDS},
 }
 
@@ -35,28 +36,40 @@ def small_blocks():
         yield
 
 
-def normal(seed: int, *shape: int, dtype=np.float32) -> np.ndarray:
+def normal(seed: int, *shape: int, dtype: Any = np.float32) -> Any:
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-def qkv(batch=2, length=37, heads=4, kv_heads=2, dim=8, keys=None, dtype=np.float32):
+def qkv(
+    batch=2, length=37, heads=4, kv_heads=2, dim=8, keys=None, dtype: Any = np.float32
+) -> tuple[Any, Any, Any]:
     keys = length if keys is None else keys
     shapes = (length, heads), (keys, kv_heads), (keys, kv_heads)
-    return tuple(normal(i, batch, *shape, dim, dtype=dtype) for i, shape in enumerate(shapes))
+    q, k, v = (normal(i, batch, *shape, dim, dtype=dtype) for i, shape in enumerate(shapes))
+    return q, k, v
 
 
-def value_and_grads(op, *args):
+def value_and_grads(op, *args, cotangent=None):
     """Output of `op` and the gradients of a fixed linear function of it."""
+    o, pull = jax.vjp(op, *args)
+    return o, *pull(jnp.asarray(normal(9, *o.shape) if cotangent is None else cotangent, o.dtype))
 
-    def run(*args):
-        o, pull = jax.vjp(op, *args)
-        return o, pull(jnp.asarray(normal(9, *o.shape), o.dtype))
 
-    return jax.jit(run)(*args)
+QUICK = {"xla_backend_optimization_level": 0}  # the tests spend their time in the compiler
+compiled = jax.jit(value_and_grads, static_argnums=0, compiler_options=QUICK)
+
+
+def assert_equals_reference(op, *args, limit=2e-6):
+    """op(impl) is a function of `args`: outputs and gradients agree. Returns ours."""
+    ours = compiled(op("chunked"), *args)
+    assert_close(ours, compiled(op("reference"), *args), limit)
+    return ours
 
 
 attention_jit = jax.jit(
-    functools.partial(attention, impl="chunked"), static_argnames=("window", "past", "scale")
+    functools.partial(attention, impl="chunked"),
+    static_argnames=("window", "past", "scale"),
+    compiler_options=QUICK,
 )
 
 
@@ -78,7 +91,7 @@ def test_chunked_equals_reference(window, keywords):
         return lambda *a: attention(*a, window=window, impl=impl, **KEYWORDS[keywords])
 
     args = qkv()
-    assert_close(value_and_grads(op("chunked"), *args), value_and_grads(op("reference"), *args))
+    assert_equals_reference(op, *args)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +103,14 @@ def test_shapes(length, heads, kv_heads, dim, window):
         return lambda *a: attention(*a, window=window, impl=impl)
 
     args = qkv(1, length, heads, kv_heads, dim)
-    assert_close(value_and_grads(op("chunked"), *args), value_and_grads(op("reference"), *args))
+    assert_equals_reference(op, *args)
 
 
 def test_window_counts_the_token_itself():
     """Zero queries weigh all visible keys alike: the output lists them."""
     length, window = 9, 3
-    v = np.eye(length, dtype=np.float32)[None, :, None]
-    q = np.zeros_like(v)
+    v = jnp.eye(length)[None, :, None]
+    q = jnp.zeros_like(v)
     for impl in ("chunked", "reference"):
         weights = np.asarray(attention(q, q, v, window=window, impl=impl))[0, :, 0]
         for i in range(length):
@@ -122,32 +135,29 @@ def test_scale():
 def test_float64_stays_float64():
     with jax.enable_x64(True):
         args = qkv(dtype=np.float64)
-        a, b = (
-            value_and_grads(lambda *x, impl=impl: attention(*x, window=11, impl=impl), *args)
-            for impl in ("chunked", "reference")
+        ours = assert_equals_reference(
+            lambda impl: functools.partial(attention, window=11, impl=impl), *args, limit=1e-14
         )
-        assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(a))
-        assert_close(a, b, 1e-14)
+        assert all(x.dtype == jnp.float64 for x in ours)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_bfloat16_in_and_out(impl):
-    args = qkv()
-    small = [jnp.asarray(x, jnp.bfloat16) for x in args]
-    o, grads = value_and_grads(lambda *a: attention(*a, window=20, impl=impl), *small)
+    args = [jnp.asarray(x, jnp.bfloat16) for x in qkv()]
+    ours = compiled(functools.partial(attention, window=20, impl=impl), *args)
     exact = value_and_grads(
-        lambda *a: attention(*a, window=20, impl="reference"),
-        *(np.asarray(x, np.float32) for x in small),
+        functools.partial(attention, window=20, impl="reference"),
+        *(np.asarray(x, np.float32) for x in args),
     )
-    assert all(x.dtype == jnp.bfloat16 for x in (o, *grads))
-    assert rel(o, exact[0]) < 5e-3
-    assert all(rel(a, b) < 2e-2 for a, b in zip(grads, exact[1], strict=True))
+    assert all(x.dtype == jnp.bfloat16 for x in ours)
+    for a, b, limit in zip(ours, exact, (5e-3, 2e-2, 2e-2, 2e-2), strict=True):
+        assert rel(a, b) < limit
 
 
 def test_zero_keys_give_the_mean():
     _, _, v = qkv(heads=2)
     q = np.zeros_like(v)
-    o, grads = value_and_grads(attention, q, q, v)
+    o, *grads = compiled(functools.partial(attention, impl="chunked"), q, q, v)
     mean = np.cumsum(v, axis=1) / np.arange(1, 38)[:, None, None]
     assert rel(o, mean) < 1e-6
     assert all(np.isfinite(x).all() for x in grads)
@@ -165,7 +175,7 @@ def chronological(x: np.ndarray, start: int, past: int, length: int) -> np.ndarr
 
 @settings(max_examples=25, deadline=None)
 @given(
-    pieces=st.lists(st.sampled_from([1, 4, 11]), min_size=1, max_size=6),
+    pieces=st.lists(st.sampled_from([1, 9]), min_size=1, max_size=7),
     window=st.sampled_from([None, 7, 50]),
     layout=st.sampled_from(["cache", "past"]),
 )
@@ -180,9 +190,9 @@ def test_any_split_equals_the_whole(pieces, window, layout):
         else:
             past = 66 if window is None else window - 1
             keys = [chronological(x, start, past, length) for x in (k, v)]
-        offset = np.full(2, start, np.int32)
+        offset = jnp.full(2, start)
         outputs.append(
-            chunked_jit(
+            attention_jit(
                 q[:, start : start + length], *keys, window=window, offset=offset, past=past
             )
         )
@@ -199,7 +209,7 @@ def whole(window):
     ("past", "window"), [(None, None), (None, 6), (0, 6), (12, None), (12, 1), (12, 40)]
 )
 def test_rows_at_different_offsets(past, window):
-    offset = np.array([0, 5, 21], np.int32)
+    offset = jnp.array([0, 5, 21])
     length = 19
     keys = 48 if past is None else past + length
 
@@ -207,9 +217,7 @@ def test_rows_at_different_offsets(past, window):
         return lambda *a: attention(*a, window=window, offset=offset, past=past, impl=impl)
 
     args = qkv(3, length, keys=keys)
-    ours = value_and_grads(op("chunked"), *args)
-    assert_close(ours, value_and_grads(op("reference"), *args))
-    d_k = ours[1][1]
+    _, _, d_k, _ = assert_equals_reference(op, *args)
     if past:  # the first row has no past yet
         assert not np.asarray(d_k)[0, :past].any()
         assert np.asarray(d_k)[2, :past].any() == (window != 1)
@@ -222,20 +230,14 @@ def test_rows_at_different_offsets(past, window):
 def test_packed_equals_separate(window):
     """Outputs and gradients, whatever surrounds a document."""
     args = qkv()
-    o, grads = value_and_grads(
-        lambda *a: attention(*a, window=window, segment_ids=SEGMENT_IDS, impl="chunked"), *args
-    )
-    cotangent = normal(9, *o.shape)
-
-    @jax.jit
-    def alone(args, cotangent):
-        o, pull = jax.vjp(lambda *a: attention(*a, window=window, impl="reference"), *args)
-        return o, *pull(cotangent)
-
+    packed = functools.partial(attention, window=window, segment_ids=SEGMENT_IDS, impl="chunked")
+    alone = functools.partial(attention, window=window, impl="reference")
+    cotangent = normal(9, *args[0].shape)
+    ours = compiled(packed, *args, cotangent=cotangent)
     for row, start, end in ((0, 3, 12), (0, 12, 33), (1, 0, 21), (1, 23, 32)):
         part = (slice(row, row + 1), slice(start, end))
-        expected = alone([x[part] for x in args], cotangent[part])
-        for a, b in zip((o, *grads), expected, strict=True):
+        expected = compiled(alone, *(x[part] for x in args), cotangent=cotangent[part])
+        for a, b in zip(ours, expected, strict=True):
             assert rel(a[part], b) < 2e-6
 
 
@@ -249,17 +251,12 @@ def test_padding_never_leaks(keywords, impl):
     else:
         pad = kwargs["segment_ids"] == 0
     args = qkv()
-    holes = [np.where(pad[:, :, None, None], np.nan, x) for x in args]
-
-    @jax.jit
-    def run(args, cotangent):
-        o, pull = jax.vjp(lambda *a: attention(*a, impl=impl, **kwargs), *args)
-        return o, pull(cotangent)
-
+    op = functools.partial(attention, impl=impl, **kwargs)
     cotangent = normal(9, *args[0].shape)
-    clean = run(args, cotangent)
-    dirty = run(holes, np.where(pad[:, :, None, None], np.nan, cotangent))
-    for a, b in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
+    clean = compiled(op, *args, cotangent=cotangent)
+    holes = (np.where(pad[:, :, None, None], np.nan, x) for x in (*args, cotangent))
+    dirty = compiled(op, *(next(holes) for _ in args), cotangent=next(holes))
+    for a, b in zip(dirty, clean, strict=True):
         np.testing.assert_array_equal(a, b)
         assert not np.asarray(a)[pad].any()
 
@@ -277,7 +274,7 @@ def test_same_id_after_another_document_is_a_new_document():
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_decode_equals_the_last_row_of_attention(impl):
-    lengths = np.array([1, 13, 37], np.int32)
+    lengths = jnp.array([1, 13, 37])
     q, k, v = qkv(3)
     order = np.random.default_rng(0).permutation(37)
     used = order < lengths[:, None]  # token order[j] lies in entry j; rubbish behind the prefix
@@ -298,23 +295,18 @@ def test_decode_equals_the_last_row_of_attention(impl):
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_decode_of_an_empty_row_is_zero(impl):
     q, k, v = qkv(2, 20)
-    o, grads = value_and_grads(
-        lambda *a: decode_attention(*a, np.array([0, 20], np.int32), impl=impl), q[:, 0], k, v
-    )
-    assert not np.asarray(o[0]).any() and np.asarray(o[1]).any()
-    assert all(np.isfinite(x).all() and not np.asarray(x[0]).any() for x in grads)
+    lengths = jnp.array([0, 20])
+    results = compiled(lambda q, k, v: decode_attention(q, k, v, lengths, impl=impl), q[:, 0], k, v)
+    for x in results:
+        assert np.isfinite(x).all() and not np.asarray(x[0]).any() and np.asarray(x[1]).any()
 
 
 def test_decode_gradients():
-    lengths = np.array([3, 20], np.int32)
     q, k, v = qkv(2, 20)
-    ours, dense = (
-        value_and_grads(
-            lambda *a, impl=impl: decode_attention(*a, lengths, impl=impl), q[:, 0], k, v
-        )
-        for impl in ("chunked", "reference")
+    lengths = jnp.array([3, 20])
+    assert_equals_reference(
+        lambda impl: lambda q, k, v: decode_attention(q, k, v, lengths, impl=impl), q[:, 0], k, v
     )
-    assert_close(ours, dense)
 
 
 # Sizes
@@ -323,12 +315,9 @@ def test_decode_gradients():
 def test_real_block_sizes(monkeypatch):
     monkeypatch.setattr(chunked, "QUERY_BLOCK", 256)
     monkeypatch.setattr(chunked, "SCORES_PER_BLOCK", 2**18)
-    args = qkv(1, 1100, 2, 1, 8)
-    ours, dense = (
-        value_and_grads(lambda *a, impl=impl: attention(*a, impl=impl), *args)
-        for impl in ("chunked", "reference")
+    assert_equals_reference(
+        lambda impl: functools.partial(attention, impl=impl), *qkv(1, 1100, 2, 1, 8)
     )
-    assert_close(ours, dense)
 
 
 @pytest.mark.parametrize("window", [None, 64])
@@ -342,7 +331,9 @@ def test_memory_is_linear(window, monkeypatch):
     def temporaries(length):
         x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     assert temporaries(65536) < 2.5 * temporaries(32768) < 2**28  # one score matrix: 2**32
 
@@ -351,16 +342,16 @@ def test_memory_is_linear(window, monkeypatch):
 
 
 def test_cudnn_is_refused_with_a_reason():
-    args = [jnp.asarray(x, jnp.bfloat16) for x in qkv()]
+    q, k, v = args = [jnp.asarray(x, jnp.bfloat16) for x in qkv()]
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
             attention(*args, impl="cudnn")
         with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
-            decode_attention(args[0][:, 0], *args[1:], jnp.array([1, 2]), impl="cudnn")
+            decode_attention(q[:, 0], k, v, jnp.array([1, 2]), impl="cudnn")
     with pytest.raises(ValueError, match="segment_ids"):
-        attention(*args, segment_ids=np.ones((2, 37), np.int32), impl="cudnn")
+        attention(*args, segment_ids=jnp.ones((2, 37), int), impl="cudnn")
     with pytest.raises(ValueError, match="offset"):
-        attention(*args, offset=np.zeros(2, np.int32), impl="cudnn")
+        attention(*args, offset=jnp.zeros(2, int), impl="cudnn")
     with pytest.raises(ValueError, match="no implementation 'mosaic'"):
         attention(*args, impl="mosaic")
 
@@ -399,9 +390,9 @@ def test_cudnn_lowers_for_cuda(cuda_lowering):
 def test_cudnn_takes_what_it_can(cuda_lowering):
     good = [jnp.zeros((1, 4, 2, 64), jnp.bfloat16)] * 3
     assert cudnn.why_not(*good) is None
-    assert "bfloat16" in cudnn.why_not(*(x.astype(jnp.float32) for x in good))
-    assert "head_dim" in cudnn.why_not(*(x[..., :60] for x in good))
-    assert "head_dim" in cudnn.why_not(*(jnp.tile(x, 3) for x in good))
+    assert "bfloat16" in str(cudnn.why_not(*(x.astype(jnp.float32) for x in good)))
+    assert "head_dim" in str(cudnn.why_not(*(x[..., :60] for x in good)))
+    assert "head_dim" in str(cudnn.why_not(*(jnp.tile(x, 3) for x in good)))
 
 
 @pytest.mark.gpu
@@ -410,9 +401,9 @@ def test_cudnn_takes_what_it_can(cuda_lowering):
 def test_cudnn_equals_reference(window, lengths):
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(3, 300, 8, 2, 128))
     kwargs = {"window": window, "kv_lengths": None if lengths is None else jnp.array(lengths)}
-    ours = value_and_grads(lambda *a: attention(*a, impl="cudnn", **kwargs), q, k, v)
+    ours = compiled(functools.partial(attention, impl="cudnn", **kwargs), q, k, v)
     exact = value_and_grads(
-        lambda *a: attention(*a, impl="reference", **kwargs),
+        functools.partial(attention, impl="reference", **kwargs),
         *(x.astype(jnp.float32) for x in (q, k, v)),
     )
     assert_close(ours, exact, 1e-2)
@@ -423,9 +414,8 @@ def test_cudnn_decode_equals_reference():
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(4, 500, 8, 2, 128))
     lengths = jnp.array([0, 1, 77, 500])
     ours = decode_attention(q[:, 0], k, v, lengths, impl="cudnn")
-    exact = decode_attention(
-        *(x.astype(jnp.float32) for x in (q[:, 0], k, v)), lengths, impl="reference"
-    )
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    exact = decode_attention(q[:, 0], k, v, lengths, impl="reference")
     assert_close(ours, exact, 1e-2)
 
 
@@ -442,15 +432,15 @@ def test_cudnn_decode_equals_reference():
         ({"k": np.zeros((2, 40, 2, 8)), "v": np.zeros((2, 40, 2, 8))}, "0 past and 37 new"),
         ({"window": 0}, "window must be at least 1"),
         ({"past": 3}, "needs offset"),
-        ({"past": 3, "offset": np.zeros(2, np.int32)}, "3 past and 37 new"),
-        ({"offset": np.zeros(3, np.int32)}, "one integer per row"),
+        ({"past": 3, "offset": jnp.zeros(2, int)}, "3 past and 37 new"),
+        ({"offset": jnp.zeros(3, int)}, "one integer per row"),
         ({"kv_lengths": np.zeros((2, 1), np.int32)}, "one integer per row"),
-        ({"segment_ids": np.ones((2, 36), np.int32)}, "segment_ids must be"),
+        ({"segment_ids": jnp.ones((2, 36), int)}, "segment_ids must be"),
         (
-            {"segment_ids": np.ones((2, 37), np.int32), "offset": np.zeros(2, np.int32)},
+            {"segment_ids": jnp.ones((2, 37), int), "offset": jnp.zeros(2, int)},
             "leave them",
         ),
-        ({"kv_lengths": np.ones(2, np.int32), "offset": np.zeros(2, np.int32)}, "leave them"),
+        ({"kv_lengths": jnp.ones(2, int), "offset": jnp.zeros(2, int)}, "leave them"),
         ({"impl": "fast"}, "unknown"),
     ],
 )
@@ -463,6 +453,6 @@ def test_bad_input(change, message):
 def test_bad_decode_input():
     q, k, v = qkv()
     with pytest.raises(ValueError, match="q must be"):
-        decode_attention(q, k, v, np.ones(2, np.int32))
+        decode_attention(q, k, v, jnp.ones(2, int))
     with pytest.raises(ValueError, match="lengths must"):
-        decode_attention(q[:, 0], k, v, np.ones(3, np.int32))
+        decode_attention(q[:, 0], k, v, jnp.ones(3, int))

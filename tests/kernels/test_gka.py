@@ -81,11 +81,15 @@ class TestGKA(RecurrentLaws):
         with pytest.raises(ValueError, match="has no implementation"):
             self.run(arrays, state, impl="cudnn")
 
-    @pytest.mark.parametrize("num_iter", [1, 2, 7])
     @pytest.mark.parametrize("decay_kk", [True, False])
-    def test_truncated_iteration_equals_reference(self, num_iter, decay_kk):
-        arrays, state = inputs(dtype=jnp.float64)
-        options = {"num_iter": num_iter, "ridge": 0.05, "scale": 1.3, "decay_kk": decay_kk}
+    def test_truncated_iteration_equals_reference(self, decay_kk):
+        arrays, state = inputs(B=3, dtype=jnp.float64)
+        options = {
+            "num_iter": np.asarray([1, 2, 7]),
+            "ridge": 0.05,
+            "scale": 1.3,
+            "decay_kk": decay_kk,
+        }
         run = partial(gka, **options, initial_state=state, chunk_size=8)
         chunked, reference = (
             jax.jit(partial(run, impl=i))(*arrays) for i in ("chunked", "reference")
@@ -290,6 +294,14 @@ def test_float32_is_accurate():
         assert rel(a, b) < 1e-6
 
 
+def test_step_does_not_depend_on_the_default_precision():
+    arrays, states = inputs(T=1)
+    for precision in ("bfloat16", "highest"):
+        with jax.default_matmul_precision(precision):
+            text = str(jax.make_jaxpr(gka_step)(*(x[:, 0] for x in arrays), states))
+        assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST,") > 0
+
+
 def test_bad_options():
     arrays, states = inputs(T=2)
     for num_iter, problem in {
@@ -305,7 +317,7 @@ def test_bad_options():
     with pytest.raises(ValueError, match="h_kv has shape"):
         gka(*arrays, initial_state=(states[0], states[1][:1]))
     with pytest.raises(ValueError, match="use gka for sequences"):
-        gka_step(*arrays, states)
+        gka_step(*arrays, state=states)
     with pytest.raises(ValueError, match="3 key/value heads"):
         gka(arrays[0], *(jnp.ones((2, 2, 3, 6)),) * 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +18,24 @@ from pallas_kernels.two_window_attention import two_window_attention, two_window
 from tests.goldens import expected, golden
 from tests.kernels.test_attention import (
     KEYWORDS,
+    QUICK,
     SEGMENT_IDS,
     assert_close,
+    assert_equals_reference,
     chronological,
+    compiled,
     cuda_lowering,  # noqa: F401 (fixture)
     normal,
     small_blocks,  # noqa: F401 (fixture)
-    value_and_grads,
 )
 from tests.util import rel
 
-two_window_jit = jax.jit(two_window_attention, static_argnames=("window", "impl"))
+two_window_jit = jax.jit(
+    two_window_attention, static_argnames=("window", "impl"), compiler_options=QUICK
+)
 
 
-def streams(batch=2, length=37, heads=4, kv_heads=2, dim=8):
+def streams(batch=2, length=37, heads=4, kv_heads=2, dim=8) -> tuple[Any, ...]:
     """q, k, v, k_fading, v_fading, q_fading."""
     shapes = [(length, heads)] + [(length, kv_heads)] * 4 + [(length, heads)]
     return tuple(normal(10 + i, batch, *shape, dim) for i, shape in enumerate(shapes))
@@ -68,17 +73,16 @@ def test_every_query_sees_the_union_of_its_windows(impl):
         np.testing.assert_allclose(weights[seen], 1 / len(seen), rtol=1e-6)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
-    ("window", "keywords"),
-    [(1, "plain"), (5, "plain"), (8, "plain"), (25, "plain"), (37, "plain"), (90, "plain")]
-    + [(4, "packed"), (4, "lengths")],
+    ("window", "keywords", "arrays"),
+    [(1, "plain", 6), (5, "plain", 6), (5, "plain", 5), (25, "plain", 6), (90, "plain", 6)]
+    + [(4, "packed", 6), (4, "packed", 5), (4, "lengths", 6)],
 )
-def test_chunked_equals_reference(window, keywords, tied):
-    args = streams()[: 5 if tied else 6]
-    kwargs = {"window": window, **KEYWORDS[keywords]}
-    ours = value_and_grads(op("chunked", **kwargs), *args)
-    assert_close(ours, value_and_grads(op("reference", **kwargs), *args))
+def test_chunked_equals_reference(window, keywords, arrays):
+    """Six arrays, or five: tied weights."""
+    assert_equals_reference(
+        lambda impl: op(impl, window=window, **KEYWORDS[keywords]), *streams()[:arrays]
+    )
 
 
 def test_one_token():
@@ -126,7 +130,7 @@ def test_golden(impl, blocks, monkeypatch):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    pieces=st.lists(st.sampled_from([1, 4, 11]), min_size=1, max_size=6),
+    pieces=st.lists(st.sampled_from([1, 9]), min_size=1, max_size=7),
     window=st.sampled_from([1, 6, 40]),
     tied=st.booleans(),
 )
@@ -137,7 +141,7 @@ def test_any_split_equals_the_whole(pieces, window, tied):
         now = slice(start, start + length)
         here = [chronological(x, start, window, length) for x in (k, v)]
         fading = [chronological(x, start, 2 * window, length) for x in (k_fading, v_fading)]
-        offset = np.full(2, start, np.int32)
+        offset = jnp.full(2, start)
         own = None if tied else q_fading[:, now]
         outputs.append(
             two_window_jit(q[:, now], *here, *fading, window=window, q_fading=own, offset=offset)
@@ -154,13 +158,12 @@ def whole(window, tied):
 
 
 def test_gradients_of_rows_at_different_offsets():
-    window, length, offset = 5, 19, np.array([0, 3, 8, 30], np.int32)
+    window, length, offset = 5, 19, jnp.array([0, 3, 8, 30])
     q, _, _, _, _, q_fading = streams(4, length)
     here = [normal(i, 4, window + length, 2, 8) for i in (1, 2)]
     fading = [normal(i, 4, 2 * window + length, 2, 8) for i in (3, 4)]
     args = q, *here, *fading, q_fading
-    ours = value_and_grads(op("chunked", window=window, offset=offset), *args)
-    assert_close(ours, value_and_grads(op("reference", window=window, offset=offset), *args))
+    assert_equals_reference(lambda impl: op(impl, window=window, offset=offset), *args)
 
 
 # Padding and packing
@@ -169,33 +172,25 @@ def test_gradients_of_rows_at_different_offsets():
 def test_packed_equals_separate():
     """Documents isolate both windows: outputs and gradients, whatever surrounds a document."""
     window, args = 4, streams()
-    o, grads = value_and_grads(op("chunked", window=window, segment_ids=SEGMENT_IDS), *args)
-    cotangent = normal(9, *o.shape)
-
-    @jax.jit
-    def alone(args, cotangent):
-        o, pull = jax.vjp(op("reference", window=window), *args)
-        return o, *pull(cotangent)
-
+    cotangent = normal(9, *args[0].shape)
+    packed = op("chunked", window=window, segment_ids=SEGMENT_IDS)
+    ours, alone = compiled(packed, *args, cotangent=cotangent), op("reference", window=window)
     for row, start, end in ((0, 3, 12), (0, 12, 33), (1, 0, 21), (1, 23, 32)):
         part = (slice(row, row + 1), slice(start, end))
-        for a, b in zip((o, *grads), alone([x[part] for x in args], cotangent[part]), strict=True):
+        expected = compiled(alone, *(x[part] for x in args), cotangent=cotangent[part])
+        for a, b in zip(ours, expected, strict=True):
             assert rel(a[part], b) < 2e-6
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_padding_never_leaks(impl):
     pad = (SEGMENT_IDS == 0)[:, :, None, None]
-
-    @jax.jit
-    def run(args, cotangent):
-        o, pull = jax.vjp(op(impl, window=6, segment_ids=SEGMENT_IDS), *args)
-        return o, pull(cotangent)
-
     args, cotangent = streams(), normal(9, 2, 37, 4, 8)
-    clean = run(args, cotangent)
-    dirty = run([np.where(pad, np.nan, x) for x in args], np.where(pad, np.nan, cotangent))
-    for a, b in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
+    run = op(impl, window=6, segment_ids=SEGMENT_IDS)
+    clean = compiled(run, *args, cotangent=cotangent)
+    holes = (np.where(pad, np.nan, x) for x in (*args, cotangent))
+    dirty = compiled(run, *(next(holes) for _ in args), cotangent=next(holes))
+    for a, b in zip(dirty, clean, strict=True):
         np.testing.assert_array_equal(a, b)
         assert not np.asarray(a)[pad[:, :, 0, 0]].any()
 
@@ -203,12 +198,13 @@ def test_padding_never_leaks(impl):
 # Decode
 
 
-def ring_decode(q, k, v, k_fading, v_fading, q_fading, start, window, impl):
+def ring_decode(arrays, q_fading, start, window, impl):
     """All tokens from `start` [B] on, one by one, through the ring buffers.
 
     One buffer [in-context ring | readable fading ring] and a pending ring: writing token i moves
     the pending entry in slot i mod W, token i - W, to the readable ring.
     """
+    q, k, v, k_fading, v_fading = arrays
     batch, length = q.shape[:2]
     rows = jnp.arange(batch)
 
@@ -222,8 +218,10 @@ def ring_decode(q, k, v, k_fading, v_fading, q_fading, start, window, impl):
         i = start + t
         at = jnp.minimum(i, length - 1)
         k_state, v_state = (
-            write(*s, here[rows, at], fading[rows, at], i)
-            for s, here, fading in zip(state, (k, v), (k_fading, v_fading), strict=True)
+            write(buffer, pending, here[rows, at], fading[rows, at], i)
+            for (buffer, pending), here, fading in zip(
+                state, (k, v), (k_fading, v_fading), strict=True
+            )
         )
         o = two_window_decode(
             q[rows, at],
@@ -237,6 +235,7 @@ def ring_decode(q, k, v, k_fading, v_fading, q_fading, start, window, impl):
         return (k_state, v_state), o
 
     def filled(x, x_fading):  # as a prefill of `start` tokens leaves them
+        x, x_fading = np.asarray(x), np.asarray(x_fading)
         buffer = np.full((batch, 2 * window, *x.shape[2:]), np.nan, np.float32)
         pending = np.full((batch, window, *x.shape[2:]), np.nan, np.float32)
         for b in range(batch):
@@ -258,17 +257,16 @@ def test_ring_decode_equals_forward_past_two_windows(window, tied, impl):
     args = tuple(jnp.asarray(x) for x in streams(3, 26))
     q_fading = None if tied else args[5]
     full = np.asarray(two_window_jit(*args[:5], window=window, q_fading=q_fading, impl="reference"))
-    start = np.array([0, 7, 13], np.int32)
-    steps = ring_decode(*args[:5], q_fading, start, window, impl)
+    start = np.array([0, 7, 13])
+    steps = ring_decode(args[:5], q_fading, start, window, impl)
     for row, first in enumerate(start):
-        assert 26 > 2 * window + first or first > 2 * window
         assert rel(steps[: 26 - first, row], full[row, first:]) < 2e-6
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_decode_of_an_empty_row_is_zero(tied):
     q, k, v, *_, q_fading = (x[:, :8] for x in streams())
-    full, none = np.array([0, 4], np.int32), np.array([0, 2], np.int32)
+    full, none = jnp.array([0, 4]), jnp.array([0, 2])
 
     def run(impl):
         return jax.jit(
@@ -287,10 +285,12 @@ def test_decode_of_an_empty_row_is_zero(tied):
 def test_tied_decode_lowers_to_cudnn(cuda_lowering):  # noqa: F811
     q, k, v, *_, q_fading = (jnp.asarray(x[:, :8], jnp.bfloat16) for x in streams())
     lengths = jnp.array([4, 0], jnp.int32)
-    text = cuda_lowering(lambda *a: two_window_decode(*a, lengths, lengths), q[:, 0], k, v)
+    text = cuda_lowering(
+        lambda q, k, v: two_window_decode(q, k, v, lengths, lengths), q[:, 0], k, v
+    )
     assert "__cudnn$fmhaSoftmax" in text and '"mask_type": "PADDING"' in text
     text = cuda_lowering(
-        lambda *a: two_window_decode(*a[:3], lengths, lengths, q_fading=a[3]),
+        lambda q, k, v, f: two_window_decode(q, k, v, lengths, lengths, q_fading=f),
         q[:, 0], k, v, q_fading[:, 0],
     )  # fmt: skip
     assert "cudnn" not in text
@@ -303,9 +303,8 @@ def test_cudnn_decode_equals_reference():
     q, k, v, *_ = (jnp.asarray(x, jnp.bfloat16) for x in streams(4, 128, 8, 2, 128))
     lengths = jnp.array([0, 30, 64, 64]), jnp.array([0, 0, 1, 64])
     ours = two_window_decode(q[:, 0], k, v, *lengths, impl="cudnn")
-    exact = two_window_decode(
-        *(x.astype(jnp.float32) for x in (q[:, 0], k, v)), *lengths, impl="reference"
-    )
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    exact = two_window_decode(q[:, 0], k, v, *lengths, impl="reference")
     assert_close(ours, exact, 1e-2)
 
 
@@ -327,8 +326,8 @@ def test_cudnn_decode_equals_reference():
             {"k": np.zeros((2, 30, 2, 8)), "v": np.zeros((2, 30, 2, 8)), "offset": np.zeros(2)},
             "k must hold",
         ),
-        ({"offset": np.zeros(1, np.int32)}, "one integer per row"),
-        ({"segment_ids": np.ones((2, 37)), "offset": np.zeros(2, np.int32)}, "leave them None"),
+        ({"offset": jnp.zeros(1, int)}, "one integer per row"),
+        ({"segment_ids": np.ones((2, 37)), "offset": jnp.zeros(2, int)}, "leave them None"),
         ({"impl": "cudnn"}, "no implementation 'cudnn'"),
     ],
 )
@@ -341,12 +340,12 @@ def test_bad_input(change, message):
 
 def test_bad_decode_input():
     q, k, v, *_ = streams(length=8)
-    ones = np.ones(2, np.int32)
+    ones = jnp.ones(2, int)
     with pytest.raises(ValueError, match="q must be"):
         two_window_decode(q, k, v, ones, ones)
     with pytest.raises(ValueError, match="two rings of equal size"):
         two_window_decode(q[:, 0], k[:, :7], v[:, :7], ones, ones)
     with pytest.raises(ValueError, match="lengths_fading"):
-        two_window_decode(q[:, 0], k, v, ones, np.ones(3, np.int32))
+        two_window_decode(q[:, 0], k, v, ones, jnp.ones(3, int))
     with pytest.raises(ValueError, match="q_fading"):
         two_window_decode(q[:, 0], k, v, ones, ones, q_fading=q)

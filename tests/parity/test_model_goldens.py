@@ -1,9 +1,14 @@
-"""Every model case recorded from the original: float32 to 1e-4, bfloat16 no worse than its own."""
+"""Every model case recorded from the original: float32 to 1e-4, bfloat16 no worse than its own.
+
+The quick run takes a few cases that together have every layer kind; the others are slow (each
+compiles its own programs).
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +18,14 @@ from convert.verify import Report, run_case, verify_dir
 from hmf_jax.loading import from_pretrained
 from tests.goldens import cases, expected, golden
 
-BF16_CASES = ("attn", "swa", "gka", "gdn", "m2", "bmf_gka_tied", "mixed_hd64")
+QUICK = ("attn_hd64_bias", "swa", "gka", "gdn_opts", "m2_rope", "bmf_m2_untied")
+
+
+def marked(names, quick) -> list:
+    slow = pytest.mark.slow
+    return [
+        n if n in quick or not isinstance(n, str) else pytest.param(n, marks=slow) for n in names
+    ]
 
 
 def load(directory: Path, dtype):
@@ -24,7 +36,7 @@ def failures(report: Report) -> str:
     return "\n".join(str(c) for c in report.checks if not c.ok)
 
 
-@pytest.mark.parametrize("case", cases("model"))
+@pytest.mark.parametrize("case", marked(cases("model"), QUICK))
 def test_float32(case: str):
     directory = golden(case)
     report = verify_dir(directory, load)
@@ -34,7 +46,7 @@ def test_float32(case: str):
     assert compared == recorded | {"logits", "logits (prefill)", "logits_tail", "decode"}
 
 
-@pytest.mark.parametrize("case", [c for c in cases("model") if c in BF16_CASES])
+@pytest.mark.parametrize("case", marked(cases("model"), ("attn_hd64_bias",)))
 def test_bfloat16(case: str):
     report = verify_dir(golden(case), load, dtype="bfloat16")
     assert report.ok, failures(report)
@@ -46,7 +58,7 @@ def test_a_wrong_model_fails():
     directory = golden("swa")
     case = json.loads((directory / "case.json").read_text())
     recorded = expected(directory)
-    model = load(directory, jnp.float32)
+    model: Any = load(directory, jnp.float32)
     model.layers[1].mixer.o_proj.kernel[...] *= 1.001
     checks = {c.name: c for c in run_case(model, case, recorded)}
     assert checks["layers.0.layer_out"].ok and checks["state.0.key_last4"].ok

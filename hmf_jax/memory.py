@@ -1,0 +1,111 @@
+"""How much memory parameters and states of a model take, from its config alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from convert.mapping import num_parameters
+from hmf_jax.config import HybridConfig
+from hmf_jax.model import HybridLM
+
+CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateMemory:
+    """Bytes of the state of one sequence.
+
+    Attributes:
+      attention: keys and values of full attention layers; proportional to the context.
+      fixed: everything else (recurrent states, convolution histories, windows); independent of it.
+    """
+
+    attention: int
+    fixed: int
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.fixed
+
+
+def state_memory(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS, *, dtype: Any = None):
+    """`StateMemory` of one sequence for each context length, as {context: StateMemory}.
+
+    Measured on the abstract arrays that `HybridLM.init_state` makes; nothing is allocated.
+
+    Args:
+      config: architecture.
+      contexts: capacities in tokens.
+      dtype: dtype of the model, default bfloat16 (recurrent states are float32 in any case).
+    """
+    model = nnx.eval_shape(lambda: HybridLM(config, dtype=dtype or jnp.bfloat16))
+    out: dict[int, StateMemory] = {}
+    for context in contexts:
+        state = jax.eval_shape(lambda n=context: model.init_state(1, n))
+        size = {"*": 0, "other": 0}
+        for kind, layer in zip(config.layer_kinds, state.layers, strict=True):
+            leaves = jax.tree.leaves(layer)
+            size["*" if kind == "*" else "other"] += sum(x.size * x.dtype.itemsize for x in leaves)
+        out[context] = StateMemory(size["*"], size["other"])
+    return out
+
+
+def memory_table(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS) -> str:
+    """A text table: state of one bfloat16 sequence per context length, against pure attention."""
+    hybrid = state_memory(config, contexts)
+    pure = dataclasses.replace(config, layer_kinds=("*",) * config.num_hidden_layers)
+    transformer = state_memory(pure, contexts)
+    lines = ["context   attention KV   fixed state        total   all attention   saved"]
+    for n in contexts:
+        h, t = hybrid[n], transformer[n].total
+        cells = (f"{size_text(b):>12}" for b in (h.attention, h.fixed, h.total))
+        a, f, total = cells
+        label = f"{n // 1024}K" if n % 1024 == 0 else str(n)
+        lines.append(f"{label:>7}   {a}  {f} {total}    {size_text(t):>12}  {1 - h.total / t:6.0%}")
+    return "\n".join(lines)
+
+
+def describe(config: HybridConfig) -> str:
+    """Layers, shapes and parameters of a model as text."""
+    names = {
+        "*": "full attention",
+        "SWA": "sliding-window attention",
+        "GKA": "Gated KalmaNet",
+        "GDN": "Gated DeltaNet",
+        "M2": "Mamba-2",
+        "BMF": "B'MOJO-F",
+    }
+    c, parameters = config, num_parameters(config)
+    kinds = sorted(set(c.layer_kinds), key=c.layer_kinds.index)
+    lines = [f"{c.num_hidden_layers} layers: {c.hybrid_override_pattern}"]
+    for kind in kinds:
+        name = names[kind]
+        if kind == "BMF" and c.bmojo is not None:
+            name += f", window {c.bmojo.window_size}, inner mixer {c.bmojo.ssm_mixer}"
+        if kind == "SWA" and c.swa is not None:
+            name += f", window {c.swa.window_size}"
+        if kind == "GKA" and c.gka is not None:
+            name += f", {c.gka.num_iter} Chebyshev iterations"
+        lines.append(f"  {c.layer_kinds.count(kind):3d} x {kind:3s}  {name}")
+    lines += [
+        f"hidden size {c.hidden_size}, {c.num_attention_heads} heads "
+        f"({c.num_key_value_heads} for keys and values) of {c.head_dim}, "
+        f"MLP {c.intermediate_size}, vocabulary {c.vocab_size}, "
+        f"at most {c.max_position_embeddings} positions",
+        f"{parameters:,} parameters, {size_text(2 * parameters)} in bfloat16",
+    ]
+    return "\n".join(lines)
+
+
+def size_text(size: float) -> str:
+    """Bytes for people, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

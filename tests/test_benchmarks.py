@@ -1,0 +1,209 @@
+"""The benchmark runner on the tiny shape: rows are complete, errors honest, comparisons right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import compare, models, operators, rows, run, timing
+from pallas_kernels.shapes import SHAPES, TP
+
+FIELDS = {
+    "op", "impl", "dtype", "shape", "num_iter", "pass", "ms", "relative_error", "case", "extra",
+    "device", "jax_version", "commit", "date",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SAMPLE_S", 1e-4)
+    monkeypatch.setattr(timing, "BUDGET_S", 1e-3)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "dtype, passes, bound", [("bfloat16", "fwd,decode", 3e-2), ("float32", "fwd_bwd", 1e-4)]
+)
+def test_operators_give_complete_rows(
+    tmp_path: Path, dtype: str, passes: str, bound: float
+) -> None:
+    out = tmp_path / "deep" / "rows.jsonl"
+    argv = f"--lengths 40 --num-iter 3 --dtypes {dtype} --passes {passes}"
+    run.main([*argv.split(), "--out", str(out)])
+    got = read(out)
+    assert {(r["op"], r["pass"]) for r in got} == {
+        (op, pass_) for op in operators.OPERATORS for pass_ in passes.split(",")
+    }
+    for r in got:
+        assert set(r) == FIELDS
+        assert r["shape"].keys() == {"batch", "length", "heads", "kv_heads", "head_dim"}
+        assert r["ms"] > 0 and r["num_iter"] == (3 if r["op"] == "gka" else None)
+        assert r["relative_error"] < bound, r
+        if dtype == "bfloat16":
+            assert r["relative_error"] > 1e-5, f"bfloat16 cannot be this exact: {r}"
+
+
+def test_errors_see_a_wrong_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    ssd = operators.ssd
+
+    def off(x, *args, impl, **kwargs):
+        y, state = ssd(x, *args, impl=impl, **kwargs)
+        return (y * 1.1 if impl == "chunked" else y), state
+
+    monkeypatch.setattr(
+        operators, "ssd", lambda x, B, C, dt, A, D, **kw: off(x, B, C, dt, A, D, **kw)
+    )
+    row = operators.measure(
+        "ssd", "chunked", shape="tiny", tp=1, batch=1, length=20, dtype="float32", num_iter=None,
+        pass_="fwd", env={},
+    )  # fmt: skip
+    assert row.relative_error == pytest.approx(0.1, rel=1e-3)
+
+
+def test_every_implementation_and_part_of_a_device(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    argv = "--ops attention --impls chunked,reference --tp 2,8 --passes fwd --lengths 16,24"
+    run.main([*argv.split(), "--out", str(out)])
+    got = read(out)
+    assert {(r["impl"], r["case"], r["shape"]["heads"], r["shape"]["length"]) for r in got} == {
+        (impl, f"tiny tp{tp}", 8 // tp, length)
+        for impl in ("chunked", "reference")
+        for tp in (2, 8)
+        for length in (16, 24)
+    }
+
+
+def test_what_cannot_run_is_named_and_not_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    with pytest.raises(SystemExit, match="Nothing was measured"):
+        run.main(["--ops", "ssd", "--impls", "cudnn,auto", "--out", str(out)])
+    assert not out.exists()
+    err = capsys.readouterr().err
+    assert "ssd has no implementation 'cudnn'" in err and "names its implementation" in err
+    with pytest.raises(SystemExit):
+        run.main(["--ops", "sdd"])
+    assert "'sdd' is unknown; choose from gka" in capsys.readouterr().err
+
+
+def test_ceilings() -> None:
+    copy, matmul = timing.ceilings(64, {"device": "x"})
+    assert copy.extra["gb_per_s"] == pytest.approx(2 * 8 * 64 * 64 * 4 / copy.ms / 1e6)
+    assert matmul.extra["tflop_per_s"] == pytest.approx(2 * 64**3 / matmul.ms / 1e9)
+
+
+def test_milliseconds_rotates_and_waits() -> None:
+    seen = []
+
+    def fn(x: int) -> int:
+        seen.append(x)
+        time.sleep(2e-3)
+        return x
+
+    assert 2 <= timing.milliseconds(fn, [1, 2, 3]) < 50
+    assert set(seen[4:]) == {1, 2, 3} and len(seen) >= 4 + timing.SETS
+
+
+def test_models(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    argv = "--ops model,ttft,decode_throughput,train_step --mixers GKA --layers 2 --lengths 24"
+    argv += " --chunk 16 --steps 4 --num-iter 2 --batches 2"
+    run.main([*argv.split(), "--out", str(out)])
+    got = {r["op"]: r for r in read(out)}
+    assert got.keys() == set(models.MODELS)
+    for r in got.values():
+        assert set(r) == FIELDS and r["ms"] > 0 and r["num_iter"] == 2
+        assert r["case"] == "tiny GKA 2 layers" and r["impl"] == "auto"
+        assert r["extra"]["weight_bytes"] > 0
+        assert r["extra"]["program_bytes"] > r["extra"]["weight_bytes"]
+        assert r["extra"]["ran"]["gka"] == "chunked"
+    decode = got["decode_throughput"]
+    assert decode["pass"] == "decode"
+    assert decode["extra"]["tokens_per_s"] == pytest.approx(2e3 / decode["ms"])
+
+
+def test_next_token_loss() -> None:
+    logits = jnp.zeros((1, 3, 5)).at[0, 0, 2].set(50.0)
+    tokens = jnp.array([[1, 2, 4]])  # certain of the second, clueless about the third
+    assert float(models.next_token_loss(logits, tokens)) == pytest.approx(math.log(5) / 2, rel=1e-5)
+
+
+def test_compile_times_compare_the_two_designs() -> None:
+    settings = models.Settings("tiny", "GDN", layers=2, length=8)
+    for inner_jit in (True, False):
+        got = models.compile_times(settings, inner_jit=inner_jit, env={})
+        assert [r.pass_ for r in got] == ["decode", "fwd", "fwd_bwd"]
+        for r in got:
+            assert r.case.endswith("inner jit" if inner_jit else "plain")
+            assert r.ms / 1e3 == pytest.approx(sum(r.extra.values())) and r.ms > 0
+
+
+def test_plain_design_has_no_inner_jit() -> None:
+    config = models.Settings("tiny", "GDN", layers=2).config
+    model = jax.eval_shape(lambda: models.HybridLM(config))
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+
+    def text() -> str:
+        return str(jax.make_jaxpr(lambda m, t: m(t)[0])(model, tokens))
+
+    assert "_run_block" in text()
+    with models._inlined_blocks():
+        assert "_run_block" not in text()
+    assert "_run_block" in text()
+
+
+ROW = rows.Row(
+    "gka", "chunked", "bfloat16",
+    {"batch": 1, "length": 8, "heads": 2, "kv_heads": 1, "head_dim": 4}, 30, "fwd", 2.0, 1e-3,
+    device="d", jax_version="0", commit="aaaa", date="2026-01-01",
+)  # fmt: skip
+
+
+def test_rows_round_trip_and_select_a_commit(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    newer = dataclasses.replace(ROW, commit="bbbb", relative_error=None)
+    file.write_text(f"{ROW.to_json()}\n\n{newer.to_json()}\n")
+    assert rows.read(file) == [ROW, newer]
+    assert rows.read(f"{file}@bb") == [newer]
+    with pytest.raises(ValueError, match="no row of commit 'c'; it has aaaa, bbbb"):
+        rows.read(f"{file}@c")
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "rows.jsonl"
+    twice = dataclasses.replace(ROW, commit="bbbb", ms=9.0)
+    faster = dataclasses.replace(ROW, commit="bbbb", ms=1.0, relative_error=2e-3)
+    other = dataclasses.replace(ROW, commit="bbbb", pass_="decode")
+    file.write_text("\n".join(r.to_json() for r in (ROW, twice, faster, other)))
+    compare.main([f"{file}@aaaa", f"{file}@bbbb"])
+    _, pair, only = capsys.readouterr().out.splitlines()
+    assert pair.split()[:6] == ["2.000", "1.000", "0.500", "1.0e-03", "->", "2.0e-03"]
+    assert only.startswith("only after: gka bfloat16 b1 l8 h2/1 d4 iter30 decode")
+
+
+def test_environment_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HMF_COMMIT", "abc123")
+    env = rows.environment()
+    assert env["commit"] == "abc123" and env["jax_version"] == jax.__version__
+    assert env["device"] == jax.devices()[0].device_kind
+    assert env["date"].endswith("+00:00")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_divide(name: str) -> None:
+    for tp in TP:
+        s = SHAPES[name].per_device(tp)
+        assert s.heads * tp == SHAPES[name].heads and s.heads % s.kv_heads == 0
+    with pytest.raises(ValueError, match="tp=3 does not fit"):
+        SHAPES[name].per_device(3)

@@ -1,0 +1,414 @@
+"""Text: exact pieces whatever the tokens, stop strings, thinking, conversations, cached state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hmf_jax.chat import (
+    ChatSession,
+    TextStream,
+    default_sampling,
+    generate_text,
+    load_tokenizer,
+    split_thinking,
+    stop_ids,
+    stream_text,
+)
+from hmf_jax.config import HybridConfig
+from hmf_jax.demo import build_tokenizer
+from hmf_jax.generation import Decoder, generate
+from hmf_jax.model import HybridLM
+from hmf_jax.sampling import SamplingParams
+
+TOKENIZER: Any = build_tokenizer()
+END = TOKENIZER.eos_token_id
+HOT = SamplingParams(temperature=1.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model() -> HybridLM:
+    config = HybridConfig.preset("tiny", layer_kinds=("*", "M2"), eos_token_id=END)
+    return HybridLM.init(config, dtype=jnp.float32)
+
+
+def session(model: HybridLM, **options: Any) -> ChatSession:
+    options = {"sampling": HOT, "max_new_tokens": 40, "capacity": 512, **options}
+    return ChatSession(model, TOKENIZER, **options)
+
+
+@pytest.fixture
+def fed(monkeypatch) -> list[int]:
+    """The number of tokens of each prefill."""
+    seen: list[int] = []
+    start = Decoder.start
+
+    def spy(self, prompts, **settings):
+        seen.extend(len(p) for p in prompts)
+        return start(self, prompts, **settings)
+
+    monkeypatch.setattr(Decoder, "start", spy)
+    return seen
+
+
+def decoder_of(chat: ChatSession) -> Decoder:
+    assert chat._decoder is not None
+    return chat._decoder
+
+
+# --- pieces of text ---------------------------------------------------------------------------
+
+
+def pieces_of(tokens: list[int], cuts: list[int], stop=(), end_ids=()) -> tuple[list[str], Any]:
+    stream = TextStream(TOKENIZER, stop, end_ids)
+    out, start = [], 0
+    for cut in [*sorted({min(c, len(tokens)) for c in cuts}), len(tokens)]:
+        out.append(stream.push(tokens[start:cut], [0.0] * (cut - start)))
+        start = cut
+    return [*out, stream.finish()], stream
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=20), st.lists(st.integers(0, 60), max_size=6))
+@example("naïve 😀 日本語", [1, 2, 7, 8, 9])
+def test_pieces_are_whole_characters(text, cuts):
+    tokens = TOKENIZER.encode(text, add_special_tokens=False)
+    pieces, stream = pieces_of(tokens, cuts)
+    assert "".join(pieces) == stream.text == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in p for p in pieces)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 319), max_size=25), st.lists(st.integers(0, 25), max_size=5))
+def test_any_tokens_give_the_text_of_one_decode(tokens, cuts):
+    """Also bytes that are no UTF-8 and special tokens in the middle."""
+    pieces, _ = pieces_of(tokens, cuts)
+    assert "".join(pieces) == TOKENIZER.decode(tokens, skip_special_tokens=True)
+
+
+def cut_at_stop(text: str, stops: list[str]) -> str:
+    """Characters one by one; the first stop string to be completed ends the text before it."""
+    for end in range(1, len(text) + 1):
+        starts = [end - len(s) for s in stops if text[:end].endswith(s)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text("ab é", max_size=12),
+    st.lists(st.text("ab é", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(0, 16), max_size=5),
+)
+@example("xabcd", ["abcd", "bc"], [1, 2, 3])
+@example("xabcd", ["abcd", "bc"], [])
+@example("aab", ["ab"], [1, 2])
+def test_stop_strings_cut_exactly(text, stops, cuts):
+    tokens = TOKENIZER.encode(text, add_special_tokens=False)
+    pieces, stream = pieces_of(tokens, cuts, stops)
+    expected = cut_at_stop(text, stops)
+    assert "".join(pieces) == stream.text == expected
+    assert stream.stopped == (expected != text or any(text.endswith(s) for s in stops))
+    shown = ""
+    for piece in pieces:  # nothing shown is ever taken back
+        shown += piece
+        assert expected.startswith(shown)
+
+
+def test_a_stream_ends_at_the_token_that_completes_a_stop_string():
+    tokens = TOKENIZER.encode("one\n\ntwo", add_special_tokens=False)
+    _, stream = pieces_of(tokens, [], ["\n\n"])
+    assert TOKENIZER.decode(stream.tokens) == "one\n\n" and stream.text == "one"
+    assert len(stream.logprobs) == len(stream.tokens)
+
+
+def test_end_tokens_have_no_text():
+    letter = TOKENIZER.encode("z")[0]
+    _, stream = pieces_of([letter, letter, END], [], end_ids=(letter,))
+    assert stream.text == "" and len(stream.tokens) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "open_thinking", "expected"),
+    [
+        ("hello\n", False, (None, "hello\n")),
+        ("<think>\nwhy\n</think>\n\nhello", False, ("why", "hello")),
+        ("why\n</think>\n\nhello", True, ("why", "hello")),
+        ("<think>\nunfinished", False, ("unfinished", "")),
+        ("unfinished", True, ("unfinished", "")),
+        ("<think>\n\n</think>\n\nhello", False, ("", "hello")),
+    ],
+)
+def test_split_thinking(text, open_thinking, expected):
+    assert split_thinking(text, open_thinking) == expected
+
+
+# --- generated text ---------------------------------------------------------------------------
+
+
+def test_generate_text_is_generate_between_two_codecs(model):
+    prompts = ["The quick", "A hybrid model keeps"]
+    replies = generate_text(model, prompts, TOKENIZER, max_new_tokens=20)
+    tokens = generate(model, [TOKENIZER.encode(p) for p in prompts], max_new_tokens=20)
+    assert [r.tokens for r in replies] == [g.tokens for g in tokens]
+    assert [r.text for r in replies] == [TOKENIZER.decode(g.tokens) for g in tokens]
+    streamed = "".join(stream_text(model, prompts[0], TOKENIZER, max_new_tokens=20))
+    assert str(replies[0]) == streamed
+    assert len(replies[0].logprobs) == len(replies[0].tokens)
+
+
+def test_stop_string_ends_one_row_only(model):
+    free = generate_text(model, ["One", "Two"], TOKENIZER, sampling=HOT, max_new_tokens=40)
+    stop = next(
+        free[0].text[i : i + 2]
+        for i in range(3, 20)
+        if free[0].text.find(free[0].text[i : i + 2]) == i
+        and free[0].text[i : i + 2] not in free[1].text
+    )
+    a, b = generate_text(
+        model, ["One", "Two"], TOKENIZER, sampling=HOT, max_new_tokens=40, stop=stop
+    )
+    assert a.text == free[0].text[: free[0].text.index(stop)] and a.finish_reason == "stop"
+    assert a.tokens == free[0].tokens[: len(a.tokens)]
+    assert b == free[1]
+
+
+def test_bad_text_input(model):
+    with pytest.raises(ValueError, match="Prompt 0 is empty"):
+        generate_text(model, "", TOKENIZER)
+    with pytest.raises(ValueError, match="non-empty strings"):
+        generate_text(model, "hi", TOKENIZER, stop=["a", ""])
+    with pytest.raises(ValueError, match="num_iter=-1"):
+        generate_text(model, "hi", TOKENIZER, num_iter=-1)
+    with pytest.raises(ValueError, match="pass tokenizer="):
+        generate_text(model, "hi")
+
+
+# --- conversations ----------------------------------------------------------------------------
+
+
+def test_conversation_and_its_cached_state(model, fed):
+    chat = session(model, system="Be brief.", max_new_tokens=12, stop=())
+    first = chat.send("Hi é!")
+    assert chat.messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi é!"},
+        {"role": "assistant", "content": first.text},
+    ]
+    whole = TOKENIZER.apply_chat_template(
+        chat.messages[:2], tokenize=False, add_generation_prompt=True
+    )
+    assert fed == [len(TOKENIZER.encode(whole))]
+    assert chat.last is first and len(first.tokens) == 12
+
+
+class Scripted:
+    """Makes a decoder "generate" given tokens, whatever the model says (state included)."""
+
+    def __init__(self, monkeypatch, replies: list[list[int]]):
+        start, step = Decoder.start, Decoder.step
+        script = iter(replies)
+
+        def scripted_start(decoder, prompts, **settings):
+            reply = next(script)
+            # Feeding prompt + reply[:-1] leaves the state exactly as generating reply would.
+            start(decoder, [prompts[0] + reply[:-1]], **settings)
+            decoder._newest = [reply[-1]]
+            decoder.finish_reason = ["eos" if reply[-1] == END else "length"]
+            return [(reply, [0.0] * len(reply))]
+
+        monkeypatch.setattr(Decoder, "start", scripted_start)
+        self.step = step
+
+
+def reply_tokens(text: str, end: bool = True) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False) + [END] * end
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_second_turn_prefills_only_what_is_new(model, monkeypatch, ended):
+    Scripted(monkeypatch, [reply_tokens("A fox, é.", ended), reply_tokens("A dog.")])
+    made: list[int] = []
+    init = Decoder.__init__
+    monkeypatch.setattr(
+        Decoder, "__init__", lambda self, *a, **k: (made.append(1), init(self, *a, **k))[1]
+    )
+    chat = session(model)
+    assert chat.send("Who?").text == "A fox, é."
+    held = list(decoder_of(chat).context[0])
+    assert chat.send("And then?").text == "A dog."
+    assert len(made) == 1  # the same state goes on
+    context = decoder_of(chat).context[0]
+    assert context[: len(held)] == held
+    conversation = TOKENIZER.apply_chat_template(chat.messages, tokenize=False)
+    assert TOKENIZER.decode(context) + "<|im_end|>\n" == conversation
+    chat.reset()
+    assert chat.messages == [] and chat._decoder is None
+
+
+def test_a_continued_state_gives_the_reply_of_a_fresh_one(model, monkeypatch):
+    """The second reply is the same with the cached state and with everything prefilled again."""
+    with monkeypatch.context() as patch:
+        Scripted(patch, [reply_tokens("A fox.")])
+        chat = session(model)
+        chat.send("Who?")
+    assert chat._decoder is not None
+    cached = chat.send("And then?")
+    fresh = session(model)
+    fresh.messages = [dict(m) for m in chat.messages[:2]]
+    assert fresh.send("And then?") == cached
+
+
+def test_changed_history_starts_over(model, monkeypatch, fed):
+    Scripted(monkeypatch, [reply_tokens("A fox."), reply_tokens("A dog.")])
+    chat = session(model)
+    chat.send("Who?")
+    chat.messages[0]["content"] = "What?"
+    chat.send("And then?")
+    conversation = TOKENIZER.apply_chat_template(chat.messages, tokenize=False)
+    assert TOKENIZER.decode(decoder_of(chat).context[0]) + "<|im_end|>\n" == conversation
+
+
+def test_stream_is_send_and_may_be_closed(model):
+    sent = session(model).send("Hello").text
+    chat = session(model)
+    pieces = list(chat.stream("Hello"))
+    assert "".join(pieces) == sent and len(pieces) > 1
+    chat.reset()
+    stream = chat.stream("Hello")
+    first = next(stream)
+    stream.close()
+    assert chat.last is not None and chat.last.finish_reason == "stop"
+    assert chat.messages[-1]["role"] == "assistant"
+    assert chat.messages[-1]["content"].startswith(first) and sent.startswith(chat.last.text)
+    assert chat.send("Go on").text
+
+
+def test_interrupt_drops_the_state_but_not_the_conversation(model, monkeypatch):
+    chat = session(model)
+
+    def interrupt(self, steps=0):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            chat.send("Hello")
+    assert chat._decoder is None and len(chat.messages) == 2
+    assert chat.send("Again").tokens
+
+
+def test_thinking_switch(model, monkeypatch):
+    prompts: list[str] = []
+    template = TOKENIZER.apply_chat_template
+
+    class Spy:
+        def __getattr__(self, name):
+            return getattr(TOKENIZER, name)
+
+        def apply_chat_template(self, *args, **options):
+            prompts.append(template(*args, **options))
+            return prompts[-1]
+
+    thought = reply_tokens("<think>\nhm\n</think>\n\nYes.")
+    Scripted(monkeypatch, [thought, thought, thought])
+    for thinking in (None, True, False):
+        chat = ChatSession(model, Spy(), thinking=thinking, max_new_tokens=50)
+        reply = chat.send("Really?")
+        assert (reply.thinking, reply.text) == ("hm", "Yes.")
+        assert chat.messages[-1] == {
+            "role": "assistant",
+            "content": "Yes.",
+            "reasoning_content": "hm",
+        }
+    assert prompts[0] == prompts[1]
+    assert prompts[2] == prompts[0] + "<think>\n\n</think>\n\n"
+
+
+def test_capacity(model):
+    chat = session(model, capacity=64, max_new_tokens=500)
+    reply = chat.send("Hi")
+    assert reply.finish_reason in ("capacity", "eos")
+    before = [dict(m) for m in chat.messages]
+    with pytest.raises(ValueError, match="no room for a reply in a capacity of 64.*reset()"):
+        chat.send("x" * 100)
+    assert chat.messages == before
+    growing = session(model, capacity=None, max_new_tokens=4)
+    growing.send("Hi")
+    assert decoder_of(growing).capacity == 256
+    growing.send("y" * 300)
+    assert decoder_of(growing).capacity == 512
+    with pytest.raises(ValueError, match="capacity of 4096"):
+        growing.send("z" * 5000)
+
+
+# --- directories ------------------------------------------------------------------------------
+
+
+def write_dir(path: Path, model: HybridLM | None = None, generation: dict | None = None) -> Path:
+    TOKENIZER.save_pretrained(path)
+    if model is not None:  # transformers does not know this model type
+        (path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    return path
+
+
+def test_load_tokenizer_next_to_an_unknown_model(tmp_path, model):
+    path = write_dir(tmp_path, model)
+    stored = json.loads((path / "tokenizer_config.json").read_text())
+    for name in ("TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer", None):
+        stored["tokenizer_class"] = name
+        (path / "tokenizer_config.json").write_text(json.dumps(stored))
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.chat_template == TOKENIZER.chat_template
+        assert tokenizer.encode("fox é") == TOKENIZER.encode("fox é")
+
+
+def test_missing_tokenizer_and_template(tmp_path, model):
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
+        load_tokenizer(tmp_path)
+    path = write_dir(tmp_path)
+    (path / "chat_template.jinja").unlink()
+    bare = load_tokenizer(path)
+    with pytest.raises(ValueError, match="no chat template.*generate_text"):
+        ChatSession(model, bare)
+    assert generate_text(model, "plain", bare, max_new_tokens=2)[0].tokens
+
+
+def test_end_tokens_from_all_sources(tmp_path, model):
+    path = write_dir(tmp_path, generation={"eos_token_id": [5, END]})
+    assert stop_ids(model.config, TOKENIZER, path) == (5, END)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert stop_ids(model.config, TOKENIZER, path) == (7, END)
+    assert stop_ids(HybridConfig.preset("tiny"), TOKENIZER, None) == (END,)
+
+
+def test_sampling_from_generation_config(tmp_path):
+    path = write_dir(tmp_path, generation={"temperature": 0.6, "top_k": 20})
+    assert default_sampling(path) == SamplingParams()
+    stored = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    (path / "generation_config.json").write_text(json.dumps(stored))
+    assert default_sampling(path) == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
+    (path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        default_sampling(path)
+
+
+def test_session_finds_everything_in_the_models_directory(tmp_path, model):
+    import jax
+
+    leaves, tree = jax.tree.flatten(model)
+    loaded = jax.tree.unflatten(tree, leaves)
+    loaded.source = str(write_dir(tmp_path, model, {"eos_token_id": [5], "do_sample": True}))
+    chat = ChatSession(loaded, max_new_tokens=3)
+    assert chat.stop_ids == (5, END) and chat.sampling == SamplingParams(temperature=1.0)
+    assert 1 <= len(chat.send("Hello").tokens) <= 3

@@ -1,0 +1,191 @@
+"""The command line: every command, its help, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from hmf_jax import generation
+from hmf_jax.chat import ChatSession, generate_text, load_tokenizer
+from hmf_jax.cli import app
+from hmf_jax.config import HybridConfig
+from hmf_jax.demo import write_checkpoint
+from hmf_jax.loading import from_pretrained
+from hmf_jax.memory import memory_table, size_text, state_memory
+from hmf_jax.sampling import SamplingParams
+from tests.goldens import golden
+
+COMMANDS = ("generate", "chat", "convert", "verify", "info", "demo")
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    """The tests must not write to the user's compilation cache."""
+    monkeypatch.setattr(generation, "enable_compilation_cache", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "model"
+    write_checkpoint(path, layer_kinds=("*", "M2"))
+    return path
+
+
+def run(*args, text: str | None = None, code: int = 0):
+    result = CliRunner().invoke(app, [str(a) for a in args], input=text)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def error_of(*args) -> str:
+    """The one line on stderr of a command that fails."""
+    result = run(*args, code=1)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("hmf-jax: ") and "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command):
+    assert command in run("--help").output
+    text = re.sub(r"\x1b\[[0-9;]*m", "", run(command, "--help").output)
+    assert "Usage" in text and "Options" in text
+    for word in {"generate": ["--temperature", "--num-iter", "prompt"], "verify": ["--rtol"]}.get(
+        command, []
+    ):
+        assert word in text
+
+
+def test_generate_is_generate_text(checkpoint):
+    model = from_pretrained(checkpoint, dtype="float32", progress=False)
+    texts = ["The fox", "A dog"]
+    sampling = SamplingParams(temperature=0.9, top_k=40, seed=5)
+    expected = [r.text for r in generate_text(model, texts, sampling=sampling, max_new_tokens=12)]
+    options = ("--dtype", "float32", "--max-new-tokens", 12, "--temperature", 0.9)
+    options += ("--top-k", 40, "--seed", 5)
+    out = run("generate", checkpoint, *texts, *options).stdout
+    assert out == "".join(f"{t}{e}\n---\n" for t, e in zip(texts, expected, strict=True))
+    single = run("generate", checkpoint, texts[0], *options).stdout
+    assert single == f"{texts[0]}{expected[0]}\n"
+
+
+def test_chat(checkpoint):
+    model = from_pretrained(checkpoint, dtype="float32", progress=False)
+    session = ChatSession(model, system="Be brief.", thinking=False, max_new_tokens=8)
+    expected = [session.send("Hi").text, session.send("Why?").text]
+    options = ("--dtype", "float32", "--max-new-tokens", 8, "--system", "Be brief.")
+    talk = "Hi\nWhy?\n\n/reset\nHi\n/exit\nnever read\n"
+    out = run("chat", checkpoint, "--no-thinking", *options, text=talk).stdout
+    assert out == "".join(f"{e}\n" for e in [*expected, expected[0]])
+
+
+def test_convert_there_and_back(checkpoint, tmp_path):
+    assert "orbax format" in run("convert", checkpoint, tmp_path / "orbax").output
+    assert "hf format" in run("convert", tmp_path / "orbax", tmp_path / "back").output
+    name = "model.safetensors"
+    before, after = load_file(checkpoint / name), load_file(tmp_path / "back" / name)
+    assert before.keys() == after.keys()
+    for n in before:
+        assert before[n].dtype == after[n].dtype and before[n].tobytes() == after[n].tobytes(), n
+    # The converted directories are complete: configs, tokenizer, end tokens.
+    for path in (tmp_path / "orbax", tmp_path / "back"):
+        assert run("info", path).stdout == run("info", checkpoint).stdout
+        assert load_tokenizer(path).chat_template
+        assert (path / "generation_config.json").is_file()
+    assert "not a directory" in error_of("convert", tmp_path / "nothing", tmp_path / "x")
+    assert "pass --overwrite" in error_of("convert", checkpoint, tmp_path / "orbax")
+    run("convert", checkpoint, tmp_path / "orbax", "--overwrite")
+
+
+def test_verify(tmp_path):
+    case = golden("attn")
+    out = run("verify", case).stdout
+    assert "decode" in out and "FAIL" not in out and "all tensors pass" in out
+    broken = tmp_path / "broken"
+    shutil.copytree(case, broken)
+    tensors = load_file(broken / "expected.safetensors")
+    tensors["logits"] = tensors["logits"] * np.float32(1.001)
+    save_file(tensors, broken / "expected.safetensors")
+    out = run("verify", broken, case, code=1).stdout  # one bad directory is enough
+    assert re.search(r"FAIL  9\.9\de-04  logits ", out) and "all tensors pass" in out
+    run("verify", broken, "--rtol", 0.01)
+
+
+def test_info_of_directories_files_and_shapes(checkpoint, tmp_path):
+    config = HybridConfig.from_json(checkpoint)
+    out = run("info", checkpoint).stdout
+    assert "2 layers: *-M2" in out and "Mamba-2" in out and memory_table(config) in out
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_dict()))
+    assert run("info", file).stdout == out
+    big = run("info", "8b", "--mixer", "BMF").stdout
+    assert "18 x BMF" in big and "9.00 GiB" in big
+    assert "built-in shapes" in error_of("info", checkpoint, "--mixer", "GKA")
+
+
+def test_memory_is_that_of_real_states():
+    config = HybridConfig.preset("tiny")
+    from hmf_jax.model import HybridLM
+
+    for context, memory in state_memory(config, (64, 96)).items():
+        state = HybridLM(config).init_state(1, context)
+        real = state.nbytes() - state.length.nbytes
+        assert memory.total == real
+        heads, dim = config.num_key_value_heads, config.head_dim
+        assert memory.attention == 2 * 2 * context * heads * dim  # K and V, bfloat16, one layer
+    # The arithmetic of the 8B shape: 4 KiB per token and attention layer, 18 of 36 layers.
+    gka = state_memory(HybridConfig.preset("8b"), (131072,))[131072]
+    assert gka.attention == 18 * 4096 * 131072
+    assert 72 * 2**20 <= gka.fixed < 73 * 2**20  # two float32 matrices per head, and convolutions
+    assert [size_text(n) for n in (512, 2048, 3 * 2**20, 2**31)] == [
+        "512 B",
+        "2.0 KiB",
+        "3.0 MiB",
+        "2.00 GiB",
+    ]
+
+
+def test_errors_are_one_clear_line(checkpoint, tmp_path):
+    assert "not a directory" in error_of("generate", tmp_path / "none", "Hi")
+    assert "config.json" in error_of("info", tmp_path)
+    assert "nothing to compare with" in error_of("verify", checkpoint)
+    assert "num_iter=-1" in error_of("generate", checkpoint, "Hi", "--num-iter", -1)
+    assert "temperature=-1" in error_of("generate", checkpoint, "Hi", "--temperature", -1)
+    assert "is empty" in error_of("generate", checkpoint, "")
+    assert "no room in a capacity" in error_of("generate", checkpoint, "Hi" * 9, "--capacity", 8)
+    assert "--tp 99 needs 99 devices" in error_of("generate", checkpoint, "Hi", "--tp", 99)
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint, bare)
+    (bare / "chat_template.jinja").unlink()
+    assert "no chat template" in error_of("chat", bare)
+    (bare / "tokenizer.json").unlink()
+    (bare / "tokenizer_config.json").unlink()
+    assert "no tokenizer" in error_of("chat", bare)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = CliRunner().invoke(app, ["--debug", "info", str(tmp_path)])
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_as_a_process(tmp_path):
+    command = [sys.executable, "-m", "hmf_jax.cli", "info", str(tmp_path / "none")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    out = run("demo", "--directory", tmp_path).stdout
+    assert "All checks passed" in out and "tokens/s" in out and "128K" in out
+    assert (tmp_path / "orbax" / "params").is_dir()
