@@ -1,8 +1,8 @@
 """Hybrid language models in JAX: load a checkpoint, run it, generate.
 
-    model = hmf_jax.from_pretrained("path/or/repo")
-    chat = hmf_jax.ChatSession(model)
-    print(chat.send("Hello!"))
+model = hmf_jax.from_pretrained("path/or/repo")
+chat = hmf_jax.ChatSession(model)
+print(chat.send("Hello!"))
 """
 
 from hmf_jax.chat import ChatSession, generate_text, stream_text

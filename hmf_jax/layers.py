@@ -15,7 +15,13 @@ Dims = tuple[str | None, ...]
 
 
 def linear(
-    n_in: int, n_out: int, dims: Dims, config: HybridConfig, dtype, rngs: nnx.Rngs, bias: bool = False
+    n_in: int,
+    n_out: int,
+    dims: Dims,
+    config: HybridConfig,
+    dtype,
+    rngs: nnx.Rngs,
+    bias: bool = False,
 ) -> nnx.Linear:
     """`nnx.Linear` with kernel [n_in, n_out] ~ N(0, initializer_range) and named dimensions."""
     return nnx.Linear(
@@ -59,7 +65,7 @@ class RMSNorm(nnx.Module):
 
 
 class OutputNorm(nnx.Module):
-    """RMSNorm over head_dim, all in float32, then an optional SiLU gate: rms(x) * weight * silu(gate)."""
+    """RMSNorm over head_dim, then an optional SiLU gate: rms(x) * weight * silu(gate)."""
 
     def __init__(self, size: int, eps: float, dtype):
         self.weight = nnx.Param(jnp.ones(size, dtype), dims=(None,))
@@ -117,11 +123,10 @@ def log_decay(A_log: Array, x: Array, dt_bias: Array) -> tuple[Array, Array]:
 
 
 def decay_params(heads: int, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:
-    """Fresh (A_log, dt_bias), float32 [H]: A ~ U(0, 16), softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
-    A = jax.random.uniform(rngs.params(), (heads,), minval=1e-3, maxval=16.0)
-    log_dt = jax.random.uniform(
-        rngs.params(), (heads,), minval=math.log(1e-3), maxval=math.log(0.1)
-    )
+    """Fresh A_log, dt_bias, float32 [H]: A ~ U(0, 16), softplus(dt_bias) ~ log-U(1e-3, 0.1)."""
+    A = jax.random.uniform(rngs.params(), (heads,), jnp.float32, minval=1e-3, maxval=16.0)
+    low, high = math.log(1e-3), math.log(0.1)
+    log_dt = jax.random.uniform(rngs.params(), (heads,), jnp.float32, minval=low, maxval=high)
     dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
     inverse_softplus = dt + jnp.log(-jnp.expm1(-dt))
     dims = ("heads",)

@@ -1,12 +1,13 @@
 """The decoder: embeddings, blocks of one mixer and one MLP each, final norm, logits.
 
-A model is a plain pytree (flax NNX, no state inside): use `jax.jit`, `jax.grad` and `jax.tree` on it
-directly. What it remembers between calls is a `ModelState`, passed in and returned.
+A model is a plain pytree (flax NNX, no state inside): use `jax.jit`, `jax.grad` and `jax.tree` on
+it directly. What it remembers between calls is a `ModelState`, passed in and returned.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -77,7 +78,7 @@ class HybridLM(nnx.Module):
             rngs=rngs,
             embedding_metadata={"dims": ("vocab", "embed")},
         )
-        self.layers = nnx.List(
+        self.layers: Sequence[Block] = nnx.List(
             [Block(kind, config, dtype=dtype, rngs=rngs) for kind in config.layer_kinds]
         )
         self.norm = RMSNorm(d, config.rms_norm_eps, dtype)
@@ -165,6 +166,12 @@ class HybridLM(nnx.Module):
             state, layers, ctx, tokens.shape[1]
         )
 
+    def generate(self, prompts: Any, **kwargs: Any) -> Any:
+        """`hmf_jax.generate` with this model: token lists in, one `Generation` per prompt out."""
+        from hmf_jax.generation import generate  # it imports this module
+
+        return generate(self, prompts, **kwargs)
+
     def trace(
         self,
         tokens: Array,
@@ -173,7 +180,7 @@ class HybridLM(nnx.Module):
         num_iter: Array | int | None = None,
         impl: str = "auto",
     ) -> tuple[Array, ModelState | None, list[tuple[Array, Array]]]:
-        """Like `__call__`, and (mixer output, residual stream after the layer) [B, T, d] per layer."""
+        """`__call__`, and the mixer output and residual stream after each layer, [B, T, d]."""
         x, _, ctx = self._enter(tokens, None, None, state, num_iter, impl)
         x, layers, seen = self._run(x, ctx, state)
         return self._head(x), _advance(state, layers, ctx, tokens.shape[1]), seen
@@ -217,7 +224,7 @@ class HybridLM(nnx.Module):
             rope=rope_table(positions, self.config),
             segment_ids=segment_ids,
             lengths=lengths,
-            offset=None if state is None else state.length,
+            offset=jnp.zeros(B, jnp.int32) if state is None else state.length,
             num_iter=None if num_iter is None else jnp.asarray(num_iter, jnp.int32),
             fresh=state is not None and state.fresh,
             impl=impl,

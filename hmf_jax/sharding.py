@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hmf_jax.config import HybridConfig
 from pallas_kernels.sharded import BATCH_AXES, HEAD_AXES, KV_HEAD_AXES, batch_axes
 
-# Dimension name -> mesh axes. Names that are not here (None, "head_dim", "rank", "time") stay whole.
+# Dimension name -> mesh axes. Dimensions without a name stay whole.
 TABLE: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "embed": ("fsdp",),
@@ -30,7 +31,7 @@ TABLE: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(
-    *, dp: int = 1, fsdp: int = 1, tp: int = 1, devices: Sequence[jax.Device] | None = None
+    *, dp: int = 1, fsdp: int = 1, tp: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """Build a device mesh with the axes ("dp", "fsdp", "tp").
 

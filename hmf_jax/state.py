@@ -15,11 +15,8 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def _state(cls: type) -> type:
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-@_state
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class AttentionState:
     """Keys (after norm and RoPE) and values by token index: [B, capacity, K, D]."""
 
@@ -27,7 +24,8 @@ class AttentionState:
     v: Array
 
 
-@_state
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class WindowState:
     """Ring of the last W keys and values, token i in slot i mod W: [B, W, K, D]."""
 
@@ -35,7 +33,8 @@ class WindowState:
     v: Array
 
 
-@_state
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class GKAState:
     """Gated KalmaNet: the last conv_size - 1 projections of q, k, v, and two float32 matrices.
 
@@ -50,7 +49,8 @@ class GKAState:
     h_kv: Array
 
 
-@_state
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class GDNState:
     """Gated DeltaNet: convolution histories as in `GKAState`, s [B, H, D, D] (key, value)."""
 
@@ -60,7 +60,8 @@ class GDNState:
     s: Array
 
 
-@_state
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Mamba2State:
     """Mamba2: convolution histories of x, B, C; s [B, H, P, N]; log_decay [B, H].
 
@@ -74,7 +75,8 @@ class Mamba2State:
     log_decay: Array
 
 
-@_state
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class BMojoState:
     """B'MOJO-F: rings of W entries, and the state of the inner mixer.
 
@@ -118,7 +120,7 @@ class ModelState:
         )
 
     def gather(self, rows: Array) -> Self:
-        """Rows [N] of this state, in this order, as a new state of batch N (copies share nothing)."""
+        """Rows [N] of this state, in this order, as a new state of batch N."""
         return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
 
     def nbytes(self) -> int:

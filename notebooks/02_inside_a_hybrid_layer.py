@@ -66,16 +66,17 @@ plt.show()
 #
 # ## The ridge regression of Gated KalmaNet
 #
-# GKA keeps $H_t = \sum_s \gamma_{s,t}\, k_s k_s^\top$ and $U_t = \sum_s \gamma_{s,t}\, k_s v_s^\top$
-# and answers the query with $o_t = U_t^\top x_t$, where
+# GKA keeps $H_t = \sum_s \gamma_{s,t}\, k_s k_s^\top$ and
+# $U_t = \sum_s \gamma_{s,t}\, k_s v_s^\top$ and answers the query with $o_t = U_t^\top x_t$, where
 #
-# $$ (H_t + \lambda_t I)\, x_t = q_t, \qquad \lambda_t = \rho \lVert H_t \rVert_F, \quad \rho = 0.02. $$
+# $$ (H_t + \lambda_t I)\, x_t = q_t, \qquad
+#    \lambda_t = \rho \lVert H_t \rVert_F, \quad \rho = 0.02. $$
 #
 # The system is solved by Chebyshev iteration. All eigenvalues of $H_t + \lambda_t I$ lie in
 # $[\lambda_t, \lambda_t + \lVert H_t \rVert_F]$, which fixes the step sizes in advance, and with
 # them the rate: a factor of about 0.75 per iteration. Below: the residual
-# $\lVert (H + \lambda I) x - q \rVert / \lVert q \rVert$ of the operator itself. We read $x$ off the
-# operator by giving it values whose readout is the identity.
+# $\lVert (H + \lambda I) x - q \rVert / \lVert q \rVert$ of the operator itself. We read $x$ off
+# the operator by giving it a state whose readout is the identity.
 
 # %%
 D, T = 64, 256

@@ -30,12 +30,16 @@ def resolve(op: str, impl: str, usable: Mapping[str, str | None]) -> str:
         raise ValueError(f"impl={impl!r} is unknown; choose one of {', '.join(IMPLS)}.")
     if impl == "auto":
         name = next(n for n, why_not in usable.items() if why_not is None)
-        why = "; ".join(f"not {n}: {w}" for n, w in usable.items() if w is not None) or "first choice"
+        why = (
+            "; ".join(f"not {n}: {w}" for n, w in usable.items() if w is not None) or "first choice"
+        )
     else:
         if impl not in usable:
             raise ValueError(f"{op} has no implementation {impl!r}; it has {', '.join(usable)}.")
         if usable[impl] is not None:
-            raise ValueError(f"{op} cannot run impl={impl!r} here: {usable[impl]}. Use impl='auto'.")
+            raise ValueError(
+                f"{op} cannot run impl={impl!r} here: {usable[impl]}. Use impl='auto'."
+            )
         name, why = impl, "asked for"
     if (op, name, why) not in _said:
         _said.add((op, name, why))

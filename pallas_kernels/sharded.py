@@ -29,7 +29,7 @@ def batch_axes(mesh: Mesh, batch: int) -> tuple[str, ...]:
 
 
 def spec(mesh: Mesh, dims: str, batch: int) -> PartitionSpec:
-    """PartitionSpec for an array described by letters: b batch, h heads, k kv heads, other: whole."""
+    """PartitionSpec of an array described by letters: b batch, h heads, k kv heads, other whole."""
     table = {**_LETTERS, "b": batch_axes(mesh, batch)}
     return PartitionSpec(*(table.get(letter) or None for letter in dims))
 

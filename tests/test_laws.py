@@ -1,18 +1,19 @@
 """Laws that hold for every layer kind and for a model that mixes all six.
 
-Padding leaves no trace, packed documents do not see each other, any cut of a sequence gives the same
-result, decoding continues a prefill, rows of a batch do not know each other.
+Padding leaves no trace, packed documents do not see each other, any cut of a sequence gives the
+same result, decoding continues a prefill, rows of a batch do not know each other.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hmf_jax.config import BMojoConfig, GDNConfig, GKAConfig
@@ -40,18 +41,24 @@ CASES = {
     ),
 }
 T = 24  # six windows of B'MOJO-F
-law = settings(max_examples=4, deadline=None, derandomize=True)
+law = settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the model does not change
+)
+build = functools.cache(random_model)  # equal models also share their compiled programs
 
 
 FLOAT32 = pytest.param("all six, float32", marks=pytest.mark.slow)  # its programs are its own
 
 
-@pytest.fixture(scope="module", params=[*CASES, FLOAT32])
+@pytest.fixture(params=[*CASES, FLOAT32])
 def model(request) -> Iterator[HybridLM]:
     """float64, where a broken law cannot hide behind rounding; and the mix of all in float32."""
     name = request.param.removesuffix(", float32")
     with jax.enable_x64(name == request.param):
-        yield random_model(CASES[name], jnp.float64 if name == request.param else jnp.float32)
+        yield build(CASES[name], jnp.float64 if name == request.param else jnp.float32)
 
 
 def tol(model: HybridLM) -> float:
@@ -171,7 +178,7 @@ def test_rows_do_not_know_each_other(model):
 
 def test_num_iter_is_per_row_and_may_change_between_calls():
     with jax.enable_x64(True):
-        model = random_model(CASES["GKA"], jnp.float64)
+        model = build(CASES["GKA"], jnp.float64)
         tokens = tokens_for(8)
         mixed = run(model, tokens, num_iter=jnp.array([0, 7]))
         assert rel(mixed[0], run(model, tokens, num_iter=jnp.array([0, 0]))[0]) < 1e-8
@@ -194,7 +201,8 @@ def test_state_is_float32_in_a_bfloat16_model():
     gka, gdn, bmf, m2 = state.layers[1], state.layers[3], state.layers[4], state.layers[5]
     for a in (gka.h_kk, gka.h_kv, gdn.s, m2.s, m2.log_decay, bmf.inner.h_kk):
         assert a.dtype == jnp.float32
-    assert {state.layers[0].k.dtype, gka.conv_q.dtype, bmf.k.dtype} == {jnp.bfloat16}
+    for a in (state.layers[0].k, gka.conv_q, bmf.k):
+        assert a.dtype == jnp.bfloat16
     for block in model.layers:
         for name in ("A_log", "dt_bias", "D"):
             p = getattr(block.mixer, name, None)
@@ -203,7 +211,7 @@ def test_state_is_float32_in_a_bfloat16_model():
 
 def test_reset_and_gather():
     with jax.enable_x64(True):
-        model = random_model(CASES["all six"], jnp.float64)
+        model = build(CASES["all six"], jnp.float64)
         tokens = tokens_for(4)
         whole = run(model, tokens)
         _, state = feed(model, tokens[:, :11], model.init_state(2, T))

@@ -35,7 +35,7 @@ def tiny_config(kinds: tuple[str, ...], **changes):
 
 
 def random_model(config, dtype, seed: int = 0):
-    """A model whose every parameter matters (a fresh one hardly uses its convolutions and gates)."""
+    """A model whose every parameter matters (a fresh one hardly uses its convolutions, gates)."""
     import jax
     import jax.numpy as jnp
     from flax import nnx

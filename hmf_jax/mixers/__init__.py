@@ -6,7 +6,7 @@ from flax import nnx
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.mixers.attention import Attention
-from hmf_jax.mixers.base import Context
+from hmf_jax.mixers.base import Context, Mixer
 from hmf_jax.mixers.bmojo import BMojo
 from hmf_jax.mixers.gdn import GatedDeltaNet
 from hmf_jax.mixers.gka import GatedKalmaNet
@@ -17,7 +17,7 @@ __all__ = ["Context", "make_mixer"]
 RECURRENT = {"GKA": GatedKalmaNet, "GDN": GatedDeltaNet, "M2": Mamba2}
 
 
-def make_mixer(kind: str, config: HybridConfig, *, dtype, rngs: nnx.Rngs) -> nnx.Module:
+def make_mixer(kind: str, config: HybridConfig, *, dtype, rngs: nnx.Rngs) -> Mixer:
     """Build the mixer for one symbol: "*", "SWA", "GKA", "GDN", "M2" or "BMF"."""
     if kind == "*":
         return Attention(config, dtype=dtype, rngs=rngs)

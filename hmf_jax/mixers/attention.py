@@ -1,4 +1,4 @@
-"""Full causal attention ("*") and sliding-window attention ("SWA"): QK-norm, RoPE, grouped heads."""
+"""Full causal attention ("*") and sliding-window attention ("SWA"): QK-norm, RoPE, GQA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flax import nnx
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.layers import RMSNorm, apply_rope, linear, merge_heads, split_heads
-from hmf_jax.mixers.base import Array, Context, zeros
+from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.state import AttentionState, WindowState
 from pallas_kernels import attention, decode_attention
 
@@ -51,16 +51,14 @@ def project(x: Array, proj: nnx.Linear, norm: RMSNorm | None, ctx: Context, D: i
     return heads if norm is None else apply_rope(norm(heads), ctx.rope)
 
 
-class Attention(nnx.Module):
+class Attention(Mixer):
     """Softmax attention over all earlier tokens, or over the last `window` ones.
 
     Keys are cached after norm and RoPE. Without a window the cache has one entry per token; with
     a window W it is a ring of W entries and query i sees keys i-W+1 .. i.
     """
 
-    def __init__(
-        self, config: HybridConfig, *, dtype, rngs: nnx.Rngs, window: int | None = None
-    ):
+    def __init__(self, config: HybridConfig, *, dtype, rngs: nnx.Rngs, window: int | None = None):
         d, D = config.hidden_size, config.head_dim
         nq, nk = config.num_attention_heads * D, config.num_key_value_heads * D
         bias = config.attention_bias
@@ -82,18 +80,17 @@ class Attention(nnx.Module):
         o, state = attend(q, k, v, ctx, state)
         return self.o_proj(merge_heads(o)), state
 
-    def _own_tokens(self, q: Array, k: Array, v: Array, ctx: Context) -> Array:
+    def _own_tokens(self, q: Array, k: Array, v: Array, ctx: Context, packed=None) -> Array:
         """Attention among the tokens of this call, which are whole sequences."""
-        packed = ctx.segment_ids if ctx.offset is None else None  # with a state: padding only
         return attention(
             q, k, v, window=self.window, segment_ids=packed, kv_lengths=ctx.lengths, **ctx.options
         )
 
     def _full(self, q, k, v, ctx: Context, state):
         if state is None:
-            return self._own_tokens(q, k, v, ctx), None
+            return self._own_tokens(q, k, v, ctx, ctx.segment_ids), None
         T, capacity = q.shape[1], state.k.shape[1]
-        lengths = jnp.full_like(ctx.offset, T) if ctx.lengths is None else ctx.lengths
+        lengths = ctx.counts(T)
         step = jnp.arange(T)
         slots = jnp.where(step < lengths[:, None], ctx.offset[:, None] + step, capacity)
         state = AttentionState(write(state.k, slots, k), write(state.v, slots, v))
@@ -108,9 +105,9 @@ class Attention(nnx.Module):
 
     def _windowed(self, q, k, v, ctx: Context, state):
         if state is None:
-            return self._own_tokens(q, k, v, ctx), None
+            return self._own_tokens(q, k, v, ctx, ctx.segment_ids), None
         T, W = q.shape[1], state.k.shape[1]
-        lengths = jnp.full_like(ctx.offset, T) if ctx.lengths is None else ctx.lengths
+        lengths = ctx.counts(T)
         if T == 1:
             slots = jnp.where(lengths > 0, ctx.offset % W, W)[:, None]
             state = WindowState(write(state.k, slots, k), write(state.v, slots, v))
@@ -121,9 +118,7 @@ class Attention(nnx.Module):
         if ctx.fresh:
             o = self._own_tokens(q, k, v, ctx)
         else:
-            o = attention(
-                q, keys, values, window=W, offset=ctx.offset, past=W, **ctx.options
-            )
+            o = attention(q, keys, values, window=W, offset=ctx.offset, past=W, **ctx.options)
         ring = [refill(t, ctx.offset, lengths, W, W, 0) for t in (keys, values)]
         return o, WindowState(*ring)
 

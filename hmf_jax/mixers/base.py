@@ -1,21 +1,15 @@
-"""The protocol of a sequence mixer, and what a model tells its mixers about the tokens at hand.
-
-A mixer is a module with
-
-    mixer(x, ctx, state=None) -> (y, state)          x, y [B, T, d]
-    init_state(batch, capacity, dtype, mesh) -> state
-
-x may be a first prefill, the continuation of one, or a single token; y must not depend on how the
-sequence was cut. Without a state the rows are whole sequences and the returned state is None.
-"""
+"""The protocol of a sequence mixer, and what a model tells its mixers about the tokens at hand."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from hmf_jax.sharding import named_sharding
@@ -32,7 +26,7 @@ class Context:
       rope: cos, sin float32 [B, T, 1, D/2].
       segment_ids: [B, T] int32, 0 = padding, one number per packed document; None = all valid.
       lengths: [B] int32, valid tokens of each row in this call; None = T.
-      offset: [B] int32, tokens that the state already holds; None without a state.
+      offset: [B] int32, tokens that the state already holds; zeros without a state.
       num_iter: Chebyshev iterations, scalar or [B] int32; None = the config's.
       fresh: static; the state is empty, so this call sees whole sequences from their start.
       impl: static; implementation of the operators ("auto" or a name that they all know).
@@ -42,7 +36,7 @@ class Context:
     rope: tuple[Array, Array]
     segment_ids: Array | None
     lengths: Array | None
-    offset: Array | None
+    offset: Array
     num_iter: Array | None
     fresh: bool = dataclasses.field(metadata={"static": True})
     impl: str = dataclasses.field(metadata={"static": True})
@@ -53,22 +47,34 @@ class Context:
         """Keyword arguments of every operator."""
         return {"impl": self.impl, "mesh": self.mesh}
 
-    def mask(self, *arrays: Array | None) -> list[Array | None]:
-        """Zero the padded tokens of arrays [B, T, ...]: zero keys, gates and decays are no-ops."""
+    def counts(self, T: int) -> Array:
+        """[B] int32: how many of the T tokens of each row are valid."""
+        return jnp.full_like(self.offset, T) if self.lengths is None else self.lengths
+
+    def mask(self, x: Array) -> Array:
+        """x [B, T, ...] with zeros at padding: zero keys, step sizes and decays are no-ops."""
         if self.segment_ids is None:
-            return list(arrays)
-
-        def zero(x: Array | None) -> Array | None:
-            if x is None:
-                return None
-            valid = (self.segment_ids != 0).reshape(*x.shape[:2], *([1] * (x.ndim - 2)))
-            return jnp.where(valid, x, 0)
-
-        return [zero(x) for x in arrays]
+            return x
+        valid = (self.segment_ids != 0).reshape(*x.shape[:2], *([1] * (x.ndim - 2)))
+        return jnp.where(valid, x, 0)
 
 
-def zeros(
-    shape: Sequence[int], dims: Sequence[str | None], dtype, mesh: Mesh | None
-) -> Array:
+class Mixer(nnx.Module):
+    """Mixes tokens along a sequence.
+
+    x may be a first prefill, the continuation of one, or a single token; y must not depend on how
+    the sequence was cut. Without a state the rows are whole sequences, and None is returned for it.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, x: Array, ctx: Context, state: Any = None) -> tuple[Array, Any]:
+        """x [B, T, d], state -> y [B, T, d], the state after these tokens."""
+
+    @abc.abstractmethod
+    def init_state(self, batch: int, capacity: int, dtype, mesh: Mesh | None) -> Any:
+        """The state before the first token, for rows of at most `capacity` tokens."""
+
+
+def zeros(shape: Sequence[int], dims: Sequence[str | None], dtype, mesh: Mesh | None) -> Array:
     """An array of zeros, laid out on the mesh by its dimension names."""
     return jnp.zeros(shape, dtype, device=named_sharding(mesh, dims, shape))

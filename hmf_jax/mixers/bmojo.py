@@ -13,7 +13,7 @@ from flax import nnx
 from hmf_jax.config import HybridConfig
 from hmf_jax.layers import RMSNorm, linear, merge_heads
 from hmf_jax.mixers.attention import KV_DIMS, chronological, project, refill, write
-from hmf_jax.mixers.base import Array, Context, zeros
+from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.state import BMojoState
 from pallas_kernels import two_window_attention, two_window_decode
 
@@ -70,11 +70,13 @@ class TwoWindowAttention(nnx.Module):
 
         if state is None:
             return own_tokens(), None
-        offset, T = ctx.offset, q.shape[1]
-        lengths = jnp.full_like(offset, T) if ctx.lengths is None else ctx.lengths
+        offset, lengths = ctx.offset, ctx.counts(q.shape[1])
 
         def with_past(ring: Array, pending: Array, new: Array, new_fading: Array):
-            recent, readable = chronological(ring[:, :W], offset), chronological(ring[:, W:], offset)
+            recent, readable = (
+                chronological(ring[:, :W], offset),
+                chronological(ring[:, W:], offset),
+            )
             older = [readable, chronological(pending, offset), new_fading]
             return jnp.concatenate([recent, new], axis=1), jnp.concatenate(older, axis=1)
 
@@ -101,7 +103,7 @@ class TwoWindowAttention(nnx.Module):
     def _step(self, q, k, v, q_fading, k_fading, v_fading, ctx: Context, state, inner):
         W, offset = self.window, ctx.offset
         slot = (offset % W)[:, None]
-        active = True if ctx.lengths is None else (ctx.lengths > 0)[:, None]
+        active = (ctx.counts(1) > 0)[:, None]
 
         def push(ring: Array, pending: Array, new: Array, new_fading: Array):
             """The pending token in this slot is W tokens old now: it becomes readable."""
@@ -124,7 +126,7 @@ class TwoWindowAttention(nnx.Module):
         return o[:, None], BMojoState(k_ring, v_ring, k_pending, v_pending, inner)
 
 
-class BMojo(nnx.Module):
+class BMojo(Mixer):
     """An inner mixer makes the fading tokens; two-window attention reads them and x."""
 
     def __init__(self, config: HybridConfig, inner, *, dtype, rngs: nnx.Rngs):

@@ -24,10 +24,8 @@ class GatedDeltaNet(GatedLinearMixer):
     def __init__(self, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
         c = config.gdn
         assert c is not None
-        convs = (c.use_short_conv,) * 3
-        super().__init__(
-            config, c, dtype=dtype, rngs=rngs, convs=convs, conv_bias=c.conv_bias
-        )
+        convs = (c.use_short_conv, c.use_short_conv, c.use_short_conv)
+        super().__init__(config, c, dtype=dtype, rngs=rngs, convs=convs, conv_bias=c.conv_bias)
         d, H = config.hidden_size, config.num_attention_heads
         self.gk_proj = linear(d, H, ("embed", "heads"), config, dtype, rngs)
         self.b_proj = linear(d, H, ("embed", "heads"), config, dtype, rngs)
@@ -49,7 +47,7 @@ class GatedDeltaNet(GatedLinearMixer):
         g = log_decay(self.A_log[...], self.gk_proj(x), self.dt_bias[...])[1]
 
         if state is not None and x.shape[1] == 1:
-            q, k, v, g, beta = (a[:, 0] for a in ctx.mask(q, k, v, g, beta) if a is not None)
+            q, k, v, g, beta = (ctx.mask(a)[:, 0] for a in (q, k, v, g, beta))
             o, matrix = gated_delta_rule_step(q, k, v, g, beta, state.s, **ctx.options)
             o = o[:, None]
         else:

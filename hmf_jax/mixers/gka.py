@@ -1,4 +1,4 @@
-"""Gated KalmaNet (GKA): linear attention whose query solves a ridge regression over all past keys."""
+"""Gated KalmaNet (GKA): linear attention whose query solves a ridge regression over past keys."""
 
 from __future__ import annotations
 
@@ -64,10 +64,9 @@ class GatedKalmaNet(GatedLinearMixer):
             **ctx.options,
         }
         if state is not None and x.shape[1] == 1:
-            q, k, v, alpha, g, beta = (
-                None if a is None else a[:, 0] for a in ctx.mask(q, k, v, alpha, g, beta)
-            )
-            o, h = gka_step(q, k, v, alpha, g, beta, (state.h_kk, state.h_kv), **options)
+            alpha, g, beta = (None if a is None else ctx.mask(a)[:, 0] for a in (alpha, g, beta))
+            k, v = ctx.mask(k)[:, 0], ctx.mask(v)[:, 0]
+            o, h = gka_step(q[:, 0], k, v, alpha, g, beta, (state.h_kk, state.h_kv), **options)
             o = o[:, None]
         else:
             o, h = gka(

@@ -9,8 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hmf_jax.config import GDNConfig, GKAConfig, HybridConfig
-from hmf_jax.layers import OutputNorm, decay_params, exact, exact_dtype, linear, merge_heads, split_heads
-from hmf_jax.mixers.base import Array, Context, zeros
+from hmf_jax.layers import (
+    OutputNorm,
+    decay_params,
+    exact,
+    exact_dtype,
+    linear,
+    merge_heads,
+    split_heads,
+)
+from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from pallas_kernels import causal_conv1d
 
 Channels = Literal["heads", "kv_heads"]
@@ -32,7 +40,7 @@ class ShortConv(nnx.Module):
         init = nnx.initializers.normal(config.initializer_range)
         self.weight = nnx.Param(init(rngs.params(), (size, channels), dtype), dims=(None, dim))
         self.bias = nnx.Param(jnp.zeros(channels, dtype), dims=(dim,)) if bias else None
-        self.letter = "h" if dim == "heads" else "k"
+        self.letter: Literal["h", "k"] = "h" if dim == "heads" else "k"
 
     def __call__(self, x: Array, ctx: Context, state: Array | None) -> tuple[Array, Array]:
         """x [B, T, C], state [B, K-1, C] or None -> (y [B, T, C], the last K-1 inputs)."""
@@ -64,7 +72,7 @@ class LowRank(nnx.Module):
         return self.linearB(jax.nn.silu(self.linearA(x)))
 
 
-class GatedLinearMixer(nnx.Module):
+class GatedLinearMixer(Mixer):
     """Base of GKA and GDN. H = query heads; k and v have fewer heads and are shared or expanded."""
 
     def __init__(
@@ -97,13 +105,19 @@ class GatedLinearMixer(nnx.Module):
         self.g_proj = gate
         self.o_norm = OutputNorm(D, c.norm_eps, dtype)
         self.A_log, self.dt_bias = decay_params(H, rngs)
-        low_rank = c.kv_proj_rank is not None and H != Hkv
-        learned = low_rank and c.kv_learnable_residual
-        one_hot = jnp.repeat(jnp.eye(Hkv, dtype=dtype), H // Hkv, axis=0)
-        self.proj_k = LowRank(nk, c.kv_proj_rank, nq, config, dtype, rngs) if low_rank else None
-        self.proj_v = LowRank(nk, c.kv_proj_rank, nq, config, dtype, rngs) if low_rank else None
-        self.k_rep = nnx.Param(one_hot, dims=(None, None)) if learned else None
-        self.v_rep = nnx.Param(one_hot, dims=(None, None)) if learned else None
+        rank = None if H == Hkv else c.kv_proj_rank
+
+        def low_rank() -> LowRank | None:
+            return None if rank is None else LowRank(nk, rank, nq, config, dtype, rngs)
+
+        def repeat() -> nnx.Param | None:
+            if rank is None or not c.kv_learnable_residual:
+                return None
+            one_hot = jnp.repeat(jnp.eye(Hkv, dtype=dtype), H // Hkv, axis=0)
+            return nnx.Param(one_hot, dims=(None, None))
+
+        self.proj_k, self.proj_v = low_rank(), low_rank()
+        self.k_rep, self.v_rep = repeat(), repeat()
         self.c, self.heads, self.head_dim = c, H, D
 
     def convolve(
@@ -134,9 +148,15 @@ class GatedLinearMixer(nnx.Module):
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.head_dim)
         return self.o_proj(merge_heads(self.o_norm(o, gate)))
 
-    def conv_states(self, batch: int, dtype, mesh) -> list[Array | None]:
-        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        return [None if conv is None else conv.init_state(batch, dtype, mesh) for conv in convs]
+    def conv_states(
+        self, batch: int, dtype, mesh
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """Empty histories of the three convolutions."""
+
+        def one(conv: ShortConv | None) -> Array | None:
+            return None if conv is None else conv.init_state(batch, dtype, mesh)
+
+        return one(self.q_conv1d), one(self.k_conv1d), one(self.v_conv1d)
 
     def matrix(self, batch: int, dtype, mesh) -> Array:
         """An empty float32 state [B, H, D, D] (float64 in float64 models)."""

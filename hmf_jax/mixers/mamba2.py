@@ -17,7 +17,7 @@ from hmf_jax.layers import (
     merge_heads,
     split_heads,
 )
-from hmf_jax.mixers.base import Array, Context, zeros
+from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.mixers.linear import ShortConv
 from hmf_jax.state import Mamba2State
 from pallas_kernels import ssd, ssd_step
@@ -25,7 +25,7 @@ from pallas_kernels import ssd, ssd_step
 CONV_SIZE = 4
 
 
-class Mamba2(nnx.Module):
+class Mamba2(Mixer):
     """Projections, norms on B and C, short convolutions, then the operator `pallas_kernels.ssd`.
 
     Source: Mamba-2, arXiv 2405.21060. H heads of state [P, N] = [head_dim, head_dim]; x and B have
@@ -49,7 +49,7 @@ class Mamba2(nnx.Module):
         self.B_conv1d = ShortConv(nk, CONV_SIZE, "kv_heads", config, dtype, rngs, bias=True)
         self.C_conv1d = ShortConv(nq, CONV_SIZE, "heads", config, dtype, rngs, bias=True)
         self.A_log, self.dt_bias = decay_params(H, rngs)
-        self.D = nnx.Param(jnp.ones(H), dims=("heads",))
+        self.D = nnx.Param(jnp.ones(H, jnp.float32), dims=("heads",))
         self.B_norm = RMSNorm(D, 1e-6, dtype) if c.use_qk_norm else None
         self.C_norm = RMSNorm(D, 1e-6, dtype) if c.use_qk_norm else None
         self.norm = GatedGroupNorm(nq, 1e-5, dtype)
@@ -74,13 +74,11 @@ class Mamba2(nnx.Module):
         u, B, C = heads(u), heads(B), heads(C)
         A = -jnp.exp(self.A_log[...])
         dt, _ = log_decay(self.A_log[...], self.dt_proj(x), self.dt_bias[...])
-        (dt,) = ctx.mask(dt)
+        dt = ctx.mask(dt)
 
         if state is not None and x.shape[1] == 1:
-            u, B, C = ctx.mask(u, B, C)
-            y, matrix = ssd_step(
-                u[:, 0], B[:, 0], C[:, 0], dt[:, 0], A, self.D[...], state.s, **ctx.options
-            )
+            u, B, C, dt_now = (a[:, 0] for a in (ctx.mask(u), B, C, dt))
+            y, matrix = ssd_step(u, B, C, dt_now, A, self.D[...], state.s, **ctx.options)
             y = y[:, None]
         else:
             y, matrix = ssd(
@@ -102,14 +100,12 @@ class Mamba2(nnx.Module):
 
     def init_state(self, batch: int, capacity: int, dtype, mesh) -> Mamba2State:
         """Zeros; the size does not depend on capacity."""
-        convs = [
-            conv.init_state(batch, dtype, mesh)
-            for conv in (self.x_conv1d, self.B_conv1d, self.C_conv1d)
-        ]
         shape = (batch, self.heads, self.head_dim, self.head_dim)
         dims = ("batch", "heads", None, None)
         return Mamba2State(
-            *convs,
+            self.x_conv1d.init_state(batch, dtype, mesh),
+            self.B_conv1d.init_state(batch, dtype, mesh),
+            self.C_conv1d.init_state(batch, dtype, mesh),
             zeros(shape, dims, exact_dtype(dtype), mesh),
             zeros(shape[:2], dims[:2], exact_dtype(dtype), mesh),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,7 @@ def collectives(kinds, mesh, T=1, **changes) -> tuple[collections.Counter, str]:
     step = jax.jit(lambda m, t, s: m(t, state=s))
     text = step.lower(model, jnp.zeros((4, T), jnp.int32), state).compile().as_text()
     names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    assert text is not None
     found = collections.Counter()
     for result, name in re.findall(rf" = (\(.*?\)|\S+) ({names})(?:-start)?\(", text):
         found[name] += len(re.findall(r"\w+\[", result))
@@ -126,8 +128,9 @@ def test_states_and_weights_are_split():
     assert shard(state.layers[0].conv_q) == (2, 3, 32)
     assert shard(state.layers[1].k) == (2, 16, 1, 16)  # 2 kv heads on 4 devices: 2 copies of each
     assert shard(state.layers[2].k) == (2, 8, 1, 16)
-    assert shard(model.layers[0].mixer.q_proj.kernel[...]) == (16, 32)
-    assert shard(model.layers[0].mixer.k_proj.kernel[...]) == (16, 16)
+    mixer: Any = model.layers[0].mixer
+    assert shard(mixer.q_proj.kernel[...]) == (16, 32)
+    assert shard(mixer.k_proj.kernel[...]) == (16, 16)
     assert shard(model.layers[0].mlp.down_proj.kernel[...]) == (16, 16)
     assert shard(model.embed_tokens.embedding[...]) == (16, 16)
 

@@ -1,0 +1,413 @@
+"""A second opinion: hybrid_qwen3 in float64 NumPy, written from the published equations alone.
+
+Nothing here is shared with the library: recurrences run token by token, attention is dense, the
+checkpoint is read under its original names. One row of tokens at a time, no padding. Letters:
+T tokens, d hidden, E query heads ("expanded" heads of a linear mixer), K key-value heads, D head
+dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+Config = Mapping[str, Any]
+
+GKA_DEFAULTS = dict(
+    use_alpha_connection=True,
+    use_v_conv=True,
+    use_forgetting_gate=True,
+    use_forgetting_gate_kk=True,
+    gla_rescale=True,
+    num_iter=30,
+    use_gate=True,
+    norm_eps=1e-6,
+    use_beta_gate=True,
+    kv_proj_rank=None,
+    kv_learnable_residual=False,
+    ridge_strength=0.02,
+)
+GDN_DEFAULTS = dict(
+    use_gate=True,
+    use_short_conv=True,
+    allow_neg_eigval=False,
+    norm_eps=1e-5,
+    kv_proj_rank=None,
+    kv_learnable_residual=False,
+)
+MAMBA2_DEFAULTS = dict(use_qk_norm=True, use_pos_emb=False)
+BMOJO_DEFAULTS = dict(window_size=2048, tie_attn_weights=True, ssm_mixer="mamba2")
+INNER = {
+    "mamba2": "mamba",
+    "gdn": "gdn",
+    "gated_deltanet": "gdn",
+    "gka": "gka",
+    "gated_kalmanet": "gka",
+    "parallel_latent_sketch": "gka",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """logits [T, V]; per layer: mixer_out [T, d] before the residual add, layer_out [T, d], states.
+
+    States after the last token. Attention: keys, values [T, K, D] of all tokens, keys after RoPE
+    (B'MOJO-F also fading_keys, fading_values). GKA: h_kk, h_kv [E, D, D]. GDN: recurrent [E, D, D]
+    (key, value). Mamba-2: ssm [E, D, D] (x, B), log_aprods [E]. Convolutions: conv_* [taps - 1, C],
+    newest last.
+    """
+
+    logits: Array
+    mixer_out: list[Array]
+    layer_out: list[Array]
+    states: list[dict[str, Array]]
+
+
+class Weights:
+    """Tensors below one prefix, in float64."""
+
+    def __init__(self, tensors: Mapping[str, Array], prefix: str = ""):
+        self.tensors, self.prefix = tensors, prefix
+
+    def __getitem__(self, name: str) -> Array:
+        return np.asarray(self.tensors[self.prefix + name], np.float64)
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.tensors
+
+    def under(self, prefix: str) -> Weights:
+        return Weights(self.tensors, self.prefix + prefix)
+
+    def has_any(self, prefix: str) -> bool:
+        return any(name.startswith(self.prefix + prefix) for name in self.tensors)
+
+    def linear(self, name: str, x: Array) -> Array:
+        y = x @ self[f"{name}.weight"].T
+        return y + self[f"{name}.bias"] if f"{name}.bias" in self else y
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x: Array) -> Array:
+    return x * sigmoid(x)
+
+
+def softplus(x: Array) -> Array:
+    return np.where(x > 20, x, np.log1p(np.exp(np.minimum(x, 20))))
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    return weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+
+def heads(x: Array, D: int) -> Array:
+    return x.reshape(len(x), -1, D)
+
+
+def repeat(x: Array, E: int) -> Array:
+    """Head e of the result is head floor(e / (E / K)) of x [T, K, D]."""
+    return np.stack([x[:, e * x.shape[1] // E] for e in range(E)], axis=1)
+
+
+# Rotary embedding
+
+
+def rope_tables(config: Config, D: int, positions: Array) -> tuple[Array, Array]:
+    """cos, sin [T, D]. Legacy rope_scaling, where present, replaces rope_parameters."""
+    scaling = config.get("rope_scaling")
+    rope = dict(scaling or config.get("rope_parameters") or {})
+    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    i = np.arange(D // 2)
+    inverse = float(theta) ** (-2.0 * i / D)
+    scale = 1.0
+    if kind == "linear":
+        inverse = inverse / rope["factor"]
+    elif kind == "yarn":
+        factor = rope["factor"]
+        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+
+        # The (fractional) index of the frequency that makes n turns over the original context.
+        def index(n: float) -> float:
+            return D * math.log(original / (2 * math.pi * n)) / (2 * math.log(theta))
+
+        low = max(math.floor(index(rope.get("beta_fast") or 32)), 0)
+        high = min(math.ceil(index(rope.get("beta_slow") or 1)), D - 1)
+        slow = np.clip((i - low) / max(high - low, 1e-3), 0, 1)
+        inverse = inverse * ((1 - slow) + slow / factor)
+        scale = rope.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
+    else:
+        assert kind == "default", kind
+    angle = positions[:, None] * np.concatenate([inverse, inverse])
+    return np.cos(angle) * scale, np.sin(angle) * scale
+
+
+def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
+    cos, sin = rope
+    first, second = np.split(x, 2, axis=-1)
+    turned = np.concatenate([-second, first], axis=-1)
+    return x * cos[:, None] + turned * sin[:, None]
+
+
+# Attention
+
+
+def softmax_over(streams: list[tuple[Array, Array, Array, Array]]) -> Array:
+    """One softmax over all streams (q [T,E,D], k [T,K,D], v [T,K,D], visible [T,T]) -> [T, E*D]."""
+    T, E, D = streams[0][0].shape
+    out = np.zeros((T, E, D))
+    for e in range(E):
+        scores, values = [], []
+        for q, k, v, visible in streams:
+            head = e * k.shape[1] // E
+            s = q[:, e] @ k[:, head].T / math.sqrt(D)
+            scores.append(np.where(visible, s, -np.inf))
+            values.append(v[:, head])
+        s = np.concatenate(scores, axis=1)
+        p = np.exp(s - s.max(1, keepdims=True))
+        out[:, e] = p @ np.concatenate(values) / p.sum(1, keepdims=True)
+    return out.reshape(T, E * D)
+
+
+def attention(g: Geometry, w: Weights, h: Array, window: int | None) -> tuple[Array, dict]:
+    q, k, v = g.qkv(w, h, h)
+    age = np.arange(g.T)[:, None] - np.arange(g.T)
+    visible = (age >= 0) & (age < (window or g.T + 1))
+    return w.linear("o_proj", softmax_over([(q, k, v, visible)])), dict(keys=k, values=v)
+
+
+def bmojo(g: Geometry, w: Weights, h: Array, num_iter: int | None) -> tuple[Array, dict]:
+    """In-context window of W tokens and a window of W inner-mixer outputs before it."""
+    settings = BMOJO_DEFAULTS | dict(g.config.get("bmojo_config") or {})
+    inner = INNER[settings["ssm_mixer"].lower()]
+    fading, state = linear_mixer(inner, g, w.under(f"{inner}."), h, num_iter)
+    a, W = w.under("bmojo_attn."), settings["window_size"]
+    q, k, v = g.qkv(a, h, h)
+    q_, k_, v_ = g.qkv(a, h, fading, suffix="" if settings["tie_attn_weights"] else "_")
+    age = np.arange(g.T)[:, None] - np.arange(g.T)
+    recent, older = (age >= 0) & (age < W), (age >= W) & (age < 2 * W)
+    o = softmax_over([(q, k, v, recent), (q_, k_, v_, older)])
+    state |= dict(keys=k, values=v, fading_keys=k_, fading_values=v_)
+    return a.linear("o_proj", o), state
+
+
+# Recurrent mixers
+
+
+def short_conv(w: Weights, name: str, x: Array) -> tuple[Array, Array]:
+    """Depthwise causal convolution and SiLU of x [T, C]; also the last taps - 1 inputs."""
+    taps = w[f"{name}.weight"][:, 0]
+    n = taps.shape[1]
+    padded = np.concatenate([np.zeros((n - 1, x.shape[1])), x])
+    bias = w[f"{name}.bias"] if f"{name}.bias" in w else 0.0
+    y = np.stack([(taps.T * padded[t : t + n]).sum(0) + bias for t in range(len(x))])
+    return silu(y), padded[len(x) :]
+
+
+def expand(g: Geometry, settings: dict, w: Weights, which: str, flat: Array) -> Array:
+    """Keys or values [T, K*D] to all heads [T, E, D]."""
+    x = heads(flat, g.D)
+    rank = settings["kv_proj_rank"]
+    if not rank or g.E == g.K:
+        return repeat(x, g.E)
+    low = silu(w.linear(f"proj_{which}.linearA", flat))
+    y = heads(w.linear(f"proj_{which}.linearB", low), g.D)
+    if settings["kv_learnable_residual"]:
+        return y + np.einsum("ek,tkd->ted", w[f"{which}_rep"], x)
+    return y + repeat(x, g.E)
+
+
+def log_decay(w: Weights, name: str, h: Array) -> Array:
+    return -np.exp(w["A_log"]) * softplus(w.linear(name, h) + w["dt_bias"])
+
+
+def gated_norm(g: Geometry, settings: dict, w: Weights, h: Array, o: Array) -> Array:
+    """Normalise, then gate, then o_proj. o [T, E, D]."""
+    o = rms_norm(o, w["o_norm.weight"], settings["norm_eps"])
+    if settings["use_gate"]:
+        o = o * silu(heads(w.linear("g_proj", h), g.D))
+    return w.linear("o_proj", o.reshape(g.T, -1))
+
+
+def chebyshev(H: Array, q: Array, ridge: float, n: int) -> Array:
+    """n steps towards (H + ridge |H|_F I)^-1 q per head; zero where H is. H [E, D, D], q [E, D]."""
+    f = np.sqrt((H * H).sum((1, 2)))[:, None]
+    some = np.where(f > 0, f, 1.0)
+    lam = ridge * some
+    s = 2 / (2 * lam + some)
+    c = (0.5 * some / (2 * lam + some)) ** 2
+    previous, x, omega = np.zeros_like(q), s * q, 2 * np.ones_like(f)
+    for _ in range(n):
+        omega = 1 / (1 - c * omega)
+        residual = np.einsum("eij,ej->ei", H, x) + lam * x - q
+        previous, x = x, omega * x - (s * omega * residual + (omega - 1) * previous)
+    return np.where(f > 0, x, 0.0)
+
+
+def gka(g: Geometry, w: Weights, h: Array, num_iter: int | None) -> tuple[Array, dict]:
+    """Gated KalmaNet."""
+    settings = GKA_DEFAULTS | dict(g.config.get("gka_config") or {})
+    settings |= dict(g.config.get("gka_overrides") or {})
+    n = settings["num_iter"] if num_iter is None else num_iter
+    q, conv_q = short_conv(w, "q_conv1d", w.linear("q_proj", h))
+    k, conv_k = short_conv(w, "k_conv1d", w.linear("k_proj", h))
+    v = w.linear("v_proj", h)
+    state = dict(conv_q=conv_q, conv_k=conv_k)
+    if settings["use_v_conv"]:
+        v, state["conv_v"] = short_conv(w, "v_conv1d", v)
+    q = heads(q, g.D)
+    k, v = expand(g, settings, w, "k", k), expand(g, settings, w, "v", v)
+    q = q / (np.linalg.norm(q, axis=-1, keepdims=True) + 1e-6)
+    k = k / (np.linalg.norm(k, axis=-1, keepdims=True) + 1e-6)
+    if settings["use_beta_gate"]:
+        beta = sigmoid(w.linear("b_proj", h))[:, :, None]
+        k, v = (beta + 1e-6) * k, (beta + 1e-6) * v
+    alpha = np.ones((g.T, g.E))
+    if settings["use_alpha_connection"]:
+        alpha = sigmoid(w.linear("alpha_proj", h))
+    decay = kk_decay = np.ones((g.T, g.E))
+    if settings["use_forgetting_gate"]:
+        decay = np.exp(log_decay(w, "a_proj", h))
+        kk_decay = decay if settings["use_forgetting_gate_kk"] else kk_decay
+    scale = g.D**-0.5 if settings["gla_rescale"] else 1.0
+    H, U, o = np.zeros((g.E, g.D, g.D)), np.zeros((g.E, g.D, g.D)), np.zeros((g.T, g.E, g.D))
+    for t in range(g.T):
+        H = kk_decay[t, :, None, None] * H + k[t, :, :, None] * k[t, :, None, :]
+        U = decay[t, :, None, None] * U + k[t, :, :, None] * v[t, :, None, :]
+        read = q[t]
+        if n > 0:
+            x = chebyshev(H, q[t], settings["ridge_strength"], n)
+            read = q[t] + alpha[t, :, None] * (x - q[t])
+        o[t] = scale * np.einsum("eij,ei->ej", U, read)
+    return gated_norm(g, settings, w, h, o), state | dict(h_kk=H, h_kv=U)
+
+
+def gdn(g: Geometry, w: Weights, h: Array) -> tuple[Array, dict]:
+    """Gated DeltaNet."""
+    settings = GDN_DEFAULTS | dict(g.config.get("gdn_config") or {})
+    state, qkv = {}, []
+    for name in "qkv":
+        x = w.linear(f"{name}_proj", h)
+        if settings["use_short_conv"]:
+            x, state[f"conv_{name}"] = short_conv(w, f"{name}_conv1d", x)
+        else:
+            x = silu(x)
+        qkv.append(x)
+    q = heads(qkv[0], g.D)
+    k, v = expand(g, settings, w, "k", qkv[1]), expand(g, settings, w, "v", qkv[2])
+    q = q / np.sqrt((q * q).sum(-1, keepdims=True) + 1e-6)
+    k = k / np.sqrt((k * k).sum(-1, keepdims=True) + 1e-6)
+    beta = sigmoid(w.linear("b_proj", h)) * (2 if settings["allow_neg_eigval"] else 1)
+    decay = np.exp(log_decay(w, "gk_proj", h))
+    S, o = np.zeros((g.E, g.D, g.D)), np.zeros((g.T, g.E, g.D))
+    for t in range(g.T):
+        S = decay[t, :, None, None] * S
+        delta = beta[t, :, None] * (v[t] - np.einsum("eij,ei->ej", S, k[t]))
+        S = S + k[t, :, :, None] * delta[:, None, :]
+        o[t] = np.einsum("eij,ei->ej", S, q[t]) * g.D**-0.5
+    return gated_norm(g, settings, w, h, o), state | dict(recurrent=S)
+
+
+def mamba2(g: Geometry, w: Weights, h: Array) -> tuple[Array, dict]:
+    """Mamba-2 with the geometry of attention: x = V, B = K, C = Q."""
+    settings = MAMBA2_DEFAULTS | dict(g.config.get("mamba2_config") or {})
+    nq, nk = g.E * g.D, g.K * g.D
+    z, x, B, C, dt = np.split(w.linear("in_proj", h), np.cumsum([nq, nk, nk, nq]), axis=1)
+    B, C = heads(B, g.D), heads(C, g.D)
+    if settings["use_qk_norm"]:
+        B, C = rms_norm(B, w["B_norm.weight"], 1e-6), rms_norm(C, w["C_norm.weight"], 1e-6)
+    if settings["use_pos_emb"]:
+        B, C = rotate(B, g.rope), rotate(C, g.rope)
+    flat = np.concatenate([x, B.reshape(g.T, nk), C.reshape(g.T, nq)], axis=1)
+    flat, conv = short_conv(w, "conv1d", flat)
+    x, B, C = (heads(part, g.D) for part in np.split(flat, [nk, 2 * nk], axis=1))
+    x, B = repeat(x, g.E), repeat(B, g.E)
+    dt = softplus(dt + w["dt_bias"])
+    A = -np.exp(w["A_log"])
+    S, y = np.zeros((g.E, g.D, g.D)), np.zeros((g.T, g.E, g.D))
+    for t in range(g.T):
+        write = dt[t, :, None, None] * x[t, :, :, None] * B[t, :, None, :]
+        S = np.exp(dt[t] * A)[:, None, None] * S + write
+        y[t] = np.einsum("epn,en->ep", S, C[t]) + w["D"][:, None] * x[t]
+    u = y * silu(heads(z, g.D))
+    u = rms_norm(u, w["norm.weight"].reshape(g.E, g.D), 1e-5)
+    state = dict(conv=conv, ssm=S, log_aprods=(dt * A).sum(0))
+    return w.linear("out_proj", u.reshape(g.T, nq)), state
+
+
+def linear_mixer(
+    name: str, g: Geometry, w: Weights, h: Array, num_iter: int | None
+) -> tuple[Array, dict]:
+    if name == "gka":
+        return gka(g, w, h, num_iter)
+    return gdn(g, w, h) if name == "gdn" else mamba2(g, w, h)
+
+
+# The model
+
+
+class Geometry:
+    """Sizes of the attention, rotary tables and what both attention kinds share."""
+
+    def __init__(self, config: Config, positions: Array):
+        self.config, self.T = config, len(positions)
+        self.E = config["num_attention_heads"]
+        self.K = config.get("num_key_value_heads") or self.E
+        self.D = config.get("head_dim") or config["hidden_size"] // self.E
+        self.eps = config.get("rms_norm_eps", 1e-6)
+        self.rope = rope_tables(config, self.D, positions)
+
+    def qkv(self, w: Weights, h: Array, kv: Array, suffix: str = "") -> tuple[Array, Array, Array]:
+        """Queries of h, keys and values of kv: per-head norm on q and k, then RoPE."""
+        q = heads(w.linear(f"q_proj{suffix}", h), self.D)
+        k = heads(w.linear(f"k_proj{suffix}", kv), self.D)
+        v = heads(w.linear(f"v_proj{suffix}", kv), self.D)
+        q = rms_norm(q, w[f"q_norm{suffix}.weight"], self.eps)
+        k = rms_norm(k, w[f"k_norm{suffix}.weight"], self.eps)
+        return rotate(q, self.rope), rotate(k, self.rope), v
+
+
+def evaluate(
+    config: Config,
+    tensors: Mapping[str, Array],
+    tokens: Array,
+    *,
+    num_iter: int | None = None,
+    positions: Array | None = None,
+) -> Run:
+    """Run one row of tokens [T] through the checkpoint `tensors` described by config.json."""
+    tokens = np.asarray(tokens)
+    g = Geometry(config, np.arange(len(tokens)) if positions is None else np.asarray(positions))
+    w = Weights(tensors)
+    x = w["model.embed_tokens.weight"][tokens]
+    mixer_out, layer_out, states = [], [], []
+    for i, kind in enumerate(config["hybrid_override_pattern"].split("-")):
+        layer = w.under(f"model.layers.{i}.")
+        h = rms_norm(x, layer["input_layernorm.weight"], g.eps)
+        if kind == "*":
+            y, state = attention(g, layer.under("self_attn."), h, None)
+        elif kind == "SWA":
+            name = "swa." if layer.has_any("swa.") else "self_attn."
+            y, state = attention(g, layer.under(name), h, config["swa_config"]["window_size"])
+        elif kind == "BMF":
+            y, state = bmojo(g, layer.under("bmojo_f."), h, num_iter)
+        else:
+            name = {"GKA": "gka", "GDN": "gdn", "M2": "mamba"}[kind]
+            y, state = linear_mixer(name, g, layer.under(f"{name}."), h, num_iter)
+        x = x + y
+        h = rms_norm(x, layer["post_attention_layernorm.weight"], g.eps)
+        gate, up = layer.linear("mlp.gate_proj", h), layer.linear("mlp.up_proj", h)
+        x = x + layer.linear("mlp.down_proj", silu(gate) * up)
+        mixer_out.append(y)
+        layer_out.append(x)
+        states.append(state)
+    head = "model.embed_tokens" if config.get("tie_word_embeddings") else "lm_head"
+    logits = w.linear(head, rms_norm(x, w["model.norm.weight"], g.eps))
+    return Run(logits, mixer_out, layer_out, states)

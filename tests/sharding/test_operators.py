@@ -1,0 +1,220 @@
+"""Every operator on eight devices: the single-device result, and no communication but the sums of
+gradients that devices share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.nn import log_sigmoid, sigmoid, softplus
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import (
+    attention,
+    causal_conv1d,
+    decode_attention,
+    gated_delta_rule,
+    gated_delta_rule_step,
+    gka,
+    gka_step,
+    sharded,
+    ssd,
+    ssd_step,
+    two_window_attention,
+    two_window_decode,
+)
+from pallas_kernels.shapes import SHAPES
+from tests.util import rel
+
+# b batch, t tokens, h heads, k key/value heads, d and e head_dim, s cache, w taps, z = w - 1.
+TINY = SHAPES["tiny"]
+SIZES = dict(b=4, t=6, h=TINY.heads, k=TINY.kv_heads, d=8, e=8, s=16, w=4, z=3)
+MESHES = {"dp2 fsdp2 tp2": (2, 2, 2, 1), "tp2 rep4": (1, 1, 2, 4)}
+COLLECTIVE = re.compile(
+    r" = (\(.*?\)|\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
+    r"(?:-start)?\(.*?(?:replica_groups=(.*?), \w+=|$)"
+)
+
+
+class Case(NamedTuple):
+    """The letters of every array, a call of those arrays, and the letters of its results."""
+
+    arrays: dict[str, str]
+    call: Callable[..., Any]
+    out: Any
+
+
+def _gka(op, q, k, v, alpha, g, beta, h_kk, h_kv, **kw):
+    state = h_kk @ jnp.swapaxes(h_kk, -1, -2), h_kv
+    name = "state" if op is gka_step else "initial_state"
+    kw[name] = state
+    return op(q, k, v, sigmoid(alpha), log_sigmoid(g), sigmoid(beta), num_iter=2, **kw)
+
+
+def _gdn(op, q, k, v, g, beta, s, **kw):
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    kw["state" if op is gated_delta_rule_step else "initial_state"] = s
+    return op(q, k, v, log_sigmoid(g), sigmoid(beta), **kw)
+
+
+def _ssd(op, x, B, C, dt, A, D, s, **kw):
+    kw["state" if op is ssd_step else "initial_state"] = s
+    return op(x, B, C, softplus(dt), -softplus(A), D, **kw)
+
+
+def _two_window_decode(q, q_fading, k, v, mesh):
+    full = jnp.full(q.shape[0], k.shape[1] // 2)
+    return two_window_decode(q, k, v, full, full // 2, q_fading=q_fading, mesh=mesh)
+
+
+def _decode_attention(q, k, v, mesh):
+    return decode_attention(q, k, v, jnp.arange(q.shape[0]) + 3, mesh=mesh)
+
+
+QKV = {"q": "bthd", "k": "btkd", "v": "btkd"}
+GKA = QKV | dict.fromkeys(("alpha", "g", "beta"), "bth") | {"h_kk": "bhde", "h_kv": "bhde"}
+GDN = QKV | dict.fromkeys(("g", "beta"), "bth") | {"s": "bhde"}
+SSD = {"x": "btkd", "B": "btke", "C": "bthe", "dt": "bth", "A": "h", "D": "h", "s": "bhde"}
+FADING = {"q_fading": "bthd", "k_fading": "btkd", "v_fading": "btkd"}
+CACHE = {"k": "bskd", "v": "bskd"}
+
+
+def _token(arrays: dict[str, str]) -> dict[str, str]:
+    return {name: letters.replace("t", "") for name, letters in arrays.items()}
+
+
+def _conv(channels: Literal["h", "k"]) -> Case:
+    arrays = {"x": "bt", "weight": "w", "bias": "", "initial_state": "bz"}
+    arrays = {name: letters + channels for name, letters in arrays.items()}
+    call = partial(causal_conv1d, channels=channels)
+    return Case(arrays, call, ("bt" + channels, "bz" + channels))
+
+
+CASES = {
+    "gka": Case(GKA, partial(_gka, gka, chunk_size=4), ("bthd", ("bhde", "bhde"))),
+    "gka_step": Case(_token(GKA), partial(_gka, gka_step), ("bhd", ("bhde", "bhde"))),
+    "gated_delta_rule": Case(GDN, partial(_gdn, gated_delta_rule, chunk_size=4), ("bthd", "bhde")),
+    "gated_delta_rule_step": Case(
+        _token(GDN), partial(_gdn, gated_delta_rule_step), ("bhd", "bhde")
+    ),
+    "ssd": Case(SSD, partial(_ssd, ssd, chunk_size=4), ("bthd", "bhde")),
+    "ssd_step": Case(_token(SSD), partial(_ssd, ssd_step), ("bhd", "bhde")),
+    "causal_conv1d heads": _conv("h"),
+    "causal_conv1d kv heads": _conv("k"),
+    "attention": Case(QKV, attention, "bthd"),
+    "attention window": Case(QKV, partial(attention, window=2), "bthd"),
+    "two_window_attention": Case(QKV | FADING, partial(two_window_attention, window=2), "bthd"),
+    "decode_attention": Case({"q": "bhd"} | CACHE, _decode_attention, "bhd"),
+    "two_window_decode": Case({"q": "bhd", "q_fading": "bhd"} | CACHE, _two_window_decode, "bhd"),
+}
+FORWARD_ONLY = {"gka_step", "gated_delta_rule_step", "ssd_step", "two_window_decode"}
+
+
+def _mesh(name: str) -> Mesh:
+    return Mesh(np.asarray(jax.devices()).reshape(MESHES[name]), ("dp", "fsdp", "tp", "rep"))
+
+
+def _random(letters: str, seed: int) -> jax.Array:
+    shape = [SIZES[letter] for letter in letters]
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def _place(x: jax.Array, letters: str, mesh: Mesh) -> jax.Array:
+    return jax.device_put(x, NamedSharding(mesh, sharded.spec(mesh, letters, SIZES["b"])))
+
+
+def _inputs(case: Case) -> dict[str, jax.Array]:
+    return {name: _random(letters, i) for i, (name, letters) in enumerate(case.arrays.items())}
+
+
+def _collectives(compiled: Any) -> dict[str, int]:
+    """Arrays per kind of collective among several devices; a merged one holds several arrays."""
+    found: dict[str, int] = {}
+    for line in compiled.as_text().splitlines():
+        for result, kind, groups in COLLECTIVE.findall(line):
+            if _group_size(groups) > 1:
+                found[kind] = found.get(kind, 0) + len(re.findall(r"\w+\[", result))
+    return found
+
+
+def _group_size(groups: str) -> int:
+    """Devices that talk to each other; 2 stands for "several" where no groups are written.
+
+    A sum over a mesh axis of size 1 stays in the program as one of each device with itself.
+    """
+    if axes := re.match(r"mesh\[(.*?)\] ?\{(.*?)\}", groups):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", axes[2]))
+    if iota := re.match(r"\[\d+,(\d+)\]<=", groups):
+        return int(iota[1])
+    if listed := re.match(r"\{\{([\d,]+)\}", groups):
+        return listed[1].count(",") + 1
+    return 2
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize("name", CASES)
+def test_forward_needs_no_communication(name: str, mesh_name: str) -> None:
+    case, mesh = CASES[name], _mesh(mesh_name)
+    x = _inputs(case)
+    placed = {n: _place(a, case.arrays[n], mesh) for n, a in x.items()}
+    compiled = jax.jit(lambda x: case.call(**x, mesh=mesh)).lower(placed).compile()
+    assert _collectives(compiled) == {}
+    got, want = compiled(placed), jax.jit(lambda x: case.call(**x, mesh=None))(x)
+
+    def same(a: jax.Array, b: jax.Array, letters: str) -> None:
+        assert rel(a, b) < 1e-5
+        split = NamedSharding(mesh, sharded.spec(mesh, letters, SIZES["b"]))
+        assert a.sharding.is_equivalent_to(split, a.ndim), f"{a.sharding} is not {split}"
+
+    jax.tree.map(same, got, want, case.out)
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in FORWARD_ONLY])
+def test_backward_sums_only_what_is_shared(name: str, mesh_name: str) -> None:
+    """One all-reduce for each input of which several devices hold a copy, nothing else."""
+    case, mesh = CASES[name], _mesh(mesh_name)
+    x = _inputs(case)
+    cotangent = jax.tree.map(lambda letters: _random(letters, 99), case.out)
+    placed = {n: _place(a, case.arrays[n], mesh) for n, a in x.items()}
+    placed_cotangent = jax.tree.map(lambda a, dims: _place(a, dims, mesh), cotangent, case.out)
+
+    def gradients(x, cotangent, mesh):
+        return jax.vjp(lambda x: case.call(**x, mesh=mesh), x)[1](cotangent)[0]
+
+    compiled = jax.jit(partial(gradients, mesh=mesh)).lower(placed, placed_cotangent).compile()
+    shared = [a for a in placed.values() if len(set(map(str, _indices(a)))) < mesh.size]
+    assert _collectives(compiled) == ({"all-reduce": len(shared)} if shared else {})
+    want = jax.jit(partial(gradients, mesh=None))(x, cotangent)
+    got = compiled(placed, placed_cotangent)
+    for n in x:
+        assert rel(got[n], want[n]) < 1e-4, n
+
+
+def _indices(x: jax.Array) -> list[Any]:
+    return [shard.index for shard in x.addressable_shards]
+
+
+def test_a_batch_that_does_not_divide_stays_whole() -> None:
+    mesh = _mesh("dp2 fsdp2 tp2")
+    q, k, v = (_random(letters, i)[:3] for i, letters in enumerate(QKV.values()))
+    assert rel(attention(q, k, v, mesh=mesh), attention(q, k, v)) < 1e-5
+
+
+def test_communication_is_seen() -> None:
+    mesh = _mesh("tp2 rep4")
+    x = _place(_random("bthd", 0), "bthd", mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    total = jax.jit(jnp.sum).lower(x).compile()
+    copied = jax.jit(lambda x: x, out_shardings=whole).lower(x).compile()
+    assert _collectives(total) == {"all-reduce": 1}
+    assert _collectives(copied).keys() == {"all-gather"}
+    assert _group_size("{{0,1,2,3},{4,5,6,7}}") == 4 and _group_size("[8,1]<=[8]") == 1
