@@ -6,12 +6,11 @@ The only file that knows text; everything below it (`hmf_jax.generation`) knows 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedConfig
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.generation import Decoder, Step, capacity_for
@@ -56,6 +55,10 @@ def load_tokenizer(directory: str | Path) -> Any:
             f"{path} has no tokenizer (tokenizer.json, tokenizer_config.json); copy these files "
             "from the original model, or pass tokenizer=load_tokenizer(other_directory)."
         )
+    # Imported where text is needed, since it takes seconds; it need not advise to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer, PreTrainedConfig
+
     # A blank config: transformers would refuse the model's own, whose type it does not know.
     return AutoTokenizer.from_pretrained(str(path), config=PreTrainedConfig())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from hmf_jax.chat import ChatSession, load_tokenizer
 from hmf_jax.config import HybridConfig
@@ -46,12 +45,16 @@ _CORPUS = (
 )
 
 
-def build_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
+def build_tokenizer(vocab_size: int = 320) -> Any:
     """A byte-level BPE tokenizer with at most `vocab_size` tokens, a chat template, end tokens.
 
     Any text encodes and decodes exactly. <|im_end|> ends a turn; <think> and </think> are ordinary
     text when decoding, like in Qwen3.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -15,7 +15,8 @@
 # # Quickstart: load a hybrid model, chat, stream
 #
 # A *hybrid* model is a Transformer in which some attention layers were replaced by layers with a
-# state of fixed size. This notebook loads one from a Hugging Face directory and talks to it.
+# state of fixed size. This notebook loads one from a Hugging Face directory and talks to it. With
+# a GPU, all of it runs there.
 #
 # The directory below is a tiny model with random weights that the package builds on the spot, so
 # its answers are noise, but every step is the one you take with a real model: replace `path` by
@@ -29,9 +30,10 @@ import jax
 import jax.numpy as jnp
 
 import hmf_jax
-from hmf_jax.demo import build_tiny_checkpoint
+from hmf_jax.demo import write_checkpoint
 
-path = build_tiny_checkpoint(Path(tempfile.mkdtemp()) / "tiny-hybrid")
+path = Path(tempfile.mkdtemp()) / "tiny-hybrid"
+write_checkpoint(path)
 sorted(p.name for p in path.iterdir())
 
 # %% [markdown]
@@ -40,7 +42,7 @@ sorted(p.name for p in path.iterdir())
 # %%
 model = hmf_jax.from_pretrained(path)
 chat = hmf_jax.ChatSession(model, max_new_tokens=48)
-print(repr(chat.send("What is a Kalman filter?")))
+print(chat.send("What is a Kalman filter?"))
 
 # %% [markdown]
 # `stream` yields pieces of text as they are decoded. The session remembers the conversation, and
@@ -59,10 +61,8 @@ for piece in chat.stream("Say that again."):
 # %%
 sampling = hmf_jax.SamplingParams(temperature=0.8, top_p=0.95, seed=7)
 for num_iter in (30, 10, 1):
-    reply = hmf_jax.ChatSession(
-        model, sampling=sampling, num_iter=num_iter, max_new_tokens=24
-    ).send("Count to three.")
-    print(num_iter, repr(reply))
+    chat = hmf_jax.ChatSession(model, sampling=sampling, num_iter=num_iter, max_new_tokens=24)
+    print(num_iter, repr(chat.send("Count to three.").text))
 
 # %% [markdown]
 # ## Below the text: tokens, logits, states
@@ -81,11 +81,11 @@ print("largest difference:", jnp.abs(whole[:, 4:] - rest).max(), "tokens seen:",
 
 # %% [markdown]
 # Batches of prompts of different lengths, log-probabilities and per-prompt seeds go through
-# `hmf_jax.generate`, which compiles its decode loop once and runs it on the device.
+# `model.generate`, which compiles its decode loop once and runs it on the device.
 
 # %%
 prompts = [[72, 105], [72, 101, 108, 108, 111], [10]]
-for g in hmf_jax.generate(model, prompts, max_new_tokens=8, logprobs=True):
+for g in model.generate(prompts, max_new_tokens=8, logprobs=True):
     print(g.finish_reason, g.tokens, [round(p, 2) for p in g.logprobs])
 
 # %% [markdown]

@@ -18,30 +18,7 @@ import numpy as np
 Array = np.ndarray
 Config = Mapping[str, Any]
 
-GKA_DEFAULTS = dict(
-    use_alpha_connection=True,
-    use_v_conv=True,
-    use_forgetting_gate=True,
-    use_forgetting_gate_kk=True,
-    gla_rescale=True,
-    num_iter=30,
-    use_gate=True,
-    norm_eps=1e-6,
-    use_beta_gate=True,
-    kv_proj_rank=None,
-    kv_learnable_residual=False,
-    ridge_strength=0.02,
-)
-GDN_DEFAULTS = dict(
-    use_gate=True,
-    use_short_conv=True,
-    allow_neg_eigval=False,
-    norm_eps=1e-5,
-    kv_proj_rank=None,
-    kv_learnable_residual=False,
-)
-MAMBA2_DEFAULTS = dict(use_qk_norm=True, use_pos_emb=False)
-BMOJO_DEFAULTS = dict(window_size=2048, tie_attn_weights=True, ssm_mixer="mamba2")
+# Inner mixers of B'MOJO-F by their name in config.json: module name in the checkpoint.
 INNER = {
     "mamba2": "mamba",
     "gdn": "gdn",
@@ -83,9 +60,6 @@ class Weights:
     def under(self, prefix: str) -> Weights:
         return Weights(self.tensors, self.prefix + prefix)
 
-    def has_any(self, prefix: str) -> bool:
-        return any(name.startswith(self.prefix + prefix) for name in self.tensors)
-
     def linear(self, name: str, x: Array) -> Array:
         y = x @ self[f"{name}.weight"].T
         return y + self[f"{name}.bias"] if f"{name}.bias" in self else y
@@ -109,6 +83,11 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 def heads(x: Array, D: int) -> Array:
     return x.reshape(len(x), -1, D)
+
+
+def outer(x: Array, y: Array) -> Array:
+    """x [E, D], y [E, D] -> [E, D, D]."""
+    return x[:, :, None] * y[:, None, :]
 
 
 def repeat(x: Array, E: int) -> Array:
@@ -185,12 +164,12 @@ def attention(g: Geometry, w: Weights, h: Array, window: int | None) -> tuple[Ar
 
 def bmojo(g: Geometry, w: Weights, h: Array, num_iter: int | None) -> tuple[Array, dict]:
     """In-context window of W tokens and a window of W inner-mixer outputs before it."""
-    settings = BMOJO_DEFAULTS | dict(g.config.get("bmojo_config") or {})
-    inner = INNER[settings["ssm_mixer"].lower()]
+    c = g.config.get("bmojo_config") or {}
+    inner = INNER[c.get("ssm_mixer", "mamba2").lower()]
     fading, state = linear_mixer(inner, g, w.under(f"{inner}."), h, num_iter)
-    a, W = w.under("bmojo_attn."), settings["window_size"]
+    a, W = w.under("bmojo_attn."), c.get("window_size", 2048)
     q, k, v = g.qkv(a, h, h)
-    q_, k_, v_ = g.qkv(a, h, fading, suffix="" if settings["tie_attn_weights"] else "_")
+    q_, k_, v_ = g.qkv(a, h, fading, suffix="" if c.get("tie_attn_weights", True) else "_")
     age = np.arange(g.T)[:, None] - np.arange(g.T)
     recent, older = (age >= 0) & (age < W), (age >= W) & (age < 2 * W)
     o = softmax_over([(q, k, v, recent), (q_, k_, v_, older)])
@@ -211,15 +190,14 @@ def short_conv(w: Weights, name: str, x: Array) -> tuple[Array, Array]:
     return silu(y), padded[len(x) :]
 
 
-def expand(g: Geometry, settings: dict, w: Weights, which: str, flat: Array) -> Array:
+def expand(g: Geometry, c: Config, w: Weights, which: str, flat: Array) -> Array:
     """Keys or values [T, K*D] to all heads [T, E, D]."""
     x = heads(flat, g.D)
-    rank = settings["kv_proj_rank"]
-    if not rank or g.E == g.K:
+    if not c.get("kv_proj_rank") or g.E == g.K:
         return repeat(x, g.E)
     low = silu(w.linear(f"proj_{which}.linearA", flat))
     y = heads(w.linear(f"proj_{which}.linearB", low), g.D)
-    if settings["kv_learnable_residual"]:
+    if c.get("kv_learnable_residual"):
         return y + np.einsum("ek,tkd->ted", w[f"{which}_rep"], x)
     return y + repeat(x, g.E)
 
@@ -228,10 +206,10 @@ def log_decay(w: Weights, name: str, h: Array) -> Array:
     return -np.exp(w["A_log"]) * softplus(w.linear(name, h) + w["dt_bias"])
 
 
-def gated_norm(g: Geometry, settings: dict, w: Weights, h: Array, o: Array) -> Array:
-    """Normalise, then gate, then o_proj. o [T, E, D]."""
-    o = rms_norm(o, w["o_norm.weight"], settings["norm_eps"])
-    if settings["use_gate"]:
+def gated_norm(g: Geometry, c: Config, w: Weights, h: Array, o: Array, eps: float) -> Array:
+    """Normalise, then gate, then o_proj. o [T, E, D]; eps where the config has none."""
+    o = rms_norm(o, w["o_norm.weight"], c.get("norm_eps", eps))
+    if c.get("use_gate", True):
         o = o * silu(heads(w.linear("g_proj", h), g.D))
     return w.linear("o_proj", o.reshape(g.T, -1))
 
@@ -253,77 +231,76 @@ def chebyshev(H: Array, q: Array, ridge: float, n: int) -> Array:
 
 def gka(g: Geometry, w: Weights, h: Array, num_iter: int | None) -> tuple[Array, dict]:
     """Gated KalmaNet."""
-    settings = GKA_DEFAULTS | dict(g.config.get("gka_config") or {})
-    settings |= dict(g.config.get("gka_overrides") or {})
-    n = settings["num_iter"] if num_iter is None else num_iter
+    c = dict(g.config.get("gka_config") or {}) | dict(g.config.get("gka_overrides") or {})
+    n = c.get("num_iter", 30) if num_iter is None else num_iter
     q, conv_q = short_conv(w, "q_conv1d", w.linear("q_proj", h))
     k, conv_k = short_conv(w, "k_conv1d", w.linear("k_proj", h))
     v = w.linear("v_proj", h)
     state = dict(conv_q=conv_q, conv_k=conv_k)
-    if settings["use_v_conv"]:
+    if c.get("use_v_conv", True):
         v, state["conv_v"] = short_conv(w, "v_conv1d", v)
     q = heads(q, g.D)
-    k, v = expand(g, settings, w, "k", k), expand(g, settings, w, "v", v)
+    k, v = expand(g, c, w, "k", k), expand(g, c, w, "v", v)
     q = q / (np.linalg.norm(q, axis=-1, keepdims=True) + 1e-6)
     k = k / (np.linalg.norm(k, axis=-1, keepdims=True) + 1e-6)
-    if settings["use_beta_gate"]:
+    if c.get("use_beta_gate", True):
         beta = sigmoid(w.linear("b_proj", h))[:, :, None]
         k, v = (beta + 1e-6) * k, (beta + 1e-6) * v
     alpha = np.ones((g.T, g.E))
-    if settings["use_alpha_connection"]:
+    if c.get("use_alpha_connection", True):
         alpha = sigmoid(w.linear("alpha_proj", h))
     decay = kk_decay = np.ones((g.T, g.E))
-    if settings["use_forgetting_gate"]:
+    if c.get("use_forgetting_gate", True):
         decay = np.exp(log_decay(w, "a_proj", h))
-        kk_decay = decay if settings["use_forgetting_gate_kk"] else kk_decay
-    scale = g.D**-0.5 if settings["gla_rescale"] else 1.0
+        kk_decay = decay if c.get("use_forgetting_gate_kk", True) else kk_decay
+    scale = g.D**-0.5 if c.get("gla_rescale", True) else 1.0
     H, U, o = np.zeros((g.E, g.D, g.D)), np.zeros((g.E, g.D, g.D)), np.zeros((g.T, g.E, g.D))
     for t in range(g.T):
-        H = kk_decay[t, :, None, None] * H + k[t, :, :, None] * k[t, :, None, :]
-        U = decay[t, :, None, None] * U + k[t, :, :, None] * v[t, :, None, :]
+        H = kk_decay[t, :, None, None] * H + outer(k[t], k[t])
+        U = decay[t, :, None, None] * U + outer(k[t], v[t])
         read = q[t]
         if n > 0:
-            x = chebyshev(H, q[t], settings["ridge_strength"], n)
+            x = chebyshev(H, q[t], c.get("ridge_strength", 0.02), n)
             read = q[t] + alpha[t, :, None] * (x - q[t])
         o[t] = scale * np.einsum("eij,ei->ej", U, read)
-    return gated_norm(g, settings, w, h, o), state | dict(h_kk=H, h_kv=U)
+    return gated_norm(g, c, w, h, o, 1e-6), state | dict(h_kk=H, h_kv=U)
 
 
 def gdn(g: Geometry, w: Weights, h: Array) -> tuple[Array, dict]:
     """Gated DeltaNet."""
-    settings = GDN_DEFAULTS | dict(g.config.get("gdn_config") or {})
+    c = g.config.get("gdn_config") or {}
     state, qkv = {}, []
     for name in "qkv":
         x = w.linear(f"{name}_proj", h)
-        if settings["use_short_conv"]:
+        if c.get("use_short_conv", True):
             x, state[f"conv_{name}"] = short_conv(w, f"{name}_conv1d", x)
         else:
             x = silu(x)
         qkv.append(x)
     q = heads(qkv[0], g.D)
-    k, v = expand(g, settings, w, "k", qkv[1]), expand(g, settings, w, "v", qkv[2])
+    k, v = expand(g, c, w, "k", qkv[1]), expand(g, c, w, "v", qkv[2])
     q = q / np.sqrt((q * q).sum(-1, keepdims=True) + 1e-6)
     k = k / np.sqrt((k * k).sum(-1, keepdims=True) + 1e-6)
-    beta = sigmoid(w.linear("b_proj", h)) * (2 if settings["allow_neg_eigval"] else 1)
+    beta = sigmoid(w.linear("b_proj", h)) * (2 if c.get("allow_neg_eigval") else 1)
     decay = np.exp(log_decay(w, "gk_proj", h))
     S, o = np.zeros((g.E, g.D, g.D)), np.zeros((g.T, g.E, g.D))
     for t in range(g.T):
         S = decay[t, :, None, None] * S
         delta = beta[t, :, None] * (v[t] - np.einsum("eij,ei->ej", S, k[t]))
-        S = S + k[t, :, :, None] * delta[:, None, :]
+        S = S + outer(k[t], delta)
         o[t] = np.einsum("eij,ei->ej", S, q[t]) * g.D**-0.5
-    return gated_norm(g, settings, w, h, o), state | dict(recurrent=S)
+    return gated_norm(g, c, w, h, o, 1e-5), state | dict(recurrent=S)
 
 
 def mamba2(g: Geometry, w: Weights, h: Array) -> tuple[Array, dict]:
     """Mamba-2 with the geometry of attention: x = V, B = K, C = Q."""
-    settings = MAMBA2_DEFAULTS | dict(g.config.get("mamba2_config") or {})
+    c = g.config.get("mamba2_config") or {}
     nq, nk = g.E * g.D, g.K * g.D
     z, x, B, C, dt = np.split(w.linear("in_proj", h), np.cumsum([nq, nk, nk, nq]), axis=1)
     B, C = heads(B, g.D), heads(C, g.D)
-    if settings["use_qk_norm"]:
+    if c.get("use_qk_norm", True):
         B, C = rms_norm(B, w["B_norm.weight"], 1e-6), rms_norm(C, w["C_norm.weight"], 1e-6)
-    if settings["use_pos_emb"]:
+    if c.get("use_pos_emb"):
         B, C = rotate(B, g.rope), rotate(C, g.rope)
     flat = np.concatenate([x, B.reshape(g.T, nk), C.reshape(g.T, nq)], axis=1)
     flat, conv = short_conv(w, "conv1d", flat)
@@ -333,8 +310,7 @@ def mamba2(g: Geometry, w: Weights, h: Array) -> tuple[Array, dict]:
     A = -np.exp(w["A_log"])
     S, y = np.zeros((g.E, g.D, g.D)), np.zeros((g.T, g.E, g.D))
     for t in range(g.T):
-        write = dt[t, :, None, None] * x[t, :, :, None] * B[t, :, None, :]
-        S = np.exp(dt[t] * A)[:, None, None] * S + write
+        S = np.exp(dt[t] * A)[:, None, None] * S + outer(dt[t, :, None] * x[t], B[t])
         y[t] = np.einsum("epn,en->ep", S, C[t]) + w["D"][:, None] * x[t]
     u = y * silu(heads(z, g.D))
     u = rms_norm(u, w["norm.weight"].reshape(g.E, g.D), 1e-5)
@@ -360,7 +336,7 @@ class Geometry:
         self.config, self.T = config, len(positions)
         self.E = config["num_attention_heads"]
         self.K = config.get("num_key_value_heads") or self.E
-        self.D = config.get("head_dim") or config["hidden_size"] // self.E
+        self.D = config.get("head_dim", 128)
         self.eps = config.get("rms_norm_eps", 1e-6)
         self.rope = rope_tables(config, self.D, positions)
 
@@ -394,7 +370,7 @@ def evaluate(
         if kind == "*":
             y, state = attention(g, layer.under("self_attn."), h, None)
         elif kind == "SWA":
-            name = "swa." if layer.has_any("swa.") else "self_attn."
+            name = "swa." if "swa.q_proj.weight" in layer else "self_attn."
             y, state = attention(g, layer.under(name), h, config["swa_config"]["window_size"])
         elif kind == "BMF":
             y, state = bmojo(g, layer.under("bmojo_f."), h, num_iter)
