@@ -18,6 +18,9 @@ LIBRARY := $(VENV)/.library
 TOOLS := $(VENV)/.tools
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(addprefix jax==,$(JAX))
 
+# On a CPU XLA's triangular solves run in OpenBLAS, whose waiting threads starve the other workers.
+export OPENBLAS_NUM_THREADS := 1
+
 .PHONY: demo test test-slow lint notebooks bench clean
 
 demo: $(LIBRARY)
@@ -36,9 +39,9 @@ lint: $(TOOLS)
 	$(VENV)/bin/basedpyright --level error
 
 notebooks: $(TOOLS)
-	@set -e; for notebook in notebooks/*.py; do \
+	@set -e; mkdir -p build/notebooks; for notebook in notebooks/*.py; do \
 	  echo "running $$notebook"; \
-	  $(PY) -m jupytext --quiet --to ipynb --set-kernel - --execute --run-path notebooks \
+	  $(PY) -m jupytext --quiet --to ipynb --execute --run-path notebooks \
 	    --output "build/$${notebook%.py}.ipynb" "$$notebook"; \
 	done
 

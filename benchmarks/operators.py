@@ -16,6 +16,7 @@ cast to float32 and with full-precision matrix products,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -285,12 +286,7 @@ class _Problem:
         return jax.jit({"fwd": forward, "fwd_bwd": forward_backward}[self.pass_])
 
     def inputs(self, seed: int, batch: int, length: int) -> Inputs:
-        @jax.jit
-        def make(key: Array) -> Inputs:
-            x = self.op.inputs(_normal(key, batch, length), self.shape)
-            return {n: a if n in self.op.float32 else self._cast(a) for n, a in x.items()}
-
-        return make(jax.random.key(seed))
+        return _make(self, batch, length)(jax.random.key(seed))
 
     def state(self, batch: int, length: int) -> Any:
         """A state as 64 random tokens leave it, or a cache of `length` keys."""
@@ -299,11 +295,11 @@ class _Problem:
         def make(key: Array) -> Any:
             if self.name in RECURRENT:
                 return self.op.state(_normal(key, batch, 64), self.shape)
-            return jax.tree.map(self._cast, self.op.state(_normal(key, batch, length), self.shape))
+            return jax.tree.map(self.cast, self.op.state(_normal(key, batch, length), self.shape))
 
         return make(jax.random.key(99))
 
-    def _cast(self, x: Array) -> Array:
+    def cast(self, x: Array) -> Array:
         return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     def milliseconds(self, fn: Callable[..., Any], batch: int, length: int) -> float:
@@ -334,6 +330,18 @@ class _Problem:
             with jax.default_matmul_precision("highest"):
                 want = self.function("chunked" if solution else "reference")(jax.tree.map(_up, x))
         return max(jax.tree.leaves(jax.tree.map(_relative, got, want)))
+
+
+@functools.cache
+def _make(problem: _Problem, batch: int, length: int) -> Callable[[Array], Inputs]:
+    """Jitted: key -> inputs of a problem."""
+    op = problem.op
+
+    def make(key: Array) -> Inputs:
+        x = op.inputs(_normal(key, batch, length), problem.shape)
+        return {n: a if n in op.float32 else problem.cast(a) for n, a in x.items()}
+
+    return jax.jit(make)
 
 
 def _normal(key: Array, batch: int, length: int) -> Normal:
