@@ -3,7 +3,7 @@
 Knows tokens only; text is the business of `hmf_jax.chat`. Programs are compiled per bucket: batch
 and capacity are rounded up to powers of two, prompts are cut into chunks of `prefill_chunk` tokens
 whose last one is rounded up to a power of two. Everything else (prompt lengths, sampling settings,
-end tokens, limits, num_iter) is a run-time value.
+end tokens, limits) is a run-time value; so is num_iter once it differs from the config's.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Request:
 
     sampling: SamplingArrays
     eos: np.ndarray  # [B, E] int32, padded with -1
-    num_iter: Any  # [B] int32; None if no layer has it
+    num_iter: Any  # [B] int32; None = the config's
 
 
 @partial(jax.jit, donate_argnames=("rows", "logits"))
@@ -343,7 +343,7 @@ def generate(
       eos_ids: end tokens, a list for all or one list per prompt; None = the config's
         eos_token_id, () = never end.
       num_iter: Chebyshev iterations of GKA layers, one number or one per prompt; None = the
-        config's. Does not recompile.
+        config's. The first other number compiles once more, all further ones do not.
       capacity: tokens each row can hold, prompt and output. None = what is needed, rounded up to a
         power of two, at most max_position_embeddings.
       prefill_chunk: prompts are fed in pieces of this many tokens; never changes the result.
@@ -506,13 +506,13 @@ def _request(
     for row, ids in enumerate(eos):
         table[row, : len(ids)] = ids
 
+    # A number of iterations that is known when compiling saves a GPU the question "once more?" to
+    # the host in every iteration, so the config's own is not passed as an array.
     iterations = None
     if num_iter is not None:
-        iterations = _per_row("num_iter", num_iter, batch, 0)
-    elif config.gka is not None:
-        iterations = [config.gka.num_iter] * batch
-    if iterations is not None:
-        iterations = np.array(iterations + [0] * pad, np.int32)
+        chosen = _per_row("num_iter", num_iter, batch, 0)
+        if config.gka is not None and set(chosen) != {config.gka.num_iter}:
+            iterations = np.array(chosen + [0] * pad, np.int32)
     return _Request(stack_params(params + [SamplingParams()] * pad), table, iterations), eos
 
 

@@ -56,7 +56,7 @@ for piece in chat.stream("Say that again."):
 # ## Sampling, and the `num_iter` knob
 #
 # Layers of the kind GKA solve a small ridge regression per token with a few Chebyshev iterations.
-# `num_iter` trades accuracy for speed, per call and without compiling again.
+# `num_iter` trades accuracy for speed, per call.
 
 # %%
 sampling = hmf_jax.SamplingParams(temperature=0.8, top_p=0.95, seed=7)

@@ -130,7 +130,7 @@ assert residual[-2] < 1e-2, "30 iterations solve the system to better than one p
 
 # %% [markdown]
 # `num_iter` is an argument of every call (`model(tokens, num_iter=10)`,
-# `generate(..., num_iter=10)`), may differ from row to row of a batch, and never compiles again.
+# `generate(..., num_iter=10)`) and may differ from row to row of a batch.
 # `num_iter=0` skips the solver: plain gated linear attention.
 #
 # ## What the solver changes

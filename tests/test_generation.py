@@ -182,8 +182,13 @@ def test_second_prompt_compiles_nothing(model):
 
     run(40)
     before = len(_compiled)
-    run(61, num_iter=3, eos_ids=(1, 2, 3), sampling=SamplingParams(temperature=1.0, top_k=3))
+    run(59, num_iter=30)  # the config's own
     run(35, logprobs=True, sampling=[SamplingParams(top_p=0.5, temperature=0.1), SamplingParams()])
+    assert len(_compiled) == before
+    run(40, num_iter=7)  # the first other number
+    before = len(_compiled)
+    run(61, num_iter=3, eos_ids=(1, 2, 3), sampling=SamplingParams(temperature=1.0, top_k=3))
+    run(35, num_iter=[0, 12])
     assert len(_compiled) == before
     run(300)  # another capacity: the counter does count
     assert len(_compiled) > before

@@ -550,7 +550,7 @@ def test_the_oracle_agrees_with_the_original(case: str):
     errors.check(1e-5)
 
 
-@pytest.mark.parametrize("case", slow_unless((), CASES))
+@pytest.mark.parametrize("case", slow_unless(("six other",), CASES))
 def test_formulas(case: str, tmp_path: Path, float64):
     checkpoint = Checkpoint(CASES[case], tmp_path)
     compare(checkpoint.wide_model(), checkpoint, checkpoint.tokens()).check(1e-11)
@@ -588,9 +588,7 @@ def test_num_iter_when_loading(tmp_path: Path):
 
 @SLOW
 @pytest.mark.parametrize("case", SIXES)
-@pytest.mark.parametrize(
-    ("length", "cuts"), [(1, ()), (2, ()), (65, (64,)), (140, (64, 70)), (140, (3, 130))]
-)
+@pytest.mark.parametrize(("length", "cuts"), [(1, ()), (65, (64,)), (140, (3, 130))])
 def test_lengths(case: str, length: int, cuts: tuple[int, ...], tmp_path: Path, float64):
     checkpoint = Checkpoint(CASES[case], tmp_path)
     tokens = checkpoint.tokens(length=length)
