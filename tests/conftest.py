@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 # Programs here are small and run a few times: what costs is compiling them, so optimise little.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would spin, waiting for a core
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
