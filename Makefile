@@ -26,9 +26,10 @@ export OPENBLAS_NUM_THREADS := 1
 demo: $(LIBRARY)
 	$(VENV)/bin/hmf-jax demo $(ARGS)
 
-# One worker per core; more than 8 only cost memory, each has eight fake devices.
+# One worker per core (more than 8 only cost memory, each has eight fake devices); the tests of a
+# file stay together, since they share compiled programs.
 test: $(TOOLS)
-	$(PY) -m pytest -q -n auto --maxprocesses 8 $(ARGS)
+	$(PY) -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 # In one process: these measure time and memory.
 test-slow: $(TOOLS)

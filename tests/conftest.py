@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Programs here are small and run a few times: what costs is compiling them, so optimise little.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would spin, waiting for a core
@@ -24,3 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def forget_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One process cannot map the compiled programs of all slow tests at once."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        jax.clear_caches()

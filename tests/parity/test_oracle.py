@@ -398,12 +398,10 @@ def float64(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def precise(request):
+def precise():
     """Devices with low-precision matrix units must not use them here."""
     with jax.default_matmul_precision("highest"):
         yield
-    if request.node.get_closest_marker("slow"):
-        jax.clear_caches()  # one process cannot map the programs of all these models at once
 
 
 # Comparing
