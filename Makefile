@@ -14,8 +14,8 @@ PYTHON ?=
 ARGS ?=
 VENV := .venv$(addprefix -jax,$(JAX))
 PY := $(VENV)/bin/python
-LIBRARY := $(VENV)/.library
-TOOLS := $(VENV)/.tools
+LIBRARY := $(VENV)/.installed
+TOOLS := $(VENV)/.installed-dev
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(addprefix jax==,$(JAX))
 
 # On a CPU XLA's triangular solves run in OpenBLAS, whose waiting threads starve the other workers.
