@@ -9,6 +9,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mosaic import why_no_hopper
 from pallas_kernels.segments import documents
 
 
@@ -105,9 +106,8 @@ def decays(g: jax.Array, doc: jax.Array | None) -> tuple[jax.Array, jax.Array]:
 def _jla_missing() -> str | None:
     if importlib.util.find_spec("jla") is None:
         return "the package jax-linear-attention is not installed (pip install hmf-jax[jla])"
-    device = jax.devices()[0]
-    if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
-        return "its kernels need an NVIDIA Hopper GPU (compute capability 9.0)"
+    if reason := why_no_hopper():
+        return reason
     try:
         importlib.import_module("jla.ops")
     except ImportError as error:

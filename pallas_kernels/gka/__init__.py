@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from pallas_kernels import sharded
 from pallas_kernels.dispatch import resolve
+from pallas_kernels.gka import mosaic, mosaic_decode
 from pallas_kernels.gka.chunked import gka_chunked
 from pallas_kernels.gka.reference import gka_reference
 from pallas_kernels.recurrent import check, check_heads, check_segments, mask_padding
@@ -45,14 +46,16 @@ def gka(
     initial_state: tuple[jax.Array, jax.Array] | None = None,
     segment_ids: jax.Array | None = None,
     chunk_size: int = 64,
+    solver: str = "chebyshev",
     impl: str = "auto",
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Gated KalmaNet over a sequence, from a state to a state.
 
     Gradients reach every float array, `initial_state` included. Through the solver they are
-    implicit: those of the exact solution, with every solve replaced by `num_iter` Chebyshev steps
-    (impl "reference" differentiates the truncated iteration). Forward mode is not supported.
+    implicit: those of the exact solution, with every solve replaced by `num_iter` solver steps
+    (impl "reference" differentiates the truncated Chebyshev iteration). Forward mode is not
+    supported.
 
     The solver amplifies rounding by up to 1 / ridge. On GPUs float32 products are TF32 by
     default, for errors near 0.5% after 30 steps; set jax_default_matmul_precision to "highest"
@@ -75,7 +78,10 @@ def gka(
       segment_ids: [B, T] integers; 0 = padding, which changes nothing, wherever it is; a change
         between non-zero neighbours starts a new document. The first one continues `initial_state`.
       chunk_size: tokens per chunk of impl "chunked"; changes speed and memory only.
-      impl: "auto", "chunked" or "reference".
+      solver: whose steps num_iter counts: "chebyshev", or "cg", conjugate gradients: 20 steps are
+        as accurate as 30 of Chebyshev, mostly fewer are enough (docs/num_iter.md). Needs ridge > 0.
+      impl: "auto", "mosaic" (NVIDIA Hopper; bfloat16 q, k, v with D 64 or 128, float32 states,
+        solver "chebyshev"), "chunked" or "reference".
       mesh: device mesh (see `pallas_kernels.sharded`), or None.
 
     Returns:
@@ -107,15 +113,24 @@ def gka(
         check("gka", f"initial_state {name}", state, (B, H, D, D), "B, H, D, D")
     if segment_ids is not None:
         check_segments("gka", segment_ids, (B, T))
+    if solver not in ("chebyshev", "cg"):
+        raise ValueError(f"gka: solver={solver!r} is unknown; choose chebyshev or cg.")
+    if solver == "cg" and ridge == 0:
+        raise ValueError("gka: solver='cg' needs ridge > 0: H alone may be singular.")
     if ridge < 0:
         raise ValueError(f"gka: ridge={ridge}, expected a number >= 0.")
     if chunk_size < 1:
         raise ValueError(f"gka: chunk_size={chunk_size}, expected a number of tokens >= 1.")
 
     _, (q, k, v, alpha, g, beta) = mask_padding(segment_ids, q, k, v, alpha, g, beta)
-    impls = {"chunked": partial(gka_chunked, chunk_size=chunk_size), "reference": gka_reference}
+    impls = {
+        "mosaic": mosaic.gka_mosaic,
+        "chunked": partial(gka_chunked, solver=solver, chunk_size=chunk_size),
+        "reference": partial(gka_reference, solver=solver),
+    }
+    usable = dict.fromkeys(impls) | {"mosaic": mosaic.why_not(q, k, v, h_kk, h_kv, solver)}
     fn = partial(
-        impls[resolve("gka", impl, dict.fromkeys(impls))],
+        impls[resolve("gka", impl, usable)],
         ridge=float(ridge),
         scale=D**-0.5 if scale is None else scale,
         decay_kk=decay_kk,
@@ -142,10 +157,12 @@ def gka_step(
     beta: jax.Array | None,
     state: tuple[jax.Array, jax.Array] | None,
     *,
+    slots: jax.Array | None = None,
     num_iter: int | jax.Array | np.ndarray = 30,
     ridge: float = 0.02,
     scale: float | None = None,
     decay_kk: bool = True,
+    solver: str = "chebyshev",
     impl: str = "auto",
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -153,14 +170,68 @@ def gka_step(
 
     Products are full float32 whatever jax_default_matmul_precision says: memory bounds this call.
 
+    Args:
+      slots: [B] int32, the rows of `state` (then [S, H, D, D], any S) that the B rows use, no two
+        equal. Outside [0, S) a row is inactive: no state changes, its output is 0. State rows
+        that no slot names keep their content. None: row b uses state row b. A mesh that splits
+        the batch (dp or fsdp) cannot be combined with slots: they number all state rows.
+      impl: "auto", "mosaic" (NVIDIA Hopper; D 64 or 128, bfloat16 or float32 inputs, float32
+        states, solver "chebyshev"), "chunked" or "reference". Gradients of "mosaic" are those of
+        "chunked".
+
     Returns:
-      o: [B, H, D], dtype of v, and the new state.
+      o: [B, H, D], dtype of v, and the new state; under jit with a donated state, "mosaic" updates
+      it in place.
     """
-    if q.ndim != 3:
+    op = "gka_step"
+    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
         raise ValueError(
-            f"gka_step: q has shape {q.shape}, expected [B, H, D]; use gka for sequences."
+            f"{op}: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}, expected [B, H, D], "
+            "[B, K, D], [B, K, D]; use gka for sequences."
         )
-    with jax.default_matmul_precision("highest"):
+    B, H, D = q.shape
+    if slots is not None:
+        if slots.shape != (B,) or not jnp.issubdtype(slots.dtype, jnp.integer):
+            raise ValueError(
+                f"{op}: slots is {slots.dtype}{list(slots.shape)}, expected integers of shape "
+                f"{(B,)}."
+            )
+        if state is None:
+            raise ValueError(f"{op}: slots number the rows of a state; give one.")
+        if mesh is not None and any(mesh.shape[axis] > 1 for axis in sharded.BATCH_AXES):
+            raise ValueError(
+                f"{op}: slots number all rows of the state, but the mesh splits them "
+                f"({dict(mesh.shape)}); use a mesh with dp = fsdp = 1, one per replica."
+            )
+    acc = jnp.promote_types(q.dtype, jnp.float32)
+    h_kk, h_kv = (jnp.zeros((B, H, D, D), acc),) * 2 if state is None else state
+    usable = {
+        "mosaic": mosaic_decode.why_not(q, k, v, h_kk, h_kv, solver),
+        "chunked": None,
+        "reference": None,
+    }
+    name = resolve(op, impl, usable)
+    if name == "mosaic":
+        slots = None if slots is None else slots.astype(jnp.int32)
+        ones = jnp.ones((B, H), jnp.float32)
+        alpha, beta = (ones if x is None else x for x in (alpha, beta))
+        kv = "bkd" if k.shape[1] < H else "bhd"
+        return sharded.call(
+            partial(
+                mosaic_decode.gka_decode,
+                ridge=float(ridge),
+                scale=D**-0.5 if scale is None else scale,
+                decay_kk=decay_kk,
+            ),
+            mesh,
+            B,
+            (q, k, v, alpha, 0 * ones if g is None else g, beta)
+            + (jnp.asarray(_per_row(num_iter, B)), slots, h_kk, h_kv),
+            ("bhd", kv, kv, "bh", "bh", "bh", "b", "b", "bhde", "bhde"),
+            ("bhd", ("bhde", "bhde")),
+        )
+
+    def step(h_kk, h_kv):
         o, state = gka(
             q[:, None],
             k[:, None],
@@ -170,11 +241,17 @@ def gka_step(
             ridge=ridge,
             scale=scale,
             decay_kk=decay_kk,
-            initial_state=state,
-            impl=impl,
+            initial_state=(h_kk, h_kv),
+            solver=solver,
+            impl=name,
             mesh=mesh,
         )
-    return o[:, 0], state
+        return o[:, 0], state
+
+    with jax.default_matmul_precision("highest"):
+        if slots is None:
+            return step(h_kk, h_kv)
+        return mosaic_decode.at_slots(step, slots, h_kk.astype(acc), h_kv.astype(acc))
 
 
 def _per_row(num_iter: int | jax.Array | np.ndarray, batch: int) -> jax.Array | np.ndarray:

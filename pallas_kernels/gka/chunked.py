@@ -34,6 +34,7 @@ def gka_chunked(
     scale: float,
     decay_kk: bool,
     bp_lambda: bool,
+    solver: str,
     chunk_size: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """See `pallas_kernels.gka.gka`: same shapes, everything given, zeros at padding, num_iter [B].
@@ -51,7 +52,7 @@ def gka_chunked(
     pair_kk, start_kk = (pair, start) if decay_kk else _decays(jnp.zeros_like(g), doc)
 
     states, h_kk = _states(k, k, pair_kk, start_kk, h_kk)
-    x = _solve(ridge, bp_lambda, q, k, pair_kk, start_kk, states, num_iter)
+    x = _solve(ridge, bp_lambda, solver, q, k, pair_kk, start_kk, states, num_iter)
     solved = (num_iter > 0)[None, :, None, None, None]
     q = jnp.where(solved, q + alpha[..., None] * (x - q), q)
 
@@ -140,10 +141,54 @@ def _chebyshev(
     return z * inverse[..., None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cg(
+    b: jax.Array,
+    k: jax.Array,
+    pair: jax.Array,
+    start: jax.Array,
+    states: jax.Array,
+    f: jax.Array,
+    num_iter: jax.Array,
+    ridge: float,
+) -> jax.Array:
+    """The same x_i by num_iter [b] steps of conjugate gradients from 0, which need no interval.
+
+    Works on H / f like `_chebyshev`, and on b / max|b|, so that sums of squares neither overflow
+    nor vanish whatever the size of keys and cotangents. A token whose residual is below rounding
+    stays where it is: its next step would be a ratio of rounding errors.
+    """
+    inverse = jnp.where(f > 0, 1 / jnp.where(f > 0, f, 1), 0)
+    pair, start = pair * inverse[..., None], start * inverse
+    size = jnp.max(jnp.abs(b), axis=-1, keepdims=True)
+    rounding = (0.01 * jnp.finfo(b.dtype).eps) ** 2
+
+    def dot(x, y):
+        return jnp.sum(x * y, axis=-1, keepdims=True)
+
+    def iterate(n, carry):
+        z, r, p, rr = carry  # iterate, residual b - A z, direction, r . r
+        ap = _times(p, k, pair, start, states) + ridge * p
+        pap = dot(p, ap)
+        moves = (rr > rounding) & (pap > 0)
+        step = jnp.where(moves, rr / jnp.where(moves, pap, 1), 0)
+        r = r - step * ap
+        rr, rr_prev = dot(r, r), rr
+        z = jnp.where((n < num_iter)[None, :, None, None, None], z + step * p, z)
+        return z, r, r + jnp.where(moves, rr / jnp.where(moves, rr_prev, 1), 0) * p, rr
+
+    r = b / jnp.where(size > 0, size, 1)
+    z, *_ = jax.lax.fori_loop(0, jnp.max(num_iter), iterate, (jnp.zeros_like(b), r, r, dot(r, r)))
+    return z * size * inverse[..., None]
+
+
+_SOLVERS = {"chebyshev": _chebyshev, "cg": _cg}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _solve(
     ridge: float,
     bp_lambda: bool,
+    solver: str,
     q: jax.Array,
     k: jax.Array,
     pair: jax.Array,
@@ -152,19 +197,19 @@ def _solve(
     num_iter: jax.Array,
 ) -> jax.Array:
     """x_i ~ (H_i + ridge ||H_i||_F I)^-1 q_i, with the implicit gradient of the exact solution."""
-    return _solve_forward(ridge, bp_lambda, q, k, pair, start, states, num_iter)[0]
+    return _solve_forward(ridge, bp_lambda, solver, q, k, pair, start, states, num_iter)[0]
 
 
-def _solve_forward(ridge, bp_lambda, q, k, pair, start, states, num_iter):
+def _solve_forward(ridge, bp_lambda, solver, q, k, pair, start, states, num_iter):
     f = _norm(k, pair, start, states)
-    x = _chebyshev(q, k, pair, start, states, f, num_iter, ridge)
+    x = _SOLVERS[solver](q, k, pair, start, states, f, num_iter, ridge)
     return x, (k, pair, start, states, num_iter, f, x)
 
 
-def _solve_backward(ridge, bp_lambda, saved, x_bar):
+def _solve_backward(ridge, bp_lambda, solver, saved, x_bar):
     """With y = (H + lambda I)^-1 x_bar (H is symmetric): dq = y, dL = -y^T (dH + dlambda I) x."""
     k, pair, start, states, num_iter, f, x = saved
-    y = _chebyshev(x_bar, k, pair, start, states, f, num_iter, ridge)
+    y = _SOLVERS[solver](x_bar, k, pair, start, states, f, num_iter, ridge)
 
     def differential(k, pair, start, states):
         loss = -jnp.sum(y * _times(x, k, pair, start, states))

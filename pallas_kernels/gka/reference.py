@@ -26,12 +26,14 @@ def gka_reference(
     scale: float,
     decay_kk: bool,
     bp_lambda: bool,
+    solver: str,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """See `pallas_kernels.gka.gka`: same shapes, everything given, num_iter [B].
 
-    The states set the dtype of the computation. Gradients are those of the truncated iteration, and
-    exist only for a concrete `num_iter`.
+    The states set the dtype of the computation. Gradients are those of the truncated Chebyshev
+    iteration, and exist only for a concrete `num_iter`; solver "cg" has implicit ones.
     """
+    solve = {"chebyshev": _chebyshev, "cg": _cg}[solver]
     B, T, H, _ = q.shape
     acc, out_dtype = h_kk.dtype, v.dtype
     q, k, v, alpha, g, beta = (x.astype(acc) for x in (q, k, v, alpha, g, beta))
@@ -46,7 +48,7 @@ def gka_reference(
         h = (decay if decay_kk else 1) * jnp.where(new_document, 0, h_before)
         h = h + k_t[..., :, None] * k_t[..., None, :]
         u = decay * jnp.where(new_document, 0, u_before) + k_t[..., :, None] * v_t[..., None, :]
-        x = _solve(h, q_t, num_iter, ridge, bp_lambda)
+        x = solve(h, q_t, num_iter, ridge, bp_lambda)
         blend = q_t + alpha_t[..., None] * (x - q_t)
         blend = jnp.where((num_iter > 0)[:, None, None], blend, q_t)
         o = scale * jnp.einsum("bhd,bhde->bhe", blend, u)
@@ -58,7 +60,7 @@ def gka_reference(
     return o.swapaxes(0, 1).astype(out_dtype), (h_kk, h_kv)
 
 
-def _solve(
+def _chebyshev(
     h: jax.Array, q: jax.Array, num_iter: jax.Array | np.ndarray, ridge: float, bp_lambda: bool
 ) -> jax.Array:
     """Chebyshev iteration on [lambda, lambda + f] for (H + lambda I) x = q, f = ||H||_F."""
@@ -82,4 +84,41 @@ def _solve(
     count = jnp.max(num_iter) if traced else int(np.max(num_iter))
     carry = (step * q, jnp.zeros_like(q), jnp.full_like(f, 2))
     x, _, _ = jax.lax.fori_loop(0, count, iterate, carry)
+    return jnp.where(nonzero, x, 0)
+
+
+def _cg(
+    h: jax.Array, q: jax.Array, num_iter: jax.Array | np.ndarray, ridge: float, bp_lambda: bool
+) -> jax.Array:
+    """Conjugate gradients from 0 for (H + lambda I) x = q, until the residual is below rounding.
+
+    The gradient is that of the exact solution: that of a converged iteration would be 0 / 0.
+    """
+    f2 = jnp.sum(h * h, axis=(-2, -1))[..., None]
+    nonzero = f2 > 0
+    f = jnp.sqrt(jnp.where(nonzero, f2, 1))
+    lam = ridge * (f if bp_lambda else jax.lax.stop_gradient(f))
+
+    def dot(x, y):
+        return jnp.sum(x * y, axis=-1, keepdims=True)
+
+    def matvec(x):
+        return jnp.einsum("bhde,bhe->bhd", h, x) + lam * x
+
+    def solve(matvec, b):
+        size = jnp.max(jnp.abs(b), axis=-1, keepdims=True)
+        b = b / jnp.where(size > 0, size, 1)
+
+        def iterate(n, carry):
+            x, r, p = carry
+            ap, rr = matvec(p), dot(r, r)
+            on = (n < num_iter)[:, None, None] & (rr > (0.01 * jnp.finfo(b.dtype).eps) ** 2)
+            step = jnp.where(on, rr / jnp.where(on, dot(p, ap), 1), 0)
+            x, r = x + step * p, r - step * ap
+            return x, r, r + jnp.where(on, dot(r, r) / jnp.where(on, rr, 1), 0) * p
+
+        carry = (jnp.zeros_like(b), b, b)
+        return size * jax.lax.fori_loop(0, jnp.max(num_iter), iterate, carry)[0]
+
+    x = jax.lax.custom_linear_solve(matvec, q, solve, symmetric=True)
     return jnp.where(nonzero, x, 0)

@@ -1,0 +1,152 @@
+"""What the Pallas Mosaic GPU (Hopper) kernels share.
+
+Kernels use lane semantics with explicit register layouts, one warpgroup per CTA. Two switches keep
+one source for the GPU and for the interpreter on a CPU, which knows neither matrix products with a
+register operand nor accumulators with a start value: see `Warpgroup`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+MATRIX = plgpu.Layout.WGMMA
+ROWS, COLUMNS = MATRIX.reduce(1), MATRIX.reduce(0)
+Ref = Any
+_ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+
+
+@functools.cache
+def why_no_hopper() -> str | None:
+    """Why these kernels cannot run on this machine; None if they can."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
+        return "its kernels need an NVIDIA Hopper GPU (compute capability 9.0)"
+    return None
+
+
+def tile(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
+    """Shared memory for matrices [..., m, n]: 128-byte swizzled tiles, as wgmma and TMA want."""
+    width = 128 // jnp.dtype(dtype).itemsize
+    tiling: Any = plgpu.TilingTransform
+    swizzle: Any = plgpu.SwizzleTransform
+    transforms = (tiling((8, width)), swizzle(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def accumulator(shape: tuple[int, ...]) -> Any:
+    """Room for the float32 result of matrix products, for `pl.run_scoped`; it starts as zeros."""
+    return _ACC(shape, jnp.float32)
+
+
+def vector(ref: Ref, layout: Any = ROWS) -> jax.Array:
+    """Load a vector, one entry per row (or column) of a matrix."""
+    return plgpu.load(ref, layout=layout)
+
+
+def matrix(ref: Ref) -> jax.Array:
+    """Load a matrix as float32."""
+    return plgpu.load(ref, layout=MATRIX).astype(jnp.float32)
+
+
+def along_rows(v: jax.Array, columns: int) -> jax.Array:
+    """[m] -> [m, columns], entry i in row i."""
+    return lax.broadcast_in_dim(v, (v.shape[0], columns), [0])
+
+
+def along_columns(v: jax.Array, rows: int) -> jax.Array:
+    """[n] -> [rows, n], entry j in column j."""
+    return lax.broadcast_in_dim(v, (rows, v.shape[0]), [1])
+
+
+def transposed(ref: Ref) -> Ref:
+    """A matrix in shared memory, transposed without moving it."""
+    return ref.transpose((1, 0))
+
+
+def iota(n: int, axis: int) -> jax.Array:
+    """[n, n] int32 row (axis 0) or column (axis 1) numbers."""
+    return plgpu.broadcasted_iota(jnp.int32, (n, n), axis, layout=MATRIX)
+
+
+@dataclasses.dataclass(frozen=True)
+class Warpgroup:
+    """Matrix products of one warpgroup.
+
+    Attributes:
+      registers: left operands come from registers and accumulators start from a value (GPU);
+        otherwise from shared memory, and the value is added afterwards (interpreter).
+    """
+
+    registers: bool = True
+
+    def operand(self, x: jax.Array, room: Ref) -> Any:
+        """float32 [m, k] as a bfloat16 left operand; `room` is shared memory of that shape, free
+        until the product is done (not touched with `registers`)."""
+        x = plgpu.layout_cast(x.astype(jnp.bfloat16), MATRIX)
+        if self.registers:
+            return x
+        room[...] = x
+        plgpu.commit_smem()
+        return room
+
+    def halves(self, x: jax.Array, rooms: tuple[Ref, Ref]) -> tuple[Any, Any]:
+        """x as the sum of two left operands, exact to 2^-16."""
+        high = x.astype(jnp.bfloat16).astype(jnp.float32)
+        return self.operand(high, rooms[0]), self.operand(x - high, rooms[1])
+
+    def matmul(self, shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
+        """sum of a @ b over the pairs, float32."""
+
+        def run(acc):
+            for a, b in pairs:
+                plgpu.wgmma(acc, a, b)
+            return acc[...]
+
+        return pl.run_scoped(run, accumulator(shape))
+
+    def accumulate(self, start: jax.Array, add: Callable[[Ref], None]) -> jax.Array:
+        """start + what `add(acc)` adds to the accumulator by `plgpu.wgmma`."""
+        if self.registers:
+            init = plgpu.layout_cast(start, MATRIX)
+            return plgpu.layout_cast(pl.run_state(add)(_ACC.init(init)), MATRIX)
+
+        def run(acc):
+            add(acc)
+            return acc[...]
+
+        return start + pl.run_scoped(run, accumulator(start.shape))
+
+
+def kernel(
+    body: Callable[..., None],
+    *,
+    out: Any,
+    grid: dict[str, int],
+    scratch: dict[str, Any],
+    interpret: bool,
+    **static: Any,
+) -> Callable[..., Any]:
+    """`plgpu.kernel` with lane semantics; the body gets `static` and its `wg` (`Warpgroup`)."""
+    options: Any = {"interpret": plgpu.InterpretGPUParams()}
+    if not interpret:
+        lane = plgpu.LoweringSemantics.Lane
+        params = plgpu.CompilerParams(approx_math=True, lowering_semantics=lane)
+        options = {"compiler_params": params}
+    return plgpu.kernel(
+        functools.partial(body, wg=Warpgroup(registers=not interpret), **static),
+        out_type=out,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        scratch_types=scratch,
+        kernel_name=body.__name__.strip("_"),
+        **options,
+    )

@@ -1,0 +1,351 @@
+"""GKA's Triton kernels against NumPy in float64, token by token.
+
+With jax-triton installed they run on any machine in Triton's interpreter (float32, slowly), and
+are compiled for compute capabilities 8.0 and 9.0; on an NVIDIA GPU they really run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.gka import triton
+from tests.kernels.recurrent_laws import normal, unit
+from tests.util import rel
+
+RIDGE = 0.02
+Case = dict[str, Any]
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(triton._MISSING is not None, reason=str(triton._MISSING))
+
+
+class Memory:
+    """A numpy array, as Triton's interpreter wants tensors."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.dtype = array, str(array.dtype)
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def untyped_storage(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    new_empty = set_ = lambda self, *_, **__: self
+    storage_offset = size = stride = copy_ = lambda self, *_: None
+
+
+def interpret(*args, kernel, out_shape, grid, input_output_aliases=None, **options):
+    """`jax_triton.triton_call` in Triton's interpreter."""
+    options = {n: x for n, x in options.items() if n not in ("name", "num_warps", "num_stages")}
+    arrays = [np.array(x) if isinstance(x, jax.Array | np.ndarray) else x for x in args]
+    out = [np.full(x.shape, np.nan, x.dtype) for x in jax.tree.leaves(out_shape)]
+    for i, o in (input_output_aliases or {}).items():
+        out[o] = arrays[i]
+    memory = [Memory(x) if isinstance(x, np.ndarray) else x for x in (*arrays, *out)]
+    with np.errstate(all="ignore"):
+        kernel[grid](*memory, **options)
+    return jax.tree.unflatten(jax.tree.structure(out_shape), [jnp.asarray(x) for x in out])
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    if not INTERPRET:
+        pytest.skip("test_in_the_interpreter runs this one")
+    monkeypatch.setattr(triton, "triton_call", interpret)
+    from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
+
+    def patch(tensor, scope, plain=interpreter._patch_lang_tensor):
+        plain(tensor, scope)  # its int(array of one element) is an error since NumPy 2.5
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRET, reason="already there")
+def test_in_the_interpreter():
+    """Triton's interpreter must be chosen before triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:]
+
+
+def draw(B=3, T=200, H=4, K=2, D=32, seed=0, dtype: Any = np.float32, docs=True) -> Case:
+    """Arguments of `states` and `solve` with what is hard: zero keys from a zero state, beta 0,
+    strong decay, documents of many lengths. Floats of `dtype`, or float32 where only that goes."""
+    rng = np.random.default_rng(seed)
+    q, k = unit(normal(rng, B, T, H, D)), unit(normal(rng, B, T, K, D))
+    g = -np.abs(normal(rng, B, T, H)) * 0.1
+    beta = 1 / (1 + np.exp(-normal(rng, B, T, H)))
+    root = normal(rng, B, H, D, D)
+    initial = root @ root.swapaxes(-1, -2) / D
+    g[:, 20:22], g[:, 100:101] = -40, -300
+    beta[:, 30:34] = 0
+    k[-1, :9], initial[-1], k[0, 66:70] = 0, 0, 0
+    doc = np.zeros((B, T), np.int32)
+    for start in (3, 40, 64, 150):
+        doc[1:2, start:] += 1
+    return {
+        "q": jnp.asarray(q, dtype),
+        "k": jnp.asarray(k, dtype),
+        "v": jnp.asarray(normal(rng, B, T, K, D), dtype),
+        "g": jnp.asarray(g, jnp.float32),
+        "beta": jnp.asarray(beta, jnp.float32),
+        "doc": jnp.asarray(doc) if docs else None,
+        "initial": jnp.asarray(initial, jnp.float32),
+        "num_iter": jnp.asarray(np.resize([30, 7, 1], B), jnp.int32),
+    }
+
+
+def prepared(case: Case) -> tuple[Any, Any, Any, Any]:
+    """cum, start, beta, doc as the kernels take them."""
+    B, T, H = case["g"].shape
+    g = np.asarray(case["g"], np.float64)
+    doc = np.zeros((B, T), int) if case["doc"] is None else np.asarray(case["doc"])
+    cum, start = np.zeros((B, T, H)), np.zeros((B, T, H))
+    for t in range(T):
+        first = t % triton.CHUNK == 0
+        carried = 0 if t < triton.CHUNK else doc[:, t - t % triton.CHUNK - 1]
+        again = np.asarray(first | (doc[:, t] != doc[:, t - 1]))
+        cum[:, t] = g[:, t] + np.where(again.reshape(-1, 1), 0, cum[:, t - 1])
+        start[:, t] = np.where((doc[:, t] == carried)[:, None], np.exp(cum[:, t]), 0)
+    as32 = partial(jnp.asarray, dtype=jnp.float32)
+    return as32(cum), as32(start), case["beta"], case["doc"]
+
+
+def chebyshev(h, b, num_iter):
+    """(x, f) of (H + RIDGE f) x = b, f = ||H||_F, for h [B, ..., D, D], b [B, ..., D]."""
+    f = np.linalg.norm(h, axis=(-2, -1))[..., None]
+    with np.errstate(all="ignore"):
+        h = h / f[..., None]
+        step, contraction = 2 / (1 + 2 * RIDGE), (0.5 / (1 + 2 * RIDGE)) ** 2
+        z, z_prev, omega = step * b, 0 * b, 2.0
+        for n in range(int(max(num_iter))):
+            omega = 1 / (1 - contraction * omega)
+            residual = np.einsum("...ij,...j->...i", h, z) + RIDGE * z - b
+            new = omega * (z - step * residual) - (omega - 1) * z_prev
+            on = (n < num_iter).reshape(-1, *[1] * (z.ndim - 1))
+            z, z_prev = np.where(on, new, z), z
+        return np.where(f > 0, z / f, 0), f[..., 0]
+
+
+def expected(case: Case, u="k", states: Any = None):
+    """States, last state, norms and solution in float64, token by token.
+
+    With `states`, those are what the chunks start from.
+    """
+    case = {n: x if x is None else np.asarray(x).astype(np.float64) for n, x in case.items()}
+    T, H = case["q"].shape[1:3]
+    k, u = (
+        np.repeat(case[n], H // case[n].shape[2], 2) * case["beta"][..., None] for n in ("k", u)
+    )
+    doc = np.zeros(k.shape[:2]) if case["doc"] is None else case["doc"]
+    now, made, xs, fs = case["initial"], [], [], []
+    for t in range(T):
+        if t % triton.CHUNK == 0:
+            made.append(now)
+            now = now if states is None else np.asarray(states, np.float64)[:, :, t // triton.CHUNK]
+        same = doc[:, t] == (doc[:, t - 1] if t else 0)
+        decay = np.exp(case["g"][:, t]) * same[:, None]
+        now = decay[..., None, None] * now + k[:, t, :, :, None] * u[:, t, :, None, :]
+        x, f = chebyshev(now, case["q"][:, t], case["num_iter"])
+        xs.append(x)
+        fs.append(f)
+    return np.stack(made, 2), now, np.stack(fs, 1), np.stack(xs, 1)
+
+
+def check_states_and_solve(case: Case, jit: Any = jax.jit, state_error=1e-5, solve_error=1e-4):
+    args = prepared(case)
+    low = case["q"].dtype
+    for u in "kv":
+        run = jit(partial(triton.states, dtype=jnp.float32))
+        states, final = run(case["k"], case[u], *args, case["initial"])
+        right = expected(case, u)
+        assert rel(states, right[0]) < state_error and rel(final, right[1]) < state_error
+        assert states.dtype == final.dtype == jnp.float32
+    run = jit(partial(triton.states, dtype=low))
+    states, _ = run(case["k"], case["k"], *args, case["initial"])
+    _, _, f_right, x_right = expected(case, states=states.astype(jnp.float32))
+    run = jit(partial(triton.solve, ridge=RIDGE))
+    x, f = run(case["q"], case["k"], *args, states, case["num_iter"], None)
+    assert x.dtype == low and f.dtype == jnp.float32
+    assert rel(f, f_right) < 1e-5
+    np.testing.assert_allclose(f, f_right, rtol=1e-4)
+    for row in range(len(x)):
+        assert rel(x[row], x_right[row]) < solve_error
+    if x.shape[1] > 9 and case["doc"] is None:
+        assert not x[-1, :9].any() and x[-1, 9].all()  # zero keys
+    again, same_f = run(case["q"], case["k"], *args, states, case["num_iter"], f)
+    np.testing.assert_array_equal(again, x)
+    np.testing.assert_array_equal(same_f, f)
+    return x, x_right
+
+
+def decode_case(B=5, S=7, H=4, K=2, D=32, seed=0, dtype: Any = np.float32) -> Any:
+    rng = np.random.default_rng(seed)
+    root = normal(rng, S, H, D, D) * np.exp(normal(rng, D))
+    arrays = (
+        jnp.asarray(unit(normal(rng, B, H, D)), dtype),
+        jnp.asarray(unit(normal(rng, B, K, D)), dtype),
+        jnp.asarray(normal(rng, B, K, D), dtype),
+        *(jnp.asarray(x, jnp.float32) for x in rng.random((3, B, H)) * [[[1]], [[-0.3]], [[1]]]),
+    )
+    num_iter = jnp.asarray(np.resize([30, 0, 9, 3, 1], B), jnp.int32)
+    slots = rng.permutation(S)[:B].astype(np.int32)
+    states = (jnp.asarray(root @ root.swapaxes(-1, -2) / D), jnp.asarray(normal(rng, S, H, D, D)))
+    return arrays, num_iter, slots, tuple(x.astype(jnp.float32) for x in states)
+
+
+def check_decode(case, jit: Any = jax.jit, decay_kk=True, o_error=1e-5):
+    arrays, num_iter, slots, states = case
+    slots[1] = -3  # inactive
+    states = (states[0].at[int(slots[0])].set(0), states[1])
+    beta = arrays[5].at[0, 0].set(0)  # a covariance that stays zero
+    arrays = (*arrays[:5], beta)
+    options = dict(ridge=RIDGE, scale=0.3, decay_kk=decay_kk)
+    run = jit(partial(triton.decode, **options))
+    o, new = run(*arrays, num_iter, jnp.asarray(slots), *states)
+    active = np.flatnonzero(slots >= 0)
+    q, k, v, alpha, g, beta = (np.asarray(x).astype(np.float64)[active] for x in arrays)
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], 1) * beta[..., None] for x in (k, v))
+    h, u = (np.asarray(x, np.float64)[slots[active]] for x in states)
+    decay = np.exp(g)[..., None, None]
+    h = (decay if decay_kk else 1) * h + k[..., :, None] * k[..., None, :]
+    u = decay * u + k[..., :, None] * v[..., None, :]
+    num_iter = np.asarray(num_iter)[active]
+    solution = alpha[..., None] * (chebyshev(h, q, num_iter)[0] - q)
+    blend = np.where(num_iter[:, None, None] > 0, q + solution, q)
+    o_right = options["scale"] * np.einsum("bhd,bhde->bhe", blend, u)
+    assert o.dtype == arrays[2].dtype and not o[1].any()
+    assert rel(o[active].astype(jnp.float32), o_right) < o_error
+    untouched = np.setdiff1d(np.arange(len(states[0])), slots)
+    for a, b, old in zip(new, (h, u), states, strict=True):
+        assert rel(a[slots[active]], b) < 1e-6
+        np.testing.assert_array_equal(a[untouched], old[untouched])
+
+
+def test_why_not(monkeypatch):
+    triton._no_device.cache_clear()
+    if jax.default_backend() != "gpu":
+        missing = triton.why_not({jnp.dtype(jnp.bfloat16)}, 128)
+        assert missing and ("jax-triton" in missing or "NVIDIA" in missing)
+    monkeypatch.setattr(triton, "_no_device", lambda: None)
+    low, full = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+    assert triton.why_not({low}, 128) is None and triton.why_not({full}, 64) is None
+    assert "bfloat16, float32" in (triton.why_not({low, full}, 128) or "")
+    assert "float64" in (triton.why_not({jnp.dtype("float64")}, 128) or "")
+    assert "head dims" in (triton.why_not({low}, 96) or "")
+    monkeypatch.setattr(triton, "_capability", lambda: "8.6")
+    assert "shared memory" in (triton.why_not({full}, 128) or "")
+    assert triton.why_not({full}, 64) is None and triton.why_not({low}, 128) is None
+
+
+@needs_triton
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("T", "docs"), [(1, False), (64, False), (65, True), (200, True)])
+def test_interpreted_states_and_solve(T, docs):
+    check_states_and_solve(draw(B=2 if docs else 3, T=T, docs=docs), jit=lambda f: f)
+
+
+@needs_triton
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("decay_kk", [True, False])
+def test_interpreted_decode(decay_kk):
+    check_decode(decode_case(), jit=lambda f: f, decay_kk=decay_kk)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("D", triton.HEAD_DIMS)
+def test_compiles_without_a_gpu(monkeypatch, capability, dtype, D):
+    import jax_triton  # pyright: ignore[reportMissingImports]
+
+    library = jax_triton.triton_lib.triton_kernel_call_lib
+    monkeypatch.setattr(library, "get_compute_capability", lambda device: capability)
+    case = draw(B=1, T=65, H=2, K=1, D=D, dtype=dtype)
+    args = prepared(case)
+
+    def run(case: Case, args: tuple[Any, Any, Any, Any]):
+        states, final = triton.states(case["k"], case["k"], *args, case["initial"], dtype=dtype)
+        x, f = triton.solve(
+            case["q"], case["k"], *args, states, case["num_iter"], None, ridge=RIDGE
+        )
+        return x, f, final
+
+    arrays, num_iter, slots, states = decode_case(B=2, D=D, dtype=dtype)
+    step = partial(triton.decode, ridge=RIDGE, scale=1.0, decay_kk=True)
+    step: Any = jax.jit(step, donate_argnums=(8, 9))
+    names = ("gka_states", "gka_norm", "gka_solve", "gka_decode")
+    programs = [(jax.jit(run), (case, args)), (step, (*arrays, num_iter, slots, *states))]
+    texts = [f.trace(*a).lower(lowering_platforms=("cuda",)).as_text() for f, a in programs]
+    assert "".join(texts).count("triton_kernel_call") == len(names)
+    assert texts[1].count("output_operand_alias") >= 2  # the states stay where they are
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize(
+    ("D", "dtype"), [(d, t) for d in triton.HEAD_DIMS for t in (jnp.float32, jnp.bfloat16)]
+)
+def test_states_and_solve(T, D, dtype):
+    low = dtype == jnp.bfloat16
+    errors = (2e-5, 1e-2) if low else (1e-5, 1e-4)
+    for docs in (True, False):
+        case = draw(T=T, D=D, dtype=dtype, docs=docs, seed=T)
+        check_states_and_solve(case, state_error=errors[0], solve_error=errors[1])
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("num_iter", range(0, 31, 5))
+def test_solve_for_every_count(num_iter):
+    case = draw(B=2, D=64)
+    case["num_iter"] = jnp.full(2, num_iter, jnp.int32)
+    check_states_and_solve(case)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("D", triton.HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_decode(D, dtype):
+    for B, S in ((1, 1), (5, 9), (64, 64)):
+        case = decode_case(B=max(B, 2), S=max(S, 2), D=D, dtype=dtype)
+        check_decode(case, o_error=1e-5 if dtype == jnp.float32 else 4e-3)
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_decode_in_place():
+    """Donated states are updated where they are."""
+    arrays, num_iter, slots, states = decode_case(B=64, S=64, D=128)
+    step = partial(triton.decode, ridge=RIDGE, scale=1.0, decay_kk=True)
+    program = jax.jit(step, donate_argnums=(8, 9)).lower(*arrays, num_iter, slots, *states)
+    memory: Any = program.compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * states[0].nbytes
+    assert memory.temp_size_in_bytes < states[0].nbytes // 8
+
+
+def test_draw_is_hard():
+    """The cases hold what they promise, so that no check above passes for want of it."""
+    case = draw()
+    cum, start, beta, doc = prepared(case)
+    assert (cum < -300).any() and (start == 0).any() and not beta[:, 30:34].any()
+    assert len(np.unique(doc)) == 5
+    f = expected({**case, "doc": None})[2]
+    assert not f[-1, :9].any() and (f[-1, 9:] > 0).any()
