@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import hmf_jax.model
 from benchmarks.rows import Row
-from benchmarks.timing import SETS, milliseconds
+from benchmarks.timing import SETS, device_time, milliseconds
 from hmf_jax.config import HybridConfig
 from hmf_jax.model import HybridLM
 from hmf_jax.state import ModelState
@@ -100,7 +100,8 @@ class Bench:
         Extra numbers: bytes of the weights, of the state, of everything the timed program needs
         (arguments, results and temporaries as the compiler planned them), and the largest number
         in use so far in this process where the device counts it (that of loading the weights, in
-        peak_bytes_loading, is part of it).
+        peak_bytes_loading, is part of it). On GPUs also what the profiler saw, see
+        `benchmarks.timing.DeviceTime`: per prompt, or per token of every row.
         """
         with _watch_dispatch() as ran:
             pass_, ms, program, extra = getattr(self, f"_{op}")()
@@ -158,7 +159,11 @@ class Bench:
         ms = milliseconds(lambda tokens: prefill(tokens)[0], sets, queue=False)
         largest = max(programs.values(), key=_program_bytes)
         state = jax.eval_shape(lambda: self.model.init_state(self.s.batch, self.s.length))
-        return "fwd", ms, largest, {"state_bytes": state.nbytes()}
+        extra: dict[str, Any] = {"state_bytes": state.nbytes()}
+        extra["tokens_per_s"] = 1e3 * self.s.batch * self.s.length / ms
+        if profile := device_time(lambda: prefill(sets[0])[0]):
+            extra |= profile.per(1)
+        return "fwd", ms, largest, extra
 
     def _decode_throughput(self):
         _, prefill = self._prefill_program(self.s.length + self.s.steps)
@@ -188,9 +193,11 @@ class Bench:
             return token
 
         ms = milliseconds(call, [None]) / self.s.steps
-        return "decode", ms, program, {
-            "tokens_per_s": 1e3 * self.s.batch / ms, "state_bytes": state_bytes
-        }  # fmt: skip
+        extra: dict[str, Any] = {"tokens_per_s": 1e3 * self.s.batch / ms}
+        extra["state_bytes"] = state_bytes
+        if profile := device_time(lambda: call(None)):
+            extra |= profile.per(self.s.steps)
+        return "decode", ms, program, extra
 
     def _train_step(self):
         def step(model: HybridLM, tokens: Array) -> tuple[Array, HybridLM]:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.rows import Row
-from benchmarks.timing import SETS, milliseconds
+from benchmarks.timing import SETS, DeviceTime, device_time, milliseconds
 from pallas_kernels.attention import attention, decode_attention
 from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from pallas_kernels.gka import gka, gka_step
@@ -237,10 +237,11 @@ def measure(
     fn = problem.function(impl)
     windows = 3 * s.window if op == "two_window_attention" else 0
     error = problem.error(fn, min(length, max(ERROR_TOKENS, windows)))
-    ms = problem.milliseconds(fn, batch, length)
+    ms, profile = problem.milliseconds(fn, batch, length)
+    extra = {} if profile is None else profile.per(DECODE_STEPS if pass_ == "decode" else 1)
     dims = dict(batch=batch, length=length, heads=s.heads, kv_heads=s.kv_heads, head_dim=s.head_dim)
     name = shape if tp == 1 else f"{shape} tp{tp}"
-    return Row(op, impl, dtype, dims, num_iter, pass_, ms, error, case=name, **env)
+    return Row(op, impl, dtype, dims, num_iter, pass_, ms, error, name, extra, **env)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,9 +303,12 @@ class _Problem:
     def cast(self, x: Array) -> Array:
         return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    def milliseconds(self, fn: Callable[..., Any], batch: int, length: int) -> float:
+    def milliseconds(
+        self, fn: Callable[..., Any], batch: int, length: int
+    ) -> tuple[float, DeviceTime | None]:
         if self.pass_ != "decode":
-            return milliseconds(fn, [self.inputs(i, batch, length) for i in range(SETS)])
+            sets = [self.inputs(i, batch, length) for i in range(SETS)]
+            return milliseconds(fn, sets), device_time(lambda: fn(sets[0]))
         state = self.state(batch, length)
 
         def call(x: Inputs) -> Array:
@@ -313,7 +317,7 @@ class _Problem:
             return out
 
         sets = [self.inputs(i, batch, DECODE_STEPS) for i in range(SETS)]
-        return milliseconds(call, sets) / DECODE_STEPS
+        return milliseconds(call, sets) / DECODE_STEPS, device_time(lambda: call(sets[0]))
 
     def error(self, fn: Callable[..., Any], length: int) -> float:
         """Worst relative error of what the pass returns (see the module), for one row."""

@@ -8,10 +8,14 @@ median sample.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,13 +33,12 @@ def milliseconds(fn: Callable[[Any], Any], sets: Sequence[Any], *, queue: bool =
 
     With `queue` False every call is waited for: what one caller sees who needs the answer.
     """
-    for x in sets:
+    for x in [sets[0], *sets]:
+        start = time.perf_counter()
         jax.block_until_ready(fn(x))
-    start = time.perf_counter()
-    jax.block_until_ready(fn(sets[0]))
-    once = time.perf_counter() - start
+        once = time.perf_counter() - start
     calls = max(1, min(1000, round(SAMPLE_S / once))) if queue else 1
-    samples = max(5, min(50, round(BUDGET_S / (once * calls))))
+    samples = max(3, min(50, round(BUDGET_S / (once * calls))))
     turn = itertools.cycle(sets)
     times = []
     for _ in range(samples):
@@ -45,6 +48,48 @@ def milliseconds(fn: Callable[[Any], Any], sets: Sequence[Any], *, queue: bool =
         jax.block_until_ready(out)
         times.append((time.perf_counter() - start) / calls)
     return 1e3 * statistics.median(times)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceTime:
+    """What the profiler saw a GPU do.
+
+    Attributes:
+      ms: time in kernels and copies; launches: how many there were.
+      by_name: milliseconds and launches by kernel name, longest first.
+    """
+
+    ms: float
+    launches: int
+    by_name: dict[str, tuple[float, int]]
+
+    def per(self, calls: int, top: int = 6) -> dict[str, Any]:
+        """The numbers of one of `calls` equal calls, and the longest kernels, for a row's extra."""
+        longest = list(self.by_name.items())[:top]
+        return {
+            "device_ms": self.ms / calls,
+            "launches": self.launches / calls,
+            "kernels_ms": {name: round(ms / calls, 5) for name, (ms, _) in longest},
+        }
+
+
+def device_time(call: Callable[[], Any]) -> DeviceTime | None:
+    """Profile one call (waited for); None where there is no GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(call())
+        for path in Path(directory).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+                lines = [x for x in plane.lines if "GPU" in plane.name and "Stream" in x.name]
+                for event in itertools.chain.from_iterable(line.events for line in lines):
+                    found[event.name].append(event.duration_ns / 1e6)
+    total = {name: (sum(times), len(times)) for name, times in found.items()}
+    by_name = dict(sorted(total.items(), key=lambda item: -item[1][0]))
+    ms, launches = (sum(x[i] for x in total.values()) for i in (0, 1))
+    return DeviceTime(ms, int(launches), by_name)
 
 
 def ceilings(size: int, env: dict[str, Any]) -> list[Row]:
