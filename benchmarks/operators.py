@@ -236,7 +236,7 @@ def measure(
     problem = _Problem(op, s, dtype, num_iter, pass_)
     fn = problem.function(impl)
     windows = 3 * s.window if op == "two_window_attention" else 0
-    error = problem.error(fn, min(length, max(ERROR_TOKENS, windows)))
+    error = _error(problem, impl, min(length, max(ERROR_TOKENS, windows)))
     ms, profile = problem.milliseconds(fn, batch, length)
     extra = {} if profile is None else profile.per(DECODE_STEPS if pass_ == "decode" else 1)
     dims = dict(batch=batch, length=length, heads=s.heads, kv_heads=s.kv_heads, head_dim=s.head_dim)
@@ -334,6 +334,16 @@ class _Problem:
             with jax.default_matmul_precision("highest"):
                 want = self.function("chunked" if solution else "reference")(jax.tree.map(_up, x))
         return max(jax.tree.leaves(jax.tree.map(_relative, got, want)))
+
+
+@functools.cache
+def _error(problem: _Problem, impl: str, length: int) -> float:
+    return problem.error(problem.function(impl), length)
+
+
+def forget_errors() -> None:
+    """Measure errors again: what an implementation does has changed."""
+    _error.cache_clear()
 
 
 @functools.cache

@@ -63,7 +63,7 @@ class DeviceTime:
     launches: int
     by_name: dict[str, tuple[float, int]]
 
-    def per(self, calls: int, top: int = 6) -> dict[str, Any]:
+    def per(self, calls: int, top: int = 12) -> dict[str, Any]:
         """The numbers of one of `calls` equal calls, and the longest kernels, for a row's extra."""
         longest = list(self.by_name.items())[:top]
         return {

@@ -506,8 +506,8 @@ def _request(
     for row, ids in enumerate(eos):
         table[row, : len(ids)] = ids
 
-    # A number of iterations that is known when compiling saves a GPU the question "once more?" to
-    # the host in every iteration, so the config's own is not passed as an array.
+    # Plain JAX on a GPU asks the host "once more?" in every iteration unless their number is known
+    # when compiling, so the config's own is not passed as an array. (Kernels do not care.)
     iterations = None
     if num_iter is not None:
         chosen = _per_row("num_iter", num_iter, batch, 0)

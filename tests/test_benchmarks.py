@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import compare, models, operators, rows, run, timing
+from benchmarks import compare, models, operators, rows, run, timing, tune
+from benchmarks.rows import Row
+from pallas_kernels import tuning
 from pallas_kernels.shapes import SHAPES, TP
 
 FIELDS = {
@@ -217,3 +219,46 @@ def test_shapes_divide(name: str) -> None:
         assert s.heads * tp == SHAPES[name].heads and s.heads % s.kv_heads == 0
     with pytest.raises(ValueError, match="tp=3 does not fit"):
         SHAPES[name].per_device(3)
+
+
+def test_tuned_values_are_looked_up_by_device_and_bucket(monkeypatch):
+    kind = jax.devices()[0].device_kind
+    table = {kind: {"gka.scan bfloat16 8192": {"stages": 3, "other": 1}}, "H": {}}
+    monkeypatch.setattr(tuning, "_table", lambda: table)
+    for size, stages in {4096: 4, 4097: 3, 8192: 3, 8193: 4}.items():
+        assert tuning.tuned("gka.scan", jnp.bfloat16, size, stages=4) == {"stages": stages}
+    assert tuning.tuned("gka.scan", jnp.float32, 8192, stages=4) == {"stages": 4}
+    with tuning.using("gka.scan", stages=2):
+        assert tuning.tuned("gka.scan", jnp.bfloat16, 8192, stages=4) == {"stages": 2}
+    assert tuning.tuned("gka.scan", jnp.bfloat16, 8192, stages=4) == {"stages": 3}
+
+
+def test_tuner_needs_a_gpu_and_keeps_the_file(tmp_path):
+    file = tmp_path / "tuned.json"
+    file.write_text('{"H": {"gka.scan bfloat16 64": {"stages": 3}}}')
+    if jax.default_backend() != "gpu":
+        with pytest.raises(SystemExit, match="Hopper"):
+            tune.main(["--shape", "tiny", "--out", str(file)])
+        assert json.loads(file.read_text())["H"]
+
+
+def test_tuner_keeps_the_fastest_right_value(tmp_path, monkeypatch):
+    """Times and errors are given: 64 is fastest but wrong for decoding, 2 fastest for the scan."""
+    file = tmp_path / "tuned.json"
+    file.write_text('{"other": {"x": {"y": 1}}}')
+
+    def measure(op, impl, *, batch, length, pass_, env, **_):
+        size = length if pass_ == "fwd" else batch * SHAPES["8B"].heads
+        name = "scan" if pass_ == "fwd" else "decode"
+        chosen = tuning.tuned(f"gka.{name}", jnp.bfloat16, size, stages=4, early=64)
+        ms = float(chosen["stages"] if pass_ == "fwd" else chosen["early"])
+        error = 0.5 if pass_ == "decode" and chosen["early"] == 64 else 1e-3
+        return Row(op, impl, "bfloat16", {}, 1, pass_, ms, error, **env)
+
+    monkeypatch.setattr(tune, "measure", measure)
+    tune.main(["--out", str(file)])
+    table = json.loads(file.read_text())
+    assert table["other"] == {"x": {"y": 1}}
+    mine = table[jax.devices()[0].device_kind]
+    assert mine["gka.scan bfloat16 8192"] == {"stages": 2}
+    assert {v["early"] for n, v in mine.items() if n.startswith("gka.decode")} == {128}
