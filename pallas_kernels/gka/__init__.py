@@ -22,9 +22,10 @@ from jax.sharding import Mesh
 
 from pallas_kernels import sharded
 from pallas_kernels.dispatch import resolve
-from pallas_kernels.gka import mosaic, mosaic_decode
+from pallas_kernels.gka import mosaic, mosaic_decode, triton
 from pallas_kernels.gka.chunked import gka_chunked
 from pallas_kernels.gka.reference import gka_reference
+from pallas_kernels.gka.step import at_slots
 from pallas_kernels.recurrent import check, check_heads, check_segments, mask_padding
 
 __all__ = ["gka", "gka_step"]
@@ -81,7 +82,9 @@ def gka(
       solver: whose steps num_iter counts: "chebyshev", or "cg", conjugate gradients: 20 steps are
         as accurate as 30 of Chebyshev, mostly fewer are enough (docs/num_iter.md). Needs ridge > 0.
       impl: "auto", "mosaic" (NVIDIA Hopper; bfloat16 q, k, v with D 64 or 128, float32 states,
-        solver "chebyshev"), "chunked" or "reference".
+        solver "chebyshev"), "triton" (NVIDIA GPUs since compute capability 8.0, needs
+        `pip install hmf-jax[triton]`; q, k, v all bfloat16 or all float32 with D 32, 64 or 128,
+        float32 states, solver "chebyshev"), "chunked" or "reference".
       mesh: device mesh (see `pallas_kernels.sharded`), or None.
 
     Returns:
@@ -125,10 +128,14 @@ def gka(
     _, (q, k, v, alpha, g, beta) = mask_padding(segment_ids, q, k, v, alpha, g, beta)
     impls = {
         "mosaic": mosaic.gka_mosaic,
+        "triton": triton.gka_triton,
         "chunked": partial(gka_chunked, solver=solver, chunk_size=chunk_size),
         "reference": partial(gka_reference, solver=solver),
     }
-    usable = dict.fromkeys(impls) | {"mosaic": mosaic.why_not(q, k, v, h_kk, h_kv, solver)}
+    usable = dict.fromkeys(impls) | {
+        "mosaic": mosaic.why_not(q, k, v, h_kk, h_kv, solver),
+        "triton": triton.why_not(q, k, v, h_kk, h_kv, solver),
+    }
     fn = partial(
         impls[resolve("gka", impl, usable)],
         ridge=float(ridge),
@@ -176,12 +183,12 @@ def gka_step(
         that no slot names keep their content. None: row b uses state row b. A mesh that splits
         the batch (dp or fsdp) cannot be combined with slots: they number all state rows.
       impl: "auto", "mosaic" (NVIDIA Hopper; D 64 or 128, bfloat16 or float32 inputs, float32
-        states, solver "chebyshev"), "chunked" or "reference". Gradients of "mosaic" are those of
-        "chunked".
+        states, solver "chebyshev"), "triton" (as in `gka`), "chunked" or "reference". Gradients
+        of "mosaic" and "triton" are those of "chunked".
 
     Returns:
-      o: [B, H, D], dtype of v, and the new state; under jit with a donated state, "mosaic" updates
-      it in place.
+      o: [B, H, D], dtype of v, and the new state; under jit with a donated state, "mosaic" and
+      "triton" update it in place.
     """
     op = "gka_step"
     if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
@@ -207,18 +214,20 @@ def gka_step(
     h_kk, h_kv = (jnp.zeros((B, H, D, D), acc),) * 2 if state is None else state
     usable = {
         "mosaic": mosaic_decode.why_not(q, k, v, h_kk, h_kv, solver),
+        "triton": triton.why_not(q, k, v, h_kk, h_kv, solver),
         "chunked": None,
         "reference": None,
     }
     name = resolve(op, impl, usable)
-    if name == "mosaic":
+    kernels = {"mosaic": mosaic_decode.gka_decode, "triton": triton.gka_decode}
+    if name in kernels:
         slots = None if slots is None else slots.astype(jnp.int32)
         ones = jnp.ones((B, H), jnp.float32)
         alpha, beta = (ones if x is None else x for x in (alpha, beta))
         kv = "bkd" if k.shape[1] < H else "bhd"
         return sharded.call(
             partial(
-                mosaic_decode.gka_decode,
+                kernels[name],
                 ridge=float(ridge),
                 scale=D**-0.5 if scale is None else scale,
                 decay_kk=decay_kk,
@@ -251,7 +260,7 @@ def gka_step(
     with jax.default_matmul_precision("highest"):
         if slots is None:
             return step(h_kk, h_kv)
-        return mosaic_decode.at_slots(step, slots, h_kk.astype(acc), h_kv.astype(acc))
+        return at_slots(step, slots, h_kk.astype(acc), h_kv.astype(acc))
 
 
 def _per_row(num_iter: int | jax.Array | np.ndarray, batch: int) -> jax.Array | np.ndarray:

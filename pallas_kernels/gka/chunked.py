@@ -1,9 +1,9 @@
 """Gated KalmaNet in chunks: plain jnp, any device, differentiable.
 
 Shapes below use n chunks of c tokens (i, j index tokens of one chunk), b rows, h query heads,
-d = e = head_dim, pair [n, b, h, i, j] and start [n, b, h, i] the decays of `_decays`. Chunks are
-independent given the states at their starts, [n, b, h, d, e], so a scan makes those and everything
-else is batched over n. Per-token states are never formed.
+d = e = head_dim, pair [n, b, h, i, j] and start [n, b, h, i] the decays of `chunk_decays`. Chunks
+are independent given the states at their starts, [n, b, h, d, e], so a scan makes those and
+everything else is batched over n. Per-token states are never formed.
 """
 
 from __future__ import annotations
@@ -41,35 +41,54 @@ def gka_chunked(
 
     The states set the dtype of the computation.
     """
-    T, H = q.shape[1:3]
+    T = q.shape[1]
     acc, out_dtype = h_kk.dtype, v.dtype
     split = partial(to_chunks, chunk=min(chunk_size, T))
-    q, alpha, g, beta = (split(x.astype(acc)) for x in (q, alpha, g, beta))
-    k, v = (split(jnp.repeat(x.astype(acc), H // x.shape[2], axis=2)) for x in (k, v))
-    k, v = beta[..., None] * k, beta[..., None] * v
+    q, alpha, g, beta = (x.astype(acc) for x in (q, alpha, g, beta))
+    k, v = (split(scaled(x, beta)) for x in (k, v))
+    q, alpha, g = split(q), split(alpha), split(g)
     doc = None if segment_ids is None else documents(segment_ids)[0]
-    pair, start = _decays(g, doc)
-    pair_kk, start_kk = (pair, start) if decay_kk else _decays(jnp.zeros_like(g), doc)
+    pair, start = chunk_decays(g, doc)
+    pair_kk, start_kk = (pair, start) if decay_kk else chunk_decays(jnp.zeros_like(g), doc)
 
-    states, h_kk = _states(k, k, pair_kk, start_kk, h_kk)
+    states, h_kk = chunk_states(k, k, pair_kk, start_kk, h_kk)
     x = _solve(ridge, bp_lambda, solver, q, k, pair_kk, start_kk, states, num_iter)
-    solved = (num_iter > 0)[None, :, None, None, None]
-    q = jnp.where(solved, q + alpha[..., None] * (x - q), q)
-
-    states, h_kv = _states(k, v, pair, start, h_kv)
-    score = pair * jnp.einsum("nbhid,nbhjd->nbhij", q, k)
-    o = start[..., None] * jnp.einsum("nbhid,nbhde->nbhie", q, states)
-    o = scale * (o + jnp.einsum("nbhij,nbhje->nbhie", score, v))
+    states, h_kv = chunk_states(k, v, pair, start, h_kv)
+    o = scale * readout(q, x, alpha, num_iter, k, v, pair, start, states)
     return from_chunks(o[:, :, :, None], T).astype(out_dtype), (h_kk, h_kv)
 
 
-def _decays(g: jax.Array, doc: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def scaled(k: jax.Array, beta: jax.Array) -> jax.Array:
+    """beta k of every query head, [B, T, H, D], from k [B, T, K, D] and beta [B, T, H]."""
+    return beta[..., None] * jnp.repeat(k.astype(beta.dtype), beta.shape[2] // k.shape[2], axis=2)
+
+
+def chunk_decays(g: jax.Array, doc: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """exp of sums of g: `pair` from token j to token i, `start` from the start state to token i."""
     pair, start = decays(g[:, :, :, None], doc)
     return pair[:, :, :, 0], start[:, :, :, 0]
 
 
-def _states(
+def readout(
+    q: jax.Array,
+    x: jax.Array,
+    alpha: jax.Array,
+    num_iter: jax.Array | np.ndarray,
+    k: jax.Array,
+    v: jax.Array,
+    pair: jax.Array,
+    start: jax.Array,
+    states: jax.Array,
+) -> jax.Array:
+    """U_i^T (q_i + alpha_i (x_i - q_i)), or U_i^T q_i in rows without iterations."""
+    solved = (num_iter > 0)[None, :, None, None, None]
+    q = jnp.where(solved, q + alpha[..., None] * (x - q), q)
+    score = pair * jnp.einsum("nbhid,nbhjd->nbhij", q, k)
+    o = start[..., None] * jnp.einsum("nbhid,nbhde->nbhie", q, states)
+    return o + jnp.einsum("nbhij,nbhje->nbhie", score, v)
+
+
+def chunk_states(
     k: jax.Array, v: jax.Array, pair: jax.Array, start: jax.Array, initial: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """States of S_t = exp(g_t) S_{t-1} + k_t v_t^T at the starts of chunks, and the last one."""
@@ -207,17 +226,28 @@ def _solve_forward(ridge, bp_lambda, solver, q, k, pair, start, states, num_iter
 
 
 def _solve_backward(ridge, bp_lambda, solver, saved, x_bar):
-    """With y = (H + lambda I)^-1 x_bar (H is symmetric): dq = y, dL = -y^T (dH + dlambda I) x."""
+    """With y = (H + lambda I)^-1 x_bar (H is symmetric): dq = y; dL = -y^T (dH + dlambda I) x."""
     k, pair, start, states, num_iter, f, x = saved
     y = _SOLVERS[solver](x_bar, k, pair, start, states, f, num_iter, ridge)
+    loss = partial(minus_quadratic, ridge, bp_lambda, y, x)
+    return y, *jax.grad(loss, argnums=(0, 1, 2, 3))(k, pair, start, states), None
 
-    def differential(k, pair, start, states):
-        loss = -jnp.sum(y * _times(x, k, pair, start, states))
-        if bp_lambda:
-            loss -= ridge * jnp.sum(jnp.sum(y * x, axis=-1) * _norm(k, pair, start, states))
-        return loss
 
-    return y, *jax.grad(differential, argnums=(0, 1, 2, 3))(k, pair, start, states), None
+def minus_quadratic(
+    ridge: float,
+    bp_lambda: bool,
+    y: jax.Array,
+    x: jax.Array,
+    k: jax.Array,
+    pair: jax.Array,
+    start: jax.Array,
+    states: jax.Array,
+) -> jax.Array:
+    """-y^T (H + lambda I) x, summed: its gradient at constant y and x is that of the solve."""
+    loss = -jnp.sum(y * _times(x, k, pair, start, states))
+    if bp_lambda:
+        loss -= ridge * jnp.sum(jnp.sum(y * x, axis=-1) * _norm(k, pair, start, states))
+    return loss
 
 
 _solve.defvjp(_solve_forward, _solve_backward)

@@ -48,6 +48,7 @@ from pallas_kernels.mosaic import (
     why_no_hopper,
 )
 from pallas_kernels.segments import documents
+from pallas_kernels.tuning import tuned
 
 C = 64
 bf16, f32 = jnp.bfloat16, jnp.float32
@@ -110,7 +111,7 @@ def scan(
     *,
     split: bool = False,
     reverse: bool = False,
-    stages: int = 4,
+    stages: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Run recurrences over chunks.
@@ -122,7 +123,7 @@ def scan(
       prefix: bfloat16 [streams, B, H, n, D, D], a state P for every chunk.
       split: multiply a * weight as the sum of two bfloat16 numbers, exact to 2^-16.
       reverse: walk from the last chunk to the first.
-      stages: chunks whose loads are in flight.
+      stages: chunks whose loads are in flight, >= 2; None = as tuned.
 
     Returns:
       states before each chunk was added, bfloat16 [streams, B, H, n, D, D]; the last ones, float32
@@ -132,6 +133,8 @@ def scan(
     S, B, H, D, _ = initial.shape
     n, rows = gates.shape[2:4]
     paired = prefix is not None
+    if stages is None:
+        stages = tuned("gka.scan", bf16, n * C, stages=4)["stages"]
     loads = [1 + len(s.operands) + paired for s in streams]
     room = max(len(s.operands) for s in streams)
     scratch = {
@@ -707,7 +710,7 @@ def gram_backward(
 
     Returns:
       dk + beta^2 A [B, T, H, D] bfloat16; float32 [B, H, n, 2, C]: the gradient of g but for reads
-      after the chunk of what was written before it (D_G), the gradient of beta (D_BETA).
+      after the chunk of what was written before it (D_G), the gradient of |beta| (D_BETA).
     """
     B, T, H, D = x.shape
     n = gates.shape[2]
@@ -946,7 +949,7 @@ def _backward(o: _Options, saved, cotangents):
         shared(dv, v),
         _join(d_alpha, alpha),
         _join(d_g, g),
-        _join(steps[..., D_BETA, :], beta),
+        _join(steps[..., D_BETA, :], beta) * jnp.sign(beta),
         None,
         None,
         first[0] / 2,

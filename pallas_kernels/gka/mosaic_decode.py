@@ -16,7 +16,6 @@ rows: z comes from shared memory, a sum over columns takes one shuffle, a step o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,11 +26,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gka.chunked import gka_chunked
+from pallas_kernels.gka.step import check_step, with_gradient
 from pallas_kernels.mosaic import why_no_hopper
-from pallas_kernels.recurrent import check, check_heads
+from pallas_kernels.tuning import tuned
 
-__all__ = ["at_slots", "gka_decode", "why_not"]
+__all__ = ["gka_decode", "why_not"]
 
 _INPUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 _HEAD_DIMS = (64, 128)
@@ -99,50 +98,13 @@ def gka_decode(
     Raises:
       ValueError: shapes, dtypes or a ridge that do not fit.
     """
-    op = "gka_decode"
-    if q.ndim != 3 or k.ndim != 3 or h_kk.ndim != 4:
-        raise ValueError(
-            f"{op}: q, k, h_kk have shapes {q.shape}, {k.shape}, {h_kk.shape}, "
-            "expected [B, H, D], [B, K, D], [S, H, D, D]."
-        )
-    B, H, D = q.shape
-    K, S = k.shape[1], h_kk.shape[0]
-    check_heads(op, H, K)
-    for name, x in {"k": k, "v": v}.items():
-        check(op, name, x, (B, K, D), "B, K, D")
-    for name, x in {"alpha": alpha, "g": g, "beta": beta}.items():
-        check(op, name, x, (B, H), "B, H")
-    for name, x in {"h_kk": h_kk, "h_kv": h_kv}.items():
-        check(op, name, x, (S, H, D, D), "S, H, D, D")
-    for name, x in {"num_iter": num_iter, "slots": slots}.items():
-        if x is not None and (x.shape != (B,) or x.dtype != jnp.int32):
-            raise ValueError(f"{op}: {name} is {x.dtype}{x.shape}, expected int32 [B] = {(B,)}.")
-    if slots is None and S != B:
-        raise ValueError(f"{op}: {S} state rows for {B} rows; say which one each uses: slots.")
-    if ridge < 0:
-        raise ValueError(f"{op}: ridge={ridge}, expected a number >= 0.")
+    arrays = (q, k, v, alpha, g, beta, num_iter, slots, h_kk, h_kv)
+    check_step(*arrays, ridge)
     if reason := _unsupported(q, k, v, h_kk, h_kv):
-        raise ValueError(f"{op}: {reason}.")
+        raise ValueError(f"gka_decode: {reason}.")
+    B, H, D = q.shape
     static = _Static(ridge, scale, decay_kk, _early_rows(B * H, D), interpret)
-    return _decode(static, q, k, v, alpha, g, beta, num_iter, slots, h_kk, h_kv)
-
-
-def at_slots(
-    step: Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]],
-    slots: jax.Array,
-    h_kk: jax.Array,
-    h_kv: jax.Array,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """`step(h_kk, h_kv)` on rows `slots` of the states by gather and scatter, as in `gka_decode`.
-
-    `step` takes and returns states of B rows, [B, H, D, D].
-    """
-    S = h_kk.shape[0]
-    row = jnp.where((slots >= 0) & (slots < S), slots, S)  # S: reads zeros, is not written
-    o, new = step(*(h.at[row].get(mode="fill", fill_value=0) for h in (h_kk, h_kv)))
-    o = jnp.where((row < S)[:, None, None], o, 0)
-    h_kk, h_kv = (h.at[row].set(n, mode="drop") for h, n in zip((h_kk, h_kv), new, strict=True))
-    return o, (h_kk, h_kv)
+    return with_gradient(partial(_launch, static), (ridge, scale, decay_kk), *arrays)
 
 
 class _Static(NamedTuple):
@@ -153,46 +115,6 @@ class _Static(NamedTuple):
     decay_kk: bool
     early: int
     interpret: plgpu.InterpretGPUParams | None
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(static, *arrays):
-    return _launch(static, *arrays)
-
-
-def _decode_forward(static, *arrays):
-    return _launch(static, *arrays), arrays
-
-
-def _decode_backward(static, saved, cotangents):
-    """The gradient of the chunked implementation at the same inputs."""
-    *token, num_iter, slots, h_kk, h_kv = saved
-
-    def plain(token, h_kk, h_kv):
-        def step(h_kk, h_kv):
-            o, state = gka_chunked(
-                *[x[:, None] for x in token],
-                num_iter=num_iter,
-                segment_ids=None,
-                h_kk=h_kk,
-                h_kv=h_kv,
-                ridge=static.ridge,
-                scale=static.scale,
-                decay_kk=static.decay_kk,
-                bp_lambda=True,
-                solver="chebyshev",
-                chunk_size=1,
-            )
-            return o[:, 0], state
-
-        return step(h_kk, h_kv) if slots is None else at_slots(step, slots, h_kk, h_kv)
-
-    with jax.default_matmul_precision("highest"):
-        d_token, *d_states = jax.vjp(plain, token, h_kk, h_kv)[1](cotangents)
-    return *d_token, None, None, *d_states
-
-
-_decode.defvjp(_decode_forward, _decode_backward)
 
 
 def _tiled(tiles, warp_dims, lane_dims):
@@ -251,7 +173,8 @@ def _early_rows(blocks: int, D: int) -> int:
     With half of U two blocks of D = 128 fit on a multiprocessor (132 of them, 228 KiB each), so
     that one streams while the other iterates. No block waits for another when there are few.
     """
-    return D // 2 if D == 128 and blocks > 132 else D
+    early = D // 2 if D == 128 and blocks > 132 else D
+    return min(D, tuned("gka.decode", jnp.bfloat16, blocks, early=early)["early"])
 
 
 def _kernel(static, has_slots, *refs):

@@ -1,25 +1,32 @@
 """Gated KalmaNet for NVIDIA GPUs before Hopper: Triton kernels, called through jax-triton.
 
 `states` is sequential over chunks, `solve` (norms, then Chebyshev iterations) parallel over them;
-`decode` is one token in one launch, with its states updated in place. Arrays are local to one
-device. A chunk is `CHUNK` tokens; i, j index the tokens of one chunk, and with S the state at the
-chunk's start
+`decode` is one token in one launch, with its states updated in place. `gka_triton` and `gka_decode`
+make differentiable operators of them; blend, readout and what gradients need beyond a second
+`solve` are those of chunked.py. Arrays are local to one device. A chunk is `CHUNK` tokens; i, j
+index the tokens of one chunk, and with S the state at the chunk's start
 
     H_i = start_i S + sum_j M_ij k_j k_j^T
     M_ij = m_ij beta_j^2    m_ij = exp(cum_i - cum_j) for j <= i of the same document, else 0
 
 bfloat16 arrays are multiplied on tensor cores with float32 accumulation, float32 arrays to float32
-accuracy. Nothing here is differentiable by itself: `solve` is its own transpose, so the caller
-uses it again on the cotangent (`chunked._solve_backward`).
+accuracy.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.gka import chunked
+from pallas_kernels.gka.step import check_step, with_gradient
+from pallas_kernels.recurrent import from_chunks, to_chunks
+from pallas_kernels.segments import documents
 
 try:  # an optional extra
     import jax_triton  # pyright: ignore[reportMissingImports]
@@ -29,8 +36,8 @@ try:  # an optional extra
     jit: Any = triton.jit  # pyright: ignore[reportAttributeAccessIssue]
     triton_call: Any = jax_triton.triton_call
     _MISSING = None
-except ImportError as error:  # the kernels stay plain functions, never called
-    jit = triton_call = lambda kernel: kernel
+except (ImportError, AttributeError) as error:  # missing, or made for another jax
+    jit = triton_call = lambda kernel: kernel  # the kernels stay plain functions, never called
     _MISSING = f"jax-triton cannot be imported ({error}; pip install hmf-jax[triton])"
 
 CHUNK = 64
@@ -53,12 +60,19 @@ def _no_device() -> str | None:
     return None if ampere else "its kernels need an NVIDIA GPU, compute capability 8.0 or newer"
 
 
-def why_not(dtypes: set[jnp.dtype], head_dim: int) -> str | None:
-    """Why the kernels cannot run arrays (q, k, v) of these dtypes here; None if they can."""
+def why_not(
+    q: jax.Array, k: jax.Array, v: jax.Array, h_kk: jax.Array, h_kv: jax.Array, solver: str
+) -> str | None:
+    """Why the kernels cannot run these arguments on this machine; None if they can."""
+    if solver != "chebyshev":
+        return f"its kernels have the Chebyshev solver, not {solver!r}"
     if _no_device() is not None:
         return _no_device()
+    dtypes, head_dim = {jnp.dtype(x.dtype) for x in (q, k, v)}, q.shape[-1]
     if len(dtypes) != 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         return f"its kernels take bfloat16 or float32, got {', '.join(sorted(map(str, dtypes)))}"
+    if any(jnp.dtype(x.dtype) != jnp.float32 for x in (h_kk, h_kv)):
+        return f"its kernels keep float32 states, got {h_kk.dtype} and {h_kv.dtype}"
     if head_dim not in HEAD_DIMS:
         return f"its kernels take head dims {HEAD_DIMS}, got {head_dim}"
     if head_dim == 128 and jnp.dtype(jnp.float32) in dtypes and _capability() in SMALL:
@@ -445,3 +459,170 @@ def decode(
         DECAY_KK=decay_kk,
     )
     return o, (h_kk, h_kv)
+
+
+def gka_triton(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    alpha: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    num_iter: jax.Array | np.ndarray,
+    segment_ids: jax.Array | None,
+    h_kk: jax.Array,
+    h_kv: jax.Array,
+    *,
+    ridge: float,
+    scale: float,
+    decay_kk: bool,
+    bp_lambda: bool,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """See `pallas_kernels.gka.gka`: same shapes, everything given, zeros at padding, num_iter [B].
+
+    Dtypes and head dims as in `why_not`. Gradients are implicit, as in chunked.py.
+    """
+    T, dtype = q.shape[1], q.dtype
+    doc = None if segment_ids is None else documents(segment_ids)[0]
+    q, k, v, alpha, g, beta = (x.astype(jnp.float32) for x in (q, k, v, alpha, g, beta))
+    g_kk = g if decay_kk else jnp.zeros_like(g)
+    num_iter = jnp.asarray(num_iter)
+    options = _Options(ridge, bp_lambda, dtype)
+    x, h_kk = _solution(options, q, k, g_kk, beta, num_iter, doc, h_kk)
+    starts, h_kv = _read_states(options, k, v, g, beta, doc, h_kv)
+    q, x, alpha = (to_chunks(a, CHUNK) for a in (q, x, alpha))
+    o = chunked.readout(q, x, alpha, num_iter, *_chunks(k, v, g, beta, doc), starts)
+    return (scale * from_chunks(o[:, :, :, None], T)).astype(dtype), (h_kk, h_kv)
+
+
+def gka_decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    alpha: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    num_iter: jax.Array,
+    slots: jax.Array | None,
+    h_kk: jax.Array,
+    h_kv: jax.Array,
+    *,
+    ridge: float,
+    scale: float,
+    decay_kk: bool,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """`decode` as `gka_step` wants it: any float gates, slots that may be None or too large, and
+    the gradient of the chunked implementation."""
+
+    def launch(q, k, v, alpha, g, beta, num_iter, slots, h_kk, h_kv):
+        S = h_kk.shape[0]
+        alpha, g, beta = (x.astype(jnp.float32) for x in (alpha, g, beta))
+        slots = jnp.arange(S) if slots is None else jnp.where(slots < S, slots, -1)
+        return decode(
+            *(q, k, v, alpha, g, beta, num_iter, slots.astype(jnp.int32), h_kk, h_kv),
+            ridge=ridge,
+            scale=scale,
+            decay_kk=decay_kk,
+        )
+
+    arrays = (q, k, v, alpha, g, beta, num_iter, slots, h_kk, h_kv)
+    check_step(*arrays, ridge)
+    return with_gradient(launch, (ridge, scale, decay_kk), *arrays)
+
+
+class _Options(NamedTuple):
+    """`dtype` is what kernels multiply in; float32 arrays around them keep sums of gradients."""
+
+    ridge: float
+    bp_lambda: bool
+    dtype: Any
+
+
+def _sums(g: jax.Array, doc: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """`cum` and `start` of `states`, from g [B, T, H]."""
+    T = g.shape[1]
+    g = to_chunks(g, CHUNK)
+    # exp(-100) is 0 in float32; a larger sum would cost the digits of all differences.
+    cum = jnp.cumsum(jnp.maximum(g, -100), axis=-1)
+    start = chunked.chunk_decays(g, doc)[1]
+    cum, start = (from_chunks(x[:, :, :, None, :, None], T)[..., 0] for x in (cum, start))
+    return cum, start
+
+
+def _chunks(
+    k: jax.Array, u: jax.Array, g: jax.Array, beta: jax.Array, doc: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What chunked.py computes with: scaled k and u of all heads, pair and start, in chunks."""
+    k, u = (to_chunks(chunked.scaled(x, beta), CHUNK) for x in (k, u))
+    return k, u, *chunked.chunk_decays(to_chunks(g, CHUNK), doc)
+
+
+def _run_states(options: _Options, k, u, g, beta, doc, initial, dtype):
+    k, u = k.astype(options.dtype), u.astype(options.dtype)
+    return states(k, u, *_sums(g, doc), beta, doc, initial, dtype=dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read_states(options, k, u, g, beta, doc, initial):
+    """`chunked.chunk_states` of unscaled float32 k and u by the kernel."""
+    starts, last = _run_states(options, k, u, g, beta, doc, initial, jnp.float32)
+    return jnp.moveaxis(starts, 2, 0), last
+
+
+def _read_states_forward(options, k, u, g, beta, doc, initial):
+    saved = (k.astype(options.dtype), u.astype(options.dtype), g, beta, doc, initial)
+    return _read_states(options, k, u, g, beta, doc, initial), saved
+
+
+def _read_states_backward(options, saved, cotangents):
+    k, u, g, beta, doc, initial = saved
+
+    def plain(k, u, g, beta, initial):
+        return chunked.chunk_states(*_chunks(k, u, g, beta, doc), initial)
+
+    wide = (k.astype(jnp.float32), u.astype(jnp.float32), g, beta, initial)
+    *d_token, d_initial = jax.vjp(plain, *wide)[1](cotangents)
+    return *d_token, None, d_initial
+
+
+_read_states.defvjp(_read_states_forward, _read_states_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _solution(options, q, k, g, beta, num_iter, doc, h_kk):
+    """x and the last H, from unscaled float32 k; with the implicit gradient of the exact x."""
+    return _solution_forward(options, q, k, g, beta, num_iter, doc, h_kk)[0]
+
+
+def _solution_forward(options, q, k, g, beta, num_iter, doc, h_kk):
+    q, low = q.astype(options.dtype), k.astype(options.dtype)
+    starts, last = _run_states(options, k, k, g, beta, doc, h_kk, options.dtype)
+    decays = (*_sums(g, doc), beta, doc)
+    x, f = solve(q, low, *decays, starts, num_iter, None, ridge=options.ridge)
+    saved = (low, g, beta, num_iter, doc, h_kk, starts, f, x)
+    return (x.astype(jnp.float32), last), saved
+
+
+def _solution_backward(options, saved, cotangents):
+    """As `chunked._solve_backward`; the scan that makes the states is differentiated in jnp."""
+    low, g, beta, num_iter, doc, h_kk, starts, f, x = saved
+    x_bar, last_bar = cotangents
+    decays = (*_sums(g, doc), beta, doc)
+    y, _ = solve(x_bar.astype(low.dtype), low, *decays, starts, num_iter, f, ridge=options.ridge)
+    y_chunks, x_chunks = (to_chunks(a.astype(jnp.float32), CHUNK) for a in (y, x))
+
+    def loss(k, g, beta, h_kk):
+        k, _, pair, start = _chunks(k, k, g, beta, doc)
+        starts, last = chunked.chunk_states(k, k, pair, start, h_kk)
+        quadratic = chunked.minus_quadratic(
+            options.ridge, options.bp_lambda, y_chunks, x_chunks, k, pair, start, starts
+        )
+        return quadratic + jnp.sum(last * last_bar)
+
+    d_k, d_g, d_beta, d_h = jax.grad(loss, argnums=(0, 1, 2, 3))(
+        low.astype(jnp.float32), g, beta, h_kk
+    )
+    return y.astype(jnp.float32), d_k, d_g, d_beta, None, None, d_h
+
+
+_solution.defvjp(_solution_forward, _solution_backward)

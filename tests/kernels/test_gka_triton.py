@@ -1,4 +1,4 @@
-"""GKA's Triton kernels against NumPy in float64, token by token.
+"""GKA's Triton kernels against NumPy in float64, token by token; impl "triton" against "chunked".
 
 With jax-triton installed they run on any machine in Triton's interpreter (float32, slowly), and
 are compiled for compute capabilities 8.0 and 9.0; on an NVIDIA GPU they really run.
@@ -6,7 +6,9 @@ are compiled for compute capabilities 8.0 and 9.0; on an NVIDIA GPU they really 
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -16,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from pallas_kernels.gka import triton
+from pallas_kernels.gka import gka, gka_step, triton
 from tests.kernels.recurrent_laws import normal, unit
 from tests.util import rel
 
@@ -239,18 +242,156 @@ def check_decode(case, jit: Any = jax.jit, decay_kk=True, o_error=1e-5):
 
 def test_why_not(monkeypatch):
     triton._no_device.cache_clear()
+
+    def why_not(dtypes=(jnp.float32,) * 3, D=64, solver="chebyshev", state: Any = jnp.float32):
+        q, k, v = (jax.ShapeDtypeStruct((2, 9, 4, D), dtype) for dtype in dtypes)
+        h = jax.ShapeDtypeStruct((2, 4, D, D), state)
+        return triton.why_not(q, k, v, h, h, solver) or ""  # type: ignore[arg-type]
+
+    low, full = (jnp.bfloat16,) * 3, (jnp.float32,) * 3
     if jax.default_backend() != "gpu":
-        missing = triton.why_not({jnp.dtype(jnp.bfloat16)}, 128)
-        assert missing and ("jax-triton" in missing or "NVIDIA" in missing)
+        assert "jax-triton" in why_not() or "NVIDIA" in why_not()
+    monkeypatch.setattr(triton, "_no_device", lambda: "no device")
+    assert why_not() == "no device"
     monkeypatch.setattr(triton, "_no_device", lambda: None)
-    low, full = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
-    assert triton.why_not({low}, 128) is None and triton.why_not({full}, 64) is None
-    assert "bfloat16, float32" in (triton.why_not({low, full}, 128) or "")
-    assert "float64" in (triton.why_not({jnp.dtype("float64")}, 128) or "")
-    assert "head dims" in (triton.why_not({low}, 96) or "")
+    assert not why_not(low, 128) and not why_not(full, 64)
+    assert "bfloat16, float32" in why_not((*low[:2], *full[:1]))
+    assert "float16" in why_not((jnp.float16,) * 3)
+    assert "head dims" in why_not(low, 96)
+    assert "float32 states" in why_not(low, state=jnp.bfloat16)
+    assert "not 'cg'" in why_not(solver="cg")
     monkeypatch.setattr(triton, "_capability", lambda: "8.6")
-    assert "shared memory" in (triton.why_not({full}, 128) or "")
-    assert triton.why_not({full}, 64) is None and triton.why_not({low}, 128) is None
+    assert "shared memory" in why_not(full, 128)
+    assert not why_not(full, 64) and not why_not(low, 128)
+
+
+def operator_case(T=65, D=32, dtype: Any = np.float32, B=3) -> Any:
+    """q, k, v, alpha, g, beta; two states; segment ids with padding and documents; num_iter."""
+    case = draw(B=B, T=T, D=D, dtype=dtype, seed=T)
+    if dtype == jnp.bfloat16:  # gradients of the only key in H are mostly rounding
+        case["initial"] = case["initial"].at[-1].set(case["initial"][0])
+        case["g"] = jnp.maximum(case["g"], -1)
+    rng = np.random.default_rng(T + 1)
+    alpha = jnp.asarray(rng.random(case["g"].shape), jnp.float32)
+    arrays = (case["q"], case["k"], case["v"], alpha, case["g"], case["beta"])
+    states = (case["initial"], jnp.asarray(normal(rng, *case["initial"].shape), jnp.float32))
+    segments = np.asarray(case["doc"]) + 1
+    segments[0, T // 2 : T // 2 + 3] = segments[1, -(T // 5) : T] = 0
+    return arrays, states, jnp.asarray(segments), jnp.asarray([12, 0, 30][:B], jnp.int32)
+
+
+def check_operator(case, jit: Any = jax.jit, error=1e-4, gradient_error=1e-4, **options):
+    """Outputs and all gradients against "chunked" in float64, row by row."""
+    arrays, states, segments, num_iter = case
+    low = arrays[0].dtype
+    rng = np.random.default_rng(0)
+    weights = [normal(rng, *x.shape) for x in (arrays[0], *states)]
+
+    def run(impl, arrays, states):
+        o, new = gka(
+            *arrays,
+            num_iter=num_iter,
+            initial_state=states,
+            segment_ids=segments,
+            impl=impl,
+            **options,
+        )
+        return sum(jnp.sum(x * w) for x, w in zip((o, *new), weights, strict=True)), (o, *new)
+
+    def gradient(impl):
+        return jit(jax.grad(partial(run, impl), argnums=(0, 1), has_aux=True))
+
+    with jax.default_matmul_precision("highest"):
+        grads, out = gradient("triton")(arrays, states)
+    assert [x.dtype for x in out] == [low, jnp.float32, jnp.float32]
+    assert [x.dtype for x in grads[0]] == [x.dtype for x in arrays]
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), (arrays, states))
+        grads64, out64 = jax.jit(jax.grad(partial(run, "chunked"), argnums=(0, 1), has_aux=True))(
+            *wide
+        )
+    names = ("o", "h_kk", "h_kv", "q", "k", "v", "alpha", "g", "beta", "d_h_kk", "d_h_kv")
+    pairs = zip(
+        names, (*out, *grads[0], *grads[1]), (*out64, *grads64[0], *grads64[1]), strict=True
+    )
+    for name, a, b in pairs:
+        limit = error if name in names[:3] else gradient_error
+        for row in range(len(a)):
+            assert rel(a[row].astype(jnp.float32), b[row]) < limit, (name, row)
+
+
+def check_step(case, jit: Any = jax.jit, error=1e-5, gradient_error=1e-4, **options):
+    """`gka_step` on slots, two of them outside, its gradients, and without slots."""
+    arrays, num_iter, slots, states = case
+    slots[1], slots[3] = len(states[0]), -1
+    rng = np.random.default_rng(0)
+    weights = [normal(rng, *x.shape) for x in (arrays[0], *states)]
+
+    def run(impl, slots, arrays, states):
+        o, new = gka_step(
+            *arrays, state=states, slots=slots, num_iter=num_iter, impl=impl, **options
+        )
+        return o, *new
+
+    def loss(impl, arrays, states):
+        out = run(impl, jnp.asarray(slots), arrays, states)
+        return sum(jnp.sum(x * w) for x, w in zip(out, weights, strict=True)), out
+
+    def gradient(impl):
+        return jax.grad(partial(loss, impl), argnums=(0, 1), has_aux=True)
+
+    def as64(fn, *args):
+        with jax.enable_x64(True):
+            return jax.jit(fn)(*jax.tree.map(lambda x: x.astype(jnp.float64), args))
+
+    grads, out = jit(gradient("triton"))(arrays, states)
+    grads64, out64 = as64(gradient("chunked"), arrays, states)
+    assert out[0].dtype == arrays[2].dtype and not out[0][np.asarray([1, 3])].any()
+    for a, b in zip(out, out64, strict=True):
+        assert rel(a.astype(jnp.float32), b) < error
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads64), strict=True):
+        assert a.dtype in (jnp.float32, arrays[0].dtype)
+        assert rel(a.astype(jnp.float32), b) < gradient_error
+    untouched = np.setdiff1d(np.arange(len(states[0])), slots)
+    for a, b in zip(out[1:], states, strict=True):
+        np.testing.assert_array_equal(a[untouched], b[untouched])
+    args = arrays, tuple(x[: len(slots)] for x in states)
+    out, out64 = (
+        jit(partial(run, "triton", None))(*args),
+        as64(partial(run, "chunked", None), *args),
+    )
+    assert rel(out[0].astype(jnp.float32), out64[0]) < error
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="it may run there")
+def test_refused_without_a_gpu():
+    arrays, states, *_ = operator_case(T=1)
+    reason = r"pip install hmf-jax\[triton\]" if triton._MISSING else "NVIDIA GPU"
+    with pytest.raises(ValueError, match=f"gka cannot run impl='triton' here.*{reason}"):
+        gka(*arrays, initial_state=states, impl="triton")
+    with pytest.raises(ValueError, match=f"gka_step cannot run impl='triton' here.*{reason}"):
+        gka_step(*(x[:, 0] for x in arrays), state=states, impl="triton")
+    with pytest.raises(ValueError, match="Chebyshev solver, not 'cg'"):
+        gka(*arrays, solver="cg", impl="triton")
+
+
+def test_auto_prefers_it_to_chunked(monkeypatch):
+    ran = []
+
+    def operator(q, *args, **kwargs):
+        ran.append(q.shape)
+        return q, args[-2:]
+
+    monkeypatch.setattr(triton, "_no_device", lambda: None)
+    monkeypatch.setattr(triton, "gka_triton", operator)
+    monkeypatch.setattr(triton, "gka_decode", operator)
+    arrays, states, *_ = operator_case(T=1)
+    gka(*arrays, initial_state=states)
+    gka_step(*(x[:, 0] for x in arrays), state=states)
+    assert ran == [(3, 1, 4, 32), (3, 4, 32)]
+    gka(*arrays, initial_state=states, solver="cg")
+    gka(*arrays, initial_state=states, impl="chunked")
+    assert len(ran) == 2
 
 
 @needs_triton
@@ -265,6 +406,28 @@ def test_interpreted_states_and_solve(T, docs):
 @pytest.mark.parametrize("decay_kk", [True, False])
 def test_interpreted_decode(decay_kk):
     check_decode(decode_case(), jit=lambda f: f, decay_kk=decay_kk)
+
+
+@needs_triton
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    ("T", "options"),
+    [
+        (1, {}),
+        (65, {"bp_lambda": False}),
+        (130, {"decay_kk": False, "ridge": 0.05, "scale": 1.3}),
+    ],
+)
+def test_interpreted_operator(monkeypatch, T, options):
+    monkeypatch.setattr(triton, "_no_device", lambda: None)
+    check_operator(operator_case(T), jit=lambda f: f, **options)
+
+
+@needs_triton
+@pytest.mark.usefixtures("interpreter")
+def test_interpreted_step(monkeypatch):
+    monkeypatch.setattr(triton, "_no_device", lambda: None)
+    check_step(decode_case(), jit=lambda f: f, decay_kk=False, ridge=0.05, scale=1.3)
 
 
 @needs_triton
@@ -294,6 +457,86 @@ def test_compiles_without_a_gpu(monkeypatch, capability, dtype, D):
     texts = [f.trace(*a).lower(lowering_platforms=("cuda",)).as_text() for f, a in programs]
     assert "".join(texts).count("triton_kernel_call") == len(names)
     assert texts[1].count("output_operand_alias") >= 2  # the states stay where they are
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_gradient_compiles_without_a_gpu(monkeypatch, dtype):
+    import jax_triton  # pyright: ignore[reportMissingImports]
+
+    library = jax_triton.triton_lib.triton_kernel_call_lib
+    monkeypatch.setattr(library, "get_compute_capability", lambda device: 80)
+    monkeypatch.setattr(triton, "_no_device", lambda: None)
+    arrays, states, segments, num_iter = operator_case(dtype=dtype)
+
+    @jax.jit
+    @partial(jax.grad, argnums=(0, 1))
+    def run(arrays, states):
+        o, new = gka(
+            *arrays, initial_state=states, segment_ids=segments, num_iter=num_iter, impl="triton"
+        )
+        return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in (o, *new))
+
+    text = run.trace(arrays, states).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton_kernel_call") == 5  # both states, norms, solve; solve in reverse
+    assert not re.search(r"dot_general.*bf16", text)  # sums of gradients are float32
+
+
+@needs_triton
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (simulated) devices")
+def test_shard_map_splits_heads_without_collectives(monkeypatch):
+    import jax_triton  # pyright: ignore[reportMissingImports]
+
+    library = jax_triton.triton_lib.triton_kernel_call_lib
+    monkeypatch.setattr(library, "get_compute_capability", lambda device: 80)
+    monkeypatch.setattr(triton, "_no_device", lambda: None)
+    shape = (2, 1, 2, 2)
+    devices = np.asarray(jax.devices()[: math.prod(shape)]).reshape(shape)
+    mesh = Mesh(devices, ("dp", "fsdp", "tp", "rep"))
+    case = draw(B=2, T=65, H=8, K=2)
+    states = (case["initial"],) * 2
+
+    @jax.jit
+    def run(q, k, v, g, states):
+        o, states = gka(q, k, v, None, g, initial_state=states, impl="triton", mesh=mesh)
+        token = (q[:, 0], k[:, 0], v[:, 0], None, g[:, 0], None)
+        one, states = gka_step(*token, state=states, impl="triton", mesh=mesh)
+        return o, one, states
+
+    traced = run.trace(case["q"], case["k"], case["v"], case["g"], states)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "triton_kernel_call" in line]
+    assert len(calls) == 5  # both states, norms, solve, decode
+    assert all("tensor<1x2x" in line for line in calls)  # rows over dp, heads over tp and rep
+    assert not re.search(r"stablehlo\.(all_|collective)", text)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("T", [1, 63, 65, 200])
+@pytest.mark.parametrize(
+    ("D", "dtype"), [(d, t) for d in triton.HEAD_DIMS for t in (jnp.float32, jnp.bfloat16)]
+)
+def test_operator(T, D, dtype):
+    errors = (3e-2, 4e-2) if dtype == jnp.bfloat16 else (1e-4, 5e-4)
+    case = operator_case(T, D, dtype)
+    check_operator(case, error=errors[0], gradient_error=errors[1])
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("options", [{"decay_kk": False}, {"bp_lambda": False, "scale": 1.3}])
+def test_operator_options(options):
+    check_operator(operator_case(), gradient_error=5e-4, **options)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("D", triton.HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_step(D, dtype):
+    errors = (4e-3, 4e-3) if dtype == jnp.bfloat16 else (1e-5, 1e-4)
+    check_step(decode_case(D=D, dtype=dtype), error=errors[0], gradient_error=errors[1])
 
 
 @pytest.mark.gpu
