@@ -2,6 +2,7 @@
 #
 #   make demo         build a tiny hybrid checkpoint, convert it, verify it, generate from it
 #   make test         the test suite            make test-slow   the tests that take minutes
+#   make test-gpu     the tests that need a GPU, with the Python that PYTHON names
 #   make lint         ruff and pyright          make notebooks   run the notebooks
 #   make bench        tiny operator benchmark   make clean       remove everything made here
 #
@@ -21,7 +22,7 @@ INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(addprefix 
 # On a CPU XLA's triangular solves run in OpenBLAS, whose waiting threads starve the other workers.
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test test-slow lint notebooks bench clean
+.PHONY: demo test test-slow test-gpu lint notebooks bench clean
 
 demo: $(LIBRARY)
 	$(VENV)/bin/hmf-jax demo $(ARGS)
@@ -34,6 +35,11 @@ test: $(TOOLS)
 # In one process: these measure time and memory.
 test-slow: $(TOOLS)
 	$(PY) -m pytest -v -s -m slow $(ARGS)
+
+# Machines with GPUs bring their own jax: no environment is made. Several workers, since compiling
+# takes longer than running; memory is taken as needed.
+test-gpu:
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(or $(PYTHON),python3) -m pytest -q -m gpu -p no:cacheprovider $(ARGS)
 
 lint: $(TOOLS)
 	$(PY) -m ruff check .
