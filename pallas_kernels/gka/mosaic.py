@@ -7,13 +7,14 @@ covariance and key-value products at the start of a chunk, i, j tokens of it,
     a_i  = exp(sum of g up to i), 0 where another document began
     H_i x = a_i S x + sum_j M_ij beta_j^2 k_j (k_j . x)        (the Gram form of H_i x)
 
-Four kernels, each reading q, k, v as they lie in memory [B, T, heads, D] (key/value heads are
+Five kernels, each reading q, k, v as they lie in memory [B, T, heads, D] (key/value heads are
 shared, never repeated; beta only enters M and the weights of the scans):
 
     scan            states at all chunk starts (ends, in reverse); one CTA walks a head's chunks
     solve           ||H_i||_F, Chebyshev iteration, blend with q, readout; one CTA per chunk
     solve_backward  the same iteration on the gradient of x; implicit differentiation
-    read_backward, gram_backward   gradients of k and v inside a chunk and from the suffix states
+    read_backward   gradients of k and v through the readout: inside a chunk, from suffix states
+    gram_backward   gradient of k through H, likewise; those of g and beta
 
 Products have bfloat16 operands and float32 accumulators; the iterate, the norms, the scans and all
 decays are float32. States at chunk starts are stored in bfloat16 (they are operands only: the scan
