@@ -166,6 +166,27 @@ class HybridLM(nnx.Module):
             state, layers, ctx, tokens.shape[1]
         )
 
+    def hidden(
+        self,
+        tokens: Array,
+        *,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        num_iter: Array | int | None = None,
+        impl: str = "auto",
+    ) -> Array:
+        """What the logits are made of: [B, T, d] after the final norm (arguments of `__call__`).
+
+        `hidden(tokens) @ head_kernel()` are the logits; a training loss makes them in pieces.
+        """
+        x, order, ctx = self._enter(tokens, positions, segment_ids, None, num_iter, impl)
+        return self.norm(_restore(self._run(x, ctx, None)[0], order))
+
+    def head_kernel(self) -> Array:
+        """The output head [d, V]; with tied embeddings their transpose."""
+        tied = self.embed_tokens.embedding[...]
+        return tied.T if self.lm_head is None else self.lm_head.kernel[...]
+
     def generate(self, prompts: Any, **kwargs: Any) -> Any:
         """`hmf_jax.generate` with this model: token lists in, one `Generation` per prompt out."""
         from hmf_jax.generation import generate  # it imports this module

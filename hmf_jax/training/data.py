@@ -1,0 +1,561 @@
+"""Training data: files of texts and chats become batches of packed rows of tokens.
+
+source -> shuffle, shard, epochs (grain) -> tokens and targets of each row (threads)
+-> rows of fixed length -> batches. Where the iterator stands is a few integers, from which it goes
+on exactly: the shuffled stream can be entered anywhere, and packing is repeated from the beginning
+of a window of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jinja2 import TemplateError
+
+from hmf_jax.chat import END_THINK
+
+COLUMNS = ("messages", "conversations", "text")
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # of "conversations"
+_ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+_CHOICES = {
+    "packing": ("first_fit", "sequential", "none"),
+    "overlong": ("cut", "split", "skip", "error"),
+    "on_bad": ("skip", "error"),
+    "padding_side": ("right", "left"),
+}
+# A thinking block at the end of a generation prompt, open or closed.
+_PROMPT_THINKING = re.compile(r"<think>\s*(</think>\s*)?$")
+
+
+# Tokens and targets of (a part of) a document, [N] int32 and [N] bool.
+Piece = tuple[np.ndarray, np.ndarray]
+
+
+class Document(NamedTuple):
+    """One row of the source: its tokens, or why it has none.
+
+    Attributes:
+      tokens: [N] int32.
+      targets: [N] bool, True where a token is to be predicted from those before it.
+      bad: None, "empty" or "malformed".
+      where: file and line.
+      why: what is wrong with a bad row.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    bad: str | None
+    where: str
+    why: str = ""
+
+
+class _Empty(ValueError):
+    """A row without content."""
+
+
+def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[bool]]:
+    """Tokens of a text, as its tokenizer writes it, and the end token; all but the first are
+    targets.
+
+    Raises:
+      ValueError: the text is empty.
+    """
+    if not text.strip():
+        raise _Empty("empty text")
+    tokens = list(tokenizer(text, verbose=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    if end is not None and tokens[-1:] != [end]:
+        tokens.append(end)
+    return tokens, [i > 0 for i in range(len(tokens))]
+
+
+def encode_chat(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Any = None, **options: Any
+) -> tuple[list[int], list[bool]]:
+    """Tokens of a conversation; targets are what the assistant writes, its end token included.
+
+    The chat template says what that is: by its `{% generation %}` block if it has one, else by what
+    a message adds to the generation prompt before it. A template that shows thinking only in the
+    newest turn (Qwen3) trains it only there.
+
+    Args:
+      tokenizer: a fast Hugging Face tokenizer with a chat template.
+      messages: Hugging Face chat messages.
+      tools: tool descriptions for the template.
+      options: further variables of the template, for example enable_thinking=False.
+
+    Raises:
+      ValueError: no messages, none of the assistant, an unknown role, or a template that writes a
+        message differently in the whole conversation than as its last one.
+    """
+    if not messages:
+        raise _Empty("no messages")
+    for m in messages:
+        if m.get("role") not in _ROLES.values() or not isinstance(m.get("content", ""), str):
+            raise ValueError(f"not a chat message: {str(m)[:80]}")
+    if not any(m["role"] == "assistant" for m in messages):
+        raise ValueError("no message of the assistant")
+
+    options = {**options, "tools": tools}
+    if re.search(r"{%[-+]?\s*generation\b", str(tokenizer.chat_template)):
+        out = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True, **options
+        )
+        return out["input_ids"], [bool(m) and i > 0 for i, m in enumerate(out["assistant_masks"])]
+
+    def write(count: int, prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(
+            messages[:count], tokenize=False, add_generation_prompt=prompt, **options
+        )
+
+    whole, spans, at = write(len(messages)), [], 0
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = write(i) if i else ""
+            start, end = _find_reply(whole, at, before, write(i, True), write(i + 1))
+            spans.append((start, end))
+            at = end
+    encoding = tokenizer(
+        whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    first, last = np.asarray(encoding["offset_mapping"]).T
+    targets = np.zeros(len(first), bool)
+    for start, end in spans:
+        # Whitespace may be cut off a token's offsets, so that one before the span ends at `start`.
+        targets |= (first >= start) & (start < last) & (last <= end)
+    targets[0] = False
+    return encoding["input_ids"], targets.tolist()
+
+
+def _find_reply(whole: str, at: int, before: str, prompted: str, after: str) -> tuple[int, int]:
+    """Start and end of a reply in the whole text, which is searched from `at` at the earliest.
+
+    The other texts end before the message, with the generation prompt, and after the message.
+    """
+    if prompted.startswith(before) and after.startswith(prompted):
+        prompt, reply = prompted[len(before) :], after[len(prompted) :].rstrip()
+        bare = reply.partition(END_THINK)[2].lstrip("\n") if END_THINK in reply else reply
+        at = max(at, len(before)) if whole.startswith(before) else at
+        thoughtless = _PROMPT_THINKING.sub("", prompt)
+        found = _find(whole, at, prompt, reply), _find(whole, at, thoughtless, bare)
+        if any(found):
+            return min(span for span in found if span)
+    raise ValueError(
+        "the chat template writes a reply differently in the middle of a conversation than at its "
+        "end; mark the assistant's part of the template with {% generation %} ... "
+        "{% endgeneration %}"
+    )
+
+
+def _find(whole: str, at: int, prompt: str, reply: str) -> tuple[int, int] | None:
+    """The first reply behind a prompt; only the newest turn may have lost its first newlines."""
+    reply = reply.lstrip("\n")
+    at = whole.find(prompt, at)
+    while reply and at >= 0:
+        start = text = at + len(prompt)
+        while whole.startswith("\n", text):
+            text += 1
+        if whole.startswith(reply, text):
+            return start, text + len(reply)
+        at = whole.find(prompt, at + 1)
+    return None
+
+
+class _JsonLines:
+    """Random access to the lines of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        starts, size = [np.zeros(1, np.int64)], 0
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                starts.append(size + 1 + np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10))
+                size += len(chunk)
+        self._starts = np.concatenate(starts)
+        if self._starts[-1] != size:
+            self._starts = np.append(self._starts, size)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, i: int) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(self._starts[i])
+            line = file.read(self._starts[i + 1] - self._starts[i]).strip()
+        if not line:
+            raise _Empty("blank line")
+        return json.loads(line)
+
+
+class _Parquet:
+    """The columns that are used, in memory. For more than that there are datasets on disk."""
+
+    def __init__(self, path: Path, column: str | None) -> None:
+        names = COLUMNS if column is None else (column,)
+        self.path, wanted = path, {*names, "tools", "system"}
+        try:
+            import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
+        except ImportError as e:
+            raise ImportError("Parquet files need pyarrow: pip install pyarrow") from e
+        try:
+            found = [n for n in parquet.read_schema(path).names if n in wanted]
+            self._table = parquet.read_table(path, columns=found)
+        except ValueError as e:  # pyarrow's own message does not name the file
+            raise ValueError(f"{path} is not a Parquet file: {e}") from e
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, i: int) -> Any:
+        return self._table.slice(i, 1).to_pylist()[0]
+
+
+class Documents:
+    """The rows of files or of a dataset as `Document`s, by index. Bad rows do not raise.
+
+    Args:
+      source: JSONL (.jsonl) or Parquet (.parquet) files, or an object with `__len__` and
+        `__getitem__` that gives rows as dicts (a Hugging Face dataset).
+      tokenizer: a fast Hugging Face tokenizer.
+      column: the column to train on: a string is a text, a list is a chat of {"role", "content"}
+        or {"from", "value"} messages. None = messages, conversations or text, the first that a row
+        has. A chat may have the columns "system" and "tools" (for the chat template) beside it.
+      template_options: further variables of the chat template.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ImportError: a Parquet file without pyarrow.
+      ValueError: a file of another kind, or no rows at all.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        tokenizer: Any,
+        column: str | None = None,
+        template_options: dict[str, Any] | None = None,
+    ) -> None:
+        paths = [source] if isinstance(source, str | Path) else source
+        if isinstance(paths, list | tuple) and all(isinstance(p, str | Path) for p in paths):
+            parts = [_open(Path(p), column) for p in paths]
+        else:
+            parts = [paths]
+        self._parts: list[Any] = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self._tokenizer, self._column = tokenizer, column
+        self._options = template_options or {}
+        if not len(self):
+            raise ValueError(f"no rows in {source}")
+        tokenizer("a")  # settles the tokenizer's options before several threads use it
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Document:
+        p = int(np.searchsorted(self._ends, index, side="right"))
+        part, i = self._parts[p], index - int(self._ends[p - 1] if p else 0)
+        file = isinstance(part, _JsonLines | _Parquet)
+        where = f"{part.path}:{i + 1}" if file else f"row {i}"
+        tokens, targets, bad, why = [], [], None, ""
+        # What rows and templates can do wrong: no JSON, no UTF-8, other types, too deeply nested.
+        try:
+            tokens, targets = self._encode(part[i])
+            if not any(targets):
+                raise _Empty("nothing to predict")
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            TemplateError,
+        ) as e:
+            tokens, targets, why = [], [], str(e)
+            bad = "empty" if isinstance(e, _Empty) else "malformed"
+        return Document(np.asarray(tokens, np.int32), np.asarray(targets, bool), bad, where, why)
+
+    def _encode(self, row: Any) -> tuple[list[int], list[bool]]:
+        if not isinstance(row, dict):
+            raise ValueError(f"a row is an object with columns, not {type(row).__name__}")
+        names = COLUMNS if self._column is None else (self._column,)
+        name = next((n for n in names if row.get(n) is not None), None)
+        if name is None:
+            problem = _Empty if any(n in row for n in names) else ValueError
+            raise problem(f"nothing in column {' or '.join(names)}; there are {', '.join(row)}")
+        value = row[name]
+        if isinstance(value, str):
+            return encode_text(self._tokenizer, value)
+        if not isinstance(value, list):
+            raise ValueError(f"column {name} holds {type(value).__name__}, no text and no messages")
+        # Tables have all keys in every message: None stands for one that is missing.
+        messages = [{k: v for k, v in m.items() if v is not None} for m in value]
+        if messages and "from" in messages[0]:
+            messages = [
+                {"role": _ROLES.get(m.get("from", "")), "content": m.get("value")} for m in messages
+            ]
+        if isinstance(row.get("system"), str) and row["system"]:
+            messages.insert(0, {"role": "system", "content": row["system"]})
+        return encode_chat(self._tokenizer, messages, row.get("tools"), **self._options)
+
+
+def _open(path: Path, column: str | None) -> _JsonLines | _Parquet:
+    if path.suffix == ".jsonl":
+        return _JsonLines(path)
+    if path.suffix == ".parquet":
+        return _Parquet(path, column)
+    raise ValueError(f"{path}: training data are .jsonl or .parquet files")
+
+
+class Batches:
+    """Iterator over batches of tokens, the same for the same arguments, which can be resumed.
+
+    A batch is a dict of numpy arrays [batch_size, length]:
+      tokens: int32.
+      segment_ids: int32, 1, 2, ... for the documents of a row, 0 = padding.
+      loss_mask: bool, True where a token is to be predicted from those before it in its document
+        (never its first token, never padding; in chats what the assistant writes).
+    The last batch is filled up with rows of padding.
+
+    Args:
+      source, tokenizer, column, template_options: see `Documents`.
+      length: tokens per row.
+      batch_size: rows per batch of this process.
+      packing: "first_fit" puts a document into the first row with room of a window of rows,
+        "sequential" into the newest row (keeps the order), "none" into a row of its own.
+      overlong: a document of more than `length` tokens is "cut", "split" into several documents,
+        left out ("skip") or an "error". What then has no target is left out.
+      on_bad: empty and malformed rows are left out and counted ("skip"), or an "error" that names
+        file and line.
+      padding_side: "right" or "left".
+      shuffle: in another order in every epoch.
+      seed: of the order.
+      epochs: None = without end. Processes may end at different steps, as their documents differ:
+        count steps where there are several.
+      window: rows that "first_fit" fills at a time; None = about 64.
+      process_index, process_count: this process reads every process_count-th row of the shuffled
+        order; None = those of jax.
+      threads: that read and tokenize in the background. More than a few do not help.
+
+    Attributes:
+      counts: rows read; documents, tokens and targets packed; empty, malformed and overlong rows
+        (overlong ones whatever became of them). A window counts as a whole.
+      problems: the first bad rows, in words.
+
+    Raises:
+      ImportError: grain is missing.
+      ValueError: an argument out of range; while iterating, a bad row (see `on_bad`, `overlong`) or
+        not one good row.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        tokenizer: Any,
+        *,
+        length: int,
+        batch_size: int,
+        column: str | None = None,
+        template_options: dict[str, Any] | None = None,
+        packing: str = "first_fit",
+        overlong: str = "cut",
+        on_bad: str = "skip",
+        padding_side: str = "right",
+        shuffle: bool = True,
+        seed: int = 0,
+        epochs: int | None = None,
+        window: int | None = None,
+        process_index: int | None = None,
+        process_count: int | None = None,
+        threads: int = 4,
+    ) -> None:
+        try:
+            import grain  # pyright: ignore[reportMissingImports]
+        except ImportError as e:
+            raise ImportError(
+                "training data are read with grain: pip install 'hmf-jax[train]'"
+            ) from e
+        given = dict(zip(_CHOICES, (packing, overlong, on_bad, padding_side), strict=True))
+        for name, value in given.items():
+            if value not in _CHOICES[name]:
+                raise ValueError(f"{name} is one of {', '.join(_CHOICES[name])}, not {value!r}")
+        if length < 2 or batch_size < 1 or (window is not None and window < 1):
+            raise ValueError("length must be at least 2, batch_size and window at least 1")
+        index = jax.process_index() if process_index is None else process_index
+        count = jax.process_count() if process_count is None else process_count
+        documents = Documents(source, tokenizer, column, template_options)
+        if not 0 <= index < count <= len(documents):
+            raise ValueError(f"process {index} of {count} cannot share {len(documents)} rows")
+
+        self._length, self._batch_size, self._choices = length, batch_size, given
+        # Whole batches, so that a window ends where a batch does.
+        self._window = -(-(window or max(64, batch_size)) // batch_size) * batch_size
+        self._pad = tokenizer.pad_token_id or 0
+        # A state belongs to these settings; on_bad and epochs may change.
+        self._settings = {
+            **{k: given[k] for k in ("packing", "overlong", "padding_side")},
+            "length": length,
+            "batch_size": batch_size,
+            "window": self._window,
+            "rows": len(documents),
+            "shuffle": shuffle,
+            "seed": seed,
+            "process_index": index,
+            "process_count": count,
+        }
+        data = grain.MapDataset.source(documents).seed(seed)
+        data = (data.shuffle() if shuffle else data)[index::count]
+        self._shard = len(data)
+        self._data = data.repeat(epochs)
+        self._reading = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=max(128, threads)
+        )
+        self._stream: Any = None
+        self.problems: list[str] = []
+        zero = dict.fromkeys(
+            ("documents", "tokens", "targets", "empty", "malformed", "overlong"), 0
+        )
+        self._enter({"row": 0, "piece": 0, "counts": zero})
+
+    # --- state --------------------------------------------------------------------------------
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"rows": self._row, **self._counts}
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the next batch is; JSON can hold it."""
+        return {**self._start, "batch": self._taken, "settings": dict(self._settings)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where `get_state` was called.
+
+        Raises:
+          ValueError: the state of an iterator with other settings.
+        """
+        was = state["settings"]
+        if different := [k for k in self._settings if was.get(k) != self._settings[k]]:
+            changes = ", ".join(f"{k} {was.get(k)} -> {self._settings[k]}" for k in different)
+            raise ValueError(f"this state belongs to other training data settings: {changes}")
+        self._enter(state)
+        if state["batch"]:
+            self._rows, self._taken = self._fill(), state["batch"]
+
+    def _enter(self, state: dict[str, Any]) -> None:
+        """To the beginning of a window of rows."""
+        self._row: int = state["row"]  # of the stream: the next document not yet packed
+        self._piece: int = state["piece"]  # of that document: the next one not yet packed
+        self._counts: dict[str, int] = dict(state["counts"])
+        self._start, self._rows, self._taken = self._snapshot(), [], 0
+        self._pieces: list[Piece] | None = None
+        self._overlong, self._bad_run = False, 0  # of these pieces; bad rows without a good one
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = iter(self._data[self._row :].to_iter_dataset(self._reading))
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {"row": self._row, "piece": self._piece, "counts": dict(self._counts)}
+
+    # --- batches ------------------------------------------------------------------------------
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._taken * self._batch_size >= len(self._rows):
+            self._start, self._rows, self._taken = self._snapshot(), [], 0
+            try:
+                self._rows = self._fill()
+            except BaseException:  # a bad row or an interrupt: the next call begins here again
+                self._enter(self._start)
+                raise
+            if not self._rows:
+                raise StopIteration
+        first = self._taken * self._batch_size
+        self._taken += 1
+        shape = self._batch_size, self._length
+        batch = {
+            "tokens": np.full(shape, self._pad, np.int32),
+            "segment_ids": np.zeros(shape, np.int32),
+            "loss_mask": np.zeros(shape, bool),
+        }
+        left = self._choices["padding_side"] == "left"
+        for b, row in enumerate(self._rows[first : first + self._batch_size]):
+            at = self._length - sum(len(tokens) for tokens, _ in row) if left else 0
+            for segment, (tokens, targets) in enumerate(row, start=1):
+                here = slice(at, at + len(tokens))
+                batch["tokens"][b, here] = tokens
+                batch["segment_ids"][b, here] = segment
+                batch["loss_mask"][b, here] = targets
+                at += len(tokens)
+        return batch
+
+    def _fill(self) -> list[list[Piece]]:
+        """The next window of rows: until a document finds no room, or the data end."""
+        rows, room = [], []
+        while (pieces := self._next_document()) is not None:
+            while self._piece < len(pieces):
+                tokens, targets = piece = pieces[self._piece]
+                candidates = {"first_fit": len(rows), "sequential": 1, "none": 0}
+                oldest = max(0, len(rows) - candidates[self._choices["packing"]])
+                fits = (r for r in range(oldest, len(rows)) if room[r] >= len(tokens))
+                r = next(fits, len(rows))
+                if r == self._window:
+                    return rows
+                if r == len(rows):
+                    rows.append([])
+                    room.append(self._length)
+                rows[r].append(piece)
+                room[r] -= len(tokens)
+                if self._piece == 0:
+                    self._counts["documents"] += 1
+                    self._counts["overlong"] += self._overlong
+                self._counts["targets"] += int(targets.sum())
+                self._counts["tokens"] += len(tokens)
+                self._piece += 1
+            self._row, self._piece, self._pieces = self._row + 1, 0, None
+        return rows
+
+    def _next_document(self) -> list[Piece] | None:
+        """The pieces of the next good document, None at the end. Counts bad ones."""
+        while self._pieces is None:
+            document = next(self._stream, None)
+            if document is None:
+                return None
+            pieces, bad, why = self._cut(document)
+            if bad is None:
+                self._pieces, self._overlong = pieces, len(document.tokens) > self._length
+                self._bad_run = 0
+                break
+            why = f"{document.where}: {bad} row: {why}"
+            if self._choices["overlong" if bad == "overlong" else "on_bad"] == "error":
+                raise ValueError(why)
+            self._row += 1
+            self._counts[bad] += 1
+            self._bad_run += 1
+            if len(self.problems) < 20:
+                self.problems.append(why)
+            if self._bad_run >= self._shard:
+                raise ValueError(f"not one of {self._shard} rows is usable; {self.problems[0]}")
+        return self._pieces
+
+    def _cut(self, document: Document) -> tuple[list[Piece], str | None, str]:
+        """Pieces that fit into a row and have a target; or what is wrong with the document."""
+        tokens, targets, bad, _, why = document
+        n, mode = len(tokens), self._choices["overlong"]
+        if bad is not None or n <= self._length:
+            return [(tokens, targets)], bad, why
+        why = f"{n} tokens, {self._length} fit into a row"
+        if mode in ("skip", "error"):
+            return [], "overlong", why
+        targets = targets.copy()
+        targets[:: self._length] = False  # a piece knows nothing of the one before it
+        cuts = range(0, n if mode == "split" else self._length, self._length)
+        pieces = [(tokens[a : a + self._length], targets[a : a + self._length]) for a in cuts]
+        pieces = [piece for piece in pieces if piece[1].any()]
+        return pieces, None if pieces else "overlong", f"{why}, where nothing is to be predicted"

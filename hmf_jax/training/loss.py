@@ -1,0 +1,171 @@
+"""Next-token cross-entropy whose logits never exist as a whole, but in pieces of the sequence.
+
+Shapes: B rows, T tokens, d hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from hmf_jax.layers import exact_dtype
+from hmf_jax.model import HybridLM
+from pallas_kernels.sharded import HEAD_AXES, batch_axes, call
+
+Array = jax.Array
+
+
+def next_token_targets(
+    tokens: Array, loss_mask: Array | None = None, segment_ids: Array | None = None
+) -> tuple[Array, Array]:
+    """What each position is to predict: the next token of the same document, padding skipped.
+
+    Args:
+      tokens: [B, T] integers.
+      loss_mask: [B, T], how much predicting *this* token counts (0 or 1, or any weight); None: 1.
+      segment_ids: [B, T] as in `HybridLM.__call__`: 0 marks padding, other numbers documents.
+
+    Returns:
+      targets [B, T] and their weights [B, T] float32: 0 at padding and at the end of a document.
+    """
+    for name, a in (("loss_mask", loss_mask), ("segment_ids", segment_ids)):
+        if a is not None and a.shape != tokens.shape:
+            raise ValueError(f"{name} has shape {a.shape}, but tokens have {tokens.shape}.")
+    B, T = tokens.shape
+    index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    valid = jnp.ones((B, T), bool) if segment_ids is None else segment_ids != 0
+    here_or_later = jax.lax.cummin(jnp.where(valid, index, T), axis=1, reverse=True)
+    following = jnp.pad(here_or_later[:, 1:], ((0, 0), (0, 1)), constant_values=T)
+
+    def at_target(a: Array) -> Array:
+        return jnp.take_along_axis(a, jnp.minimum(following, T - 1), axis=1)
+
+    counts = valid & (following < T)
+    if segment_ids is not None:
+        counts &= segment_ids == at_target(segment_ids)
+    weights = counts.astype(jnp.float32)
+    if loss_mask is not None:
+        weights *= at_target(loss_mask.astype(jnp.float32))
+    return at_target(tokens), weights
+
+
+def next_token_loss(
+    model: HybridLM,
+    tokens: Array,
+    *,
+    loss_mask: Array | None = None,
+    segment_ids: Array | None = None,
+    positions: Array | None = None,
+    num_iter: Array | int | None = None,
+    impl: str = "auto",
+    chunk_size: int = 512,
+) -> tuple[Array, Array]:
+    """Cross-entropy in nats, summed over targets, and the number of them: loss = sum / count.
+
+    Args: those of `next_token_targets` and `HybridLM.__call__`, and `chunk_size`, see
+    `cross_entropy`. Returns two float32 scalars (the sum is float64 in float64 models).
+    """
+    targets, weights = next_token_targets(tokens, loss_mask, segment_ids)
+    hidden = model.hidden(
+        tokens, positions=positions, segment_ids=segment_ids, num_iter=num_iter, impl=impl
+    )
+    kernel = model.head_kernel().astype(hidden.dtype)
+    total = cross_entropy(hidden, kernel, targets, weights, model.mesh, chunk_size)
+    return total, jnp.sum(weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    hidden: Array, kernel: Array, targets: Array, weights: Array, mesh: Mesh | None, chunk_size: int
+) -> Array:
+    """sum_bt weights * (logsumexp(logits) - logits[target]), logits = hidden @ kernel in float32.
+
+    The backward pass makes each piece of logits again: d logits = weights (softmax - one_hot).
+    On a mesh the vocabulary stays split; devices exchange maxima, sums and gradients, no logits.
+
+    Args:
+      hidden: [B, T, d]; kernel: [d, V]; targets: [B, T] integers; weights: [B, T] (no gradient).
+      mesh: the model's mesh, or None.
+      chunk_size: positions per piece, at least 1; a piece of logits takes B * chunk_size * V * 4
+        bytes, divided by the devices that split the batch and the vocabulary.
+    """
+    return _forward(hidden, kernel, targets, weights, mesh, chunk_size)[0]
+
+
+def _forward(hidden, kernel, targets, weights, mesh, chunk_size):
+    rows, vocab = _axes(mesh, hidden.shape[0])
+
+    def local(hidden, kernel, targets, weights):
+        def piece(total, xs):
+            x, target, weight = xs
+            logits, is_target = _logits(x, kernel, target, vocab)
+            top = _over(jax.lax.pmax, jnp.max(logits, axis=-1), vocab)
+            exps = _over(jax.lax.psum, jnp.sum(jnp.exp(logits - top[..., None]), -1), vocab)
+            lse = top + jnp.log(exps)
+            own = _over(jax.lax.psum, jnp.sum(jnp.where(is_target, logits, 0), -1), vocab)
+            return total + jnp.sum(jnp.where(weight != 0, weight * (lse - own), 0)), lse
+
+        zero = jnp.zeros((), exact_dtype(hidden.dtype))
+        xs = [_pieces(a, chunk_size) for a in (hidden, targets, weights)]
+        total, lse = jax.lax.scan(piece, zero, xs)
+        return _over(jax.lax.psum, total, rows), lse
+
+    args = (hidden, kernel, targets, weights)
+    total, lse = call(local, mesh, len(hidden), args, ("b--", "-h", "b-", "b-"), ("", "-b-"))
+    return total, (*args, lse)
+
+
+def _backward(mesh, chunk_size, saved, g):
+    rows, vocab = _axes(mesh, saved[0].shape[0])
+
+    def local(hidden, kernel, targets, weights, lse, g):
+        def piece(d_kernel, xs):
+            x, target, weight, lse = xs
+            logits, is_target = _logits(x, kernel, target, vocab)
+            d_logits = (jnp.exp(logits - lse[..., None]) - is_target) * (g * weight)[..., None]
+            d_logits = d_logits.astype(x.dtype)
+            d_x = jnp.einsum("btv,dv->btd", d_logits, kernel, preferred_element_type=lse.dtype)
+            d_x = _over(jax.lax.psum, d_x, vocab).astype(x.dtype)
+            part = jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=lse.dtype)
+            return d_kernel + part, d_x
+
+        xs = [*(_pieces(a, chunk_size) for a in (hidden, targets, weights)), lse]
+        d_kernel, d_x = jax.lax.scan(piece, jnp.zeros(kernel.shape, lse.dtype), xs)
+        d_x = jnp.moveaxis(d_x, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
+        d_kernel = _over(jax.lax.psum, d_kernel, rows).astype(kernel.dtype)
+        return d_x[:, : hidden.shape[1]], d_kernel
+
+    in_dims = ("b--", "-h", "b-", "b-", "-b-", "")
+    d_x, d_kernel = call(local, mesh, len(saved[0]), (*saved, g), in_dims, ("b--", "-h"))
+    return d_x, d_kernel, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _axes(mesh: Mesh | None, batch: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that split the rows and the vocabulary inside `call`."""
+    return ((), ()) if mesh is None or mesh.size == 1 else (batch_axes(mesh, batch), HEAD_AXES)
+
+
+def _over(reduce, x: Array, axes: tuple[str, ...]) -> Array:
+    return reduce(x, axes) if axes else x
+
+
+def _logits(x: Array, kernel: Array, target: Array, vocab) -> tuple[Array, Array]:
+    """Logits [B, C, V] of this device's part of the vocabulary, float32, and target == column."""
+    logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=exact_dtype(x.dtype))
+    start = jax.lax.axis_index(vocab) * kernel.shape[1] if vocab else 0
+    return logits, (target - start)[..., None] == jnp.arange(kernel.shape[1])
+
+
+def _pieces(a: Array, size: int) -> Array:
+    """[B, T, ...] -> [n, B, C, ...] with equal C <= size; zeros fill the last piece."""
+    B, T = a.shape[:2]
+    n = -(-T // size)
+    C = -(-T // n)
+    a = jnp.pad(a, ((0, 0), (0, n * C - T), *((0, 0),) * (a.ndim - 2)))
+    return jnp.moveaxis(a.reshape(B, n, C, *a.shape[2:]), 1, 0)

@@ -1,0 +1,317 @@
+"""The training step: gradients of the trainable parameters, clipping, optimizer, in one program."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from convert import mapping
+from hmf_jax.config import LAYER_KINDS
+from hmf_jax.layers import exact, exact_dtype
+from hmf_jax.mixers import Context
+from hmf_jax.model import Block, HybridLM
+from hmf_jax.sharding import constrain
+from hmf_jax.training.loss import next_token_loss, next_token_targets
+
+Array = jax.Array
+Params = dict[str, Array]
+Metrics = dict[str, Array]
+
+BATCH = ("tokens", "loss_mask", "segment_ids", "positions")
+# Remat choice -> policy of `jax.checkpoint`; "none" keeps everything.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def select_parameters(model: HybridLM, trainable: str | Sequence[str] | None = None) -> list[str]:
+    """The parameters that these patterns select, as paths ("layers.3.mixer.q_proj.kernel").
+
+    Args:
+      model: the model, or its abstract twin.
+      trainable: substrings, a comma-separated string or a list of them. A parameter is selected if
+        any occurs in its name in the checkpoint ("model.layers.3.gka.q_proj.weight") or in its
+        path. Spaces around a pattern do not count. None selects everything.
+
+    Raises:
+      ValueError: no patterns, or one that selects nothing (it may be a slip of the pen).
+    """
+    names = _template(model)[0].names
+    if trainable is None:
+        return list(names)
+    stored = {e.path: e.name for e in mapping.table(model.config)}
+    text = {path: f"{stored.get(path, '')} {path}" for path in names}
+    given = trainable if isinstance(trainable, str) else ",".join(trainable)
+    patterns = [p for p in map(str.strip, given.split(",")) if p]
+    if not patterns:
+        raise ValueError(f"trainable={trainable!r} holds no pattern; use None to train everything.")
+    for pattern in patterns:
+        if not any(pattern in t for t in text.values()):
+            words = sorted({w for t in text.values() for w in t.replace(" ", ".").split(".")})
+            words = [w for w in words if w and not w.isdigit()]
+            near = difflib.get_close_matches(pattern, words, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {words}."
+            raise ValueError(f"trainable pattern {pattern!r} matches no parameter; {hint}")
+    return [path for path in names if any(p in text[path] for p in patterns)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A model without its arrays: its structure, and the path and dtype of each parameter."""
+
+    structure: Any
+    names: tuple[str, ...]
+    dtypes: tuple[np.dtype, ...]
+
+    def model(self, params: Params) -> HybridLM:
+        """The model with these parameters, each in the dtype that it came with."""
+        pairs = zip(self.names, self.dtypes, strict=True)
+        return jax.tree.unflatten(self.structure, [params[n].astype(d) for n, d in pairs])
+
+
+def _template(model: HybridLM) -> tuple[Template, list[Any]]:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    names = tuple(name.removesuffix(".value") for name in names)
+    dtypes = tuple(np.dtype(leaf.dtype) for _, leaf in leaves)
+    return Template(structure, names, dtypes), [leaf for _, leaf in leaves]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a training run is made of; a pytree of arrays that Orbax saves as it is.
+
+    Attributes:
+      params: path -> the trained parameters (float32 master weights, unless switched off).
+      frozen: path -> all others, in the dtype of the model.
+      opt_state: of the trained parameters only.
+      step: int32, updates applied so far.
+      template: static; the model that the parameters belong to.
+    """
+
+    params: Params
+    frozen: Params
+    opt_state: Any
+    step: Array
+    template: Template = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(
+        cls,
+        model: HybridLM,
+        optimizer: optax.GradientTransformation,
+        *,
+        trainable: str | Sequence[str] | None = None,
+        master_weights: bool = True,
+    ) -> Self:
+        """A run that starts from this model. It takes the model's arrays over: training deletes
+        them, so use `state.model()` from then on.
+
+        Args:
+          model: the model; it computes in its own dtype (load it in bfloat16 for bfloat16).
+          optimizer: any optax optimizer; its state is float32.
+          trainable: what to train, see `select_parameters`.
+          master_weights: hold trained parameters in float32. False keeps the dtype of the model
+            and saves 2 bytes per bfloat16 parameter, but such a parameter w stays what it is where
+            an update is smaller than |w| / 512.
+        """
+        template, leaves = _template(model)
+        chosen = set(select_parameters(model, trainable))
+        everything = dict(zip(template.names, leaves, strict=True))
+        params = {n: p for n, p in everything.items() if n in chosen}
+        frozen = {n: p for n, p in everything.items() if n not in chosen}
+        opt_state = optimizer.init({n: exact(p) for n, p in params.items()})
+        if master_weights:
+            params = {n: exact(p) for n, p in params.items()}
+        state = cls(params, frozen, opt_state, jnp.zeros((), jnp.int32), template)
+        mesh = model.mesh
+        if mesh is None:
+            return state
+        return jax.tree.map(lambda a: jax.device_put(a, _canonical(a, mesh)), state)
+
+    def model(self) -> HybridLM:
+        """The model as trained so far, in the dtypes it came with."""
+        return self.template.model(self.frozen | self.params)
+
+
+def make_train_step(
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    remat: str | Mapping[str, str] = "none",
+    max_grad_norm: float | None = None,
+    num_iter: int | None = None,
+    impl: str = "auto",
+    chunk_size: int = 512,
+) -> jax.stages.Wrapped:
+    """One optimizer step as a jitted function: (state, batch) -> (state, metrics).
+
+    The batch is a dict: tokens [B, T] and, if wanted, loss_mask, segment_ids and positions [B, T],
+    see `next_token_loss`. The loss is the mean over all target tokens of the batch, so that neither
+    accumulation nor the split over devices changes their weights. The state is donated.
+
+    Metrics, float32 scalars: loss (nats per token), grad_norm (before clipping), tokens (weight of
+    all targets), finite (bool), and learning_rate if the optimizer says it (`Recipe.optimizer` or
+    `optax.inject_hyperparams`). If the loss or a gradient is not finite, or the batch has no
+    target, the state stays as it was: the first makes finite False, the second tokens 0.
+
+    Args:
+      optimizer: the one that `TrainState.create` was given.
+      accumulate: micro-batches that the batch is cut into; must divide B.
+      remat: what the backward pass computes again: "none"; "block": everything inside a block (only
+        the residual stream [B, T, d] is kept); "dots": all but matrix products with weights. Or one
+        choice per layer kind: {"GKA": "block", "*": "dots"}; kinds left out keep everything.
+      max_grad_norm: gradients are scaled down to this global norm.
+      num_iter: Chebyshev iterations of GKA layers; None: the config's.
+      impl: operator implementation, see `pallas_kernels.dispatch`.
+      chunk_size: positions whose logits exist at once, see `cross_entropy`.
+
+    Raises:
+      ValueError: bad arguments; when called, a batch with unknown keys or wrong shapes.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be at least 1.")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm={max_grad_norm} must be positive; None does not clip.")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
+    remat = dict.fromkeys(LAYER_KINDS, remat) if isinstance(remat, str) else dict(remat)
+    for kind, choice in remat.items():
+        if kind not in LAYER_KINDS or choice not in REMAT:
+            raise ValueError(
+                f"remat {kind!r}: {choice!r} is unknown; kinds are {LAYER_KINDS}, choices "
+                f"{tuple(REMAT)}."
+            )
+
+    def loss(params: Params, frozen: Params, template: Template, batch: Params, count: Array):
+        model = template.model(frozen | params)
+        choices = [remat.get(kind, "none") for kind in model.config.layer_kinds]
+        pairs = zip(model.layers, choices, strict=True)
+        model.layers = nnx.List([b if c == "none" else Remat(b, c) for b, c in pairs])
+        options: Any = dict(num_iter=num_iter, impl=impl, chunk_size=chunk_size)
+        return next_token_loss(model, **batch, **options)[0] / count
+
+    def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
+        model = state.model()
+        shardings = dict(zip(state.template.names, _shardings(model), strict=True))
+        rows = _check(batch, accumulate)
+        batch = {k: constrain(jnp.asarray(a), model.mesh, "batch", None) for k, a in batch.items()}
+        targets = {k: a for k, a in batch.items() if k != "positions"}
+        tokens = jnp.sum(next_token_targets(**targets)[1])
+        count = jnp.where(tokens > 0, tokens, 1)
+
+        def gradients(micro: Params):
+            args = (state.params, state.frozen, state.template, micro, count)
+            value, grads = jax.value_and_grad(loss)(*args)
+            return value, {n: _like(exact(g), shardings[n]) for n, g in grads.items()}
+
+        if accumulate == 1:
+            value, grads = gradients(batch)
+        else:
+            # Micro-batch i has the rows i, i + accumulate, ...: they stay on their devices.
+            micros = {
+                k: jnp.swapaxes(a.reshape(rows // accumulate, accumulate, -1), 0, 1)
+                for k, a in batch.items()
+            }
+
+            def add(total, micro: Params):
+                return jax.tree.map(jnp.add, total, gradients(micro)), None
+
+            zeros = {
+                n: _like(jnp.zeros(p.shape, exact_dtype(p.dtype)), shardings[n])
+                for n, p in state.params.items()
+            }
+            zero = jnp.zeros((), exact_dtype(model.dtype))
+            (value, grads), _ = jax.lax.scan(add, (zero, zeros), micros)
+
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        if max_grad_norm is not None:
+            scale = jnp.minimum(1.0, max_grad_norm / norm)
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        old = jax.tree.map(exact, state.params)
+        result: Any = optimizer.update(grads, state.opt_state, old)
+        updates, opt_state = result
+        params = {
+            n: _like((old[n] + updates[n]).astype(p.dtype), shardings[n])
+            for n, p in state.params.items()
+        }
+        new = (params, opt_state, state.step + 1)
+        apply = finite & (tokens > 0)
+        new = jax.tree.map(
+            lambda a, b: jnp.where(apply, a, b), new, (state.params, state.opt_state, state.step)
+        )
+        metrics = {"loss": value, "grad_norm": norm, "tokens": tokens}
+        metrics = {name: x.astype(jnp.float32) for name, x in metrics.items()} | {"finite": finite}
+        rates: Any = optax.tree.get_all_with_path(opt_state, "learning_rate")
+        if rates:
+            metrics["learning_rate"] = jnp.asarray(rates[0][1], jnp.float32)
+        return TrainState(new[0], state.frozen, new[1], new[2], state.template), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+class Remat(Block):
+    """A block that keeps for its backward pass only what the policy says."""
+
+    def __init__(self, block: Block, choice: str):
+        self.block, self.choice = block, choice
+
+    def __call__(self, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
+        def run(block: Block, *args: Any):
+            return block(*args)
+
+        return jax.checkpoint(run, policy=REMAT[self.choice])(self.block, x, ctx, state)
+
+
+def _check(batch: Mapping[str, Any], accumulate: int) -> int:
+    """The number of rows of a batch that is fit for `accumulate` micro-batches."""
+    unknown = sorted(set(batch) - set(BATCH))
+    if unknown or "tokens" not in batch:
+        raise ValueError(f"A batch has tokens and may have {BATCH[1:]}; this has {sorted(batch)}.")
+    shapes = {name: np.shape(a) for name, a in batch.items()}
+    B = shapes["tokens"][0] if len(shapes["tokens"]) == 2 else 0
+    if B == 0 or len(set(shapes.values())) > 1:
+        raise ValueError(f"All arrays of a batch must be [B, T], at least one row; got {shapes}.")
+    if B % accumulate:
+        raise ValueError(f"accumulate={accumulate} does not divide the {B} rows of the batch.")
+    return B
+
+
+def _shardings(model: HybridLM) -> list[NamedSharding | None]:
+    """The sharding of each parameter, in the order of `Template.names`."""
+    if model.mesh is None:
+        return [None] * len(jax.tree.leaves(model))
+    return jax.tree.leaves(model.shardings())
+
+
+def _canonical(a: Array, mesh: Mesh) -> NamedSharding:
+    """The sharding of a, whole if it has none, spelled as jit spells that of its results.
+
+    Else the second step, whose state is the result of the first, would compile again.
+    """
+    split = a.sharding.spec if isinstance(a.sharding, NamedSharding) else ()
+    dims: list[Any] = []
+    for axes in split:
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        axes = tuple(name for name in axes if mesh.shape[name] > 1)
+        dims.append(axes[0] if len(axes) == 1 else axes or None)
+    while dims and dims[-1] is None:
+        dims.pop()
+    return NamedSharding(mesh, PartitionSpec(*dims))
+
+
+def _like(x: Array, sharding: NamedSharding | None) -> Array:
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
