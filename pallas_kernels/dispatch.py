@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
+
+import jax
 
 IMPLS = ("auto", "mosaic", "triton", "jla", "cudnn", "chunked", "reference")
 _log = logging.getLogger("pallas_kernels")
@@ -45,3 +48,12 @@ def resolve(op: str, impl: str, usable: Mapping[str, str | None]) -> str:
         _said.add((op, name, why))
         _log.info("%s runs %s (%s)", op, name, why)
     return name
+
+
+@functools.cache
+def why_no_hopper() -> str | None:
+    """Why kernels for NVIDIA Hopper cannot run on this machine; None if they can."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
+        return "its kernels need an NVIDIA Hopper GPU (compute capability 9.0)"
+    return None

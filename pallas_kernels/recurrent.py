@@ -9,7 +9,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic import why_no_hopper
+from pallas_kernels.dispatch import why_no_hopper
 from pallas_kernels.segments import documents
 
 

@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.chunked import Stream, document_ids, make_stream
+from pallas_kernels.dispatch import why_no_hopper
 from pallas_kernels.mosaic import (
     COLUMNS,
     MATRIX,
@@ -41,7 +42,6 @@ from pallas_kernels.mosaic import (
     tile,
     transposed,
     vector,
-    why_no_hopper,
 )
 from pallas_kernels.tuning import tuned
 

@@ -34,6 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dispatch import why_no_hopper
 from pallas_kernels.mosaic import (
     COLUMNS,
     Warpgroup,
@@ -43,10 +44,10 @@ from pallas_kernels.mosaic import (
     iota,
     kernel,
     matrix,
+    store,
     tile,
     transposed,
     vector,
-    why_no_hopper,
 )
 from pallas_kernels.segments import documents
 from pallas_kernels.tuning import tuned
@@ -462,12 +463,8 @@ def _solve_body(
     if saved:
         v_s[...] = x.astype(bf16)
         row[...] = f
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_s, o_g.at[b, t, h])
-    if saved:
-        plgpu.copy_smem_to_gmem(v_s, saved[0].at[b, t, h])
-        plgpu.copy_smem_to_gmem(row, saved[1].at[b, h, c])
-    plgpu.wait_smem_to_gmem(0)
+    also = [(v_s, saved[0].at[b, t, h]), (row, saved[1].at[b, h, c])] if saved else []
+    store((q_s, o_g.at[b, t, h]), *also)
 
 
 # -- backward -------------------------------------------------------------------------------------
@@ -596,12 +593,12 @@ def _solve_backward_body(
     x_s[...] = y.astype(bf16)
     v_s[...] = q.astype(bf16)
     do_s[...] = dq.astype(bf16)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(do_s, dq_g.at[b, t, h])
-    plgpu.copy_smem_to_gmem(x_s, y_g.at[b, t, h])
-    plgpu.copy_smem_to_gmem(v_s, blend_g.at[b, t, h])
-    plgpu.copy_smem_to_gmem(rows_s, rows_g.at[b, h, c])
-    plgpu.wait_smem_to_gmem(0)
+    store(
+        (do_s, dq_g.at[b, t, h]),
+        (x_s, y_g.at[b, t, h]),
+        (v_s, blend_g.at[b, t, h]),
+        (rows_s, rows_g.at[b, h, c]),
+    )
 
 
 def read_backward(
@@ -680,11 +677,7 @@ def _read_backward_body(
     dk = wg.accumulate(from_state, lambda acc: plgpu.wgmma(acc, scores, q_s))
     q_s[...] = dk.astype(bf16)
     do_s[...] = dv.astype(bf16)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_s, dk_g.at[b, t, h])
-    plgpu.copy_smem_to_gmem(do_s, dv_g.at[b, t, h])
-    plgpu.copy_smem_to_gmem(rows_s, kdk_g.at[b, h, c])
-    plgpu.wait_smem_to_gmem(0)
+    store((q_s, dk_g.at[b, t, h]), (do_s, dv_g.at[b, t, h]), (rows_s, kdk_g.at[b, h, c]))
 
 
 def gram_backward(
@@ -802,10 +795,7 @@ def _gram_backward_body(
     both = along_columns(vector(kdk_s.at[INSIDE], COLUMNS), C)
     later = along_columns(vector(kdk_s.at[LATER], COLUMNS), C)
     out_s[D_G] = jnp.sum(jnp.where(iota(C, 1) >= iota(C, 0), both, later), axis=1)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(y_s, dk_g.at[b, t, h])
-    plgpu.copy_smem_to_gmem(out_s, out_g.at[b, h, c])
-    plgpu.wait_smem_to_gmem(0)
+    store((y_s, dk_g.at[b, t, h]), (out_s, out_g.at[b, h, c]))
 
 
 # -- the operator ---------------------------------------------------------------------------------
