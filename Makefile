@@ -37,9 +37,10 @@ test-slow: $(TOOLS)
 	$(PY) -m pytest -v -s -m slow $(ARGS)
 
 # Machines with GPUs bring their own jax: no environment is made. Several workers, since compiling
-# takes longer than running; memory is taken as needed.
+# takes longer than running; memory is taken as needed. What XLA's products are compared with needs
+# no tuning, which would take minutes.
 test-gpu:
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(or $(PYTHON),python3) -m pytest -q -m gpu -p no:cacheprovider $(ARGS)
+	XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0 $(or $(PYTHON),python3) -m pytest -q -m gpu -p no:cacheprovider $(ARGS)
 
 lint: $(TOOLS)
 	$(PY) -m ruff check .

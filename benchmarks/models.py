@@ -18,12 +18,14 @@ import hmf_jax.model
 from benchmarks.rows import Row
 from benchmarks.timing import SETS, device_time, milliseconds
 from hmf_jax.config import HybridConfig
+from hmf_jax.layers import rope_table
+from hmf_jax.mixers import Context, Mixer
 from hmf_jax.model import HybridLM
 from hmf_jax.state import ModelState
 from pallas_kernels import dispatch
 
 Array = jax.Array
-MODELS = ("model", "ttft", "decode_throughput", "train_step")
+MODELS = ("model", "ttft", "decode_throughput", "train_step", "mixer", "mixer_decode")
 COMPILE = "compile"
 
 
@@ -96,6 +98,8 @@ class Bench:
         * decode_throughput: greedy tokens after `length` others, `steps` per dispatch, the state
           donated; ms is per token of every row.
         * train_step: mean cross-entropy of the next token, its gradient, a plain SGD update.
+        * mixer: one layer of the kind `mixer` alone (projections and operator, no MLP), without a
+          state; mixer_decode: the same on one token per row, `length` tokens in the state.
 
         Extra numbers: bytes of the weights, of the state, of everything the timed program needs
         (arguments, results and temporaries as the compiler planned them), and the largest number
@@ -106,7 +110,7 @@ class Bench:
         with _watch_dispatch() as ran:
             pass_, ms, program, extra = getattr(self, f"_{op}")()
         self.ran |= ran
-        extra["weight_bytes"] = _nbytes(self.model)
+        extra.setdefault("weight_bytes", _nbytes(self.model))
         extra["program_bytes"] = _program_bytes(program)
         if (peak := _peak_bytes()) is not None:
             extra |= {"peak_bytes": peak, "peak_bytes_loading": self.loaded_peak}
@@ -217,6 +221,63 @@ class Bench:
         ms = milliseconds(call, sets)
         tokens = self.s.batch * self.s.length
         return "fwd_bwd", ms, program, {"tokens_per_s": 1e3 * tokens / ms}
+
+    def _first_mixer(self) -> Mixer:
+        kinds = self.s.config.layer_kinds
+        if self.s.mixer not in kinds:
+            raise ValueError(f"no {self.s.mixer} among the first {len(kinds)} layers")
+        return self.model.layers[kinds.index(self.s.mixer)].mixer
+
+    def _context(self, offset: Array, tokens: int, fresh: bool) -> Context:
+        positions = offset[:, None] + jnp.arange(tokens)
+        rope = rope_table(positions, self.s.config)
+        num_iter = None if self.s.num_iter is None else jnp.int32(self.s.num_iter)
+        return Context(rope, None, None, offset, num_iter, fresh, self.s.impl, None)
+
+    def _hidden(self, tokens: int) -> list[Array]:
+        shape = (self.s.batch, tokens, self.s.config.hidden_size)
+        keys = jax.random.split(jax.random.key(1), SETS)
+        return [jax.random.normal(key, shape, self.s.dtype) for key in keys]
+
+    def _mixer(self):
+        def run(mixer: Mixer, x: Array) -> Array:
+            empty = jnp.zeros(self.s.batch, jnp.int32)
+            return mixer(x, self._context(empty, self.s.length, True))[0]
+
+        mixer, sets = self._first_mixer(), self._hidden(self.s.length)
+        program = jax.jit(run).lower(mixer, sets[0]).compile()
+        ms = milliseconds(lambda x: program(mixer, x), sets)
+        extra: dict[str, Any] = {"weight_bytes": _nbytes(mixer)}
+        if profile := device_time(lambda: program(mixer, sets[0])):
+            extra |= profile.per(1)
+        return "fwd", ms, program, extra
+
+    def _mixer_decode(self):
+        def run(mixer: Mixer, x: Array, state: Any) -> tuple[Array, Any]:
+            offset = jnp.full(self.s.batch, self.s.length, jnp.int32)
+
+            def one(state: Any, x: Array) -> tuple[Any, Array]:
+                y, state = mixer(x[:, None], self._context(offset, 1, False), state)
+                return state, y
+
+            state, y = jax.lax.scan(one, state, jnp.moveaxis(x, 1, 0))
+            return y, state
+
+        mixer, sets = self._first_mixer(), self._hidden(self.s.steps)
+        capacity, dtype = self.s.length + self.s.steps, jnp.dtype(self.s.dtype)
+        state = mixer.init_state(self.s.batch, capacity, dtype, None)
+        program = jax.jit(run, donate_argnums=2).lower(mixer, sets[0], state).compile()
+
+        def call(x: Array) -> Array:
+            nonlocal state
+            y, state = program(mixer, x, state)
+            return y
+
+        ms = milliseconds(call, sets) / self.s.steps
+        extra: dict[str, Any] = {"weight_bytes": _nbytes(mixer)}
+        if profile := device_time(lambda: call(sets[0])):
+            extra |= profile.per(self.s.steps)
+        return "decode", ms, program, extra
 
 
 def next_token_loss(logits: Array, tokens: Array) -> Array:

@@ -211,6 +211,7 @@ def measure(
     num_iter: int | None,
     pass_: str,
     env: dict[str, Any],
+    error: bool = True,
 ) -> Row:
     """Time one operator on one problem, and its error on a smaller one (see the module).
 
@@ -224,6 +225,7 @@ def measure(
       num_iter: Chebyshev iterations (op "gka" only).
       pass_: "fwd", "fwd_bwd" or "decode".
       env: see `benchmarks.rows.environment`.
+      error: whether to take the error; else the row has none.
 
     Raises:
       ValueError: `impl` cannot run this.
@@ -236,12 +238,13 @@ def measure(
     problem = _Problem(op, s, dtype, num_iter, pass_)
     fn = problem.function(impl)
     windows = 3 * s.window if op == "two_window_attention" else 0
-    error = _error(problem, impl, min(length, max(ERROR_TOKENS, windows)))
+    short = min(length, max(ERROR_TOKENS, windows))
+    found = _error(problem, impl, short) if error else None
     ms, profile = problem.milliseconds(fn, batch, length)
     extra = {} if profile is None else profile.per(DECODE_STEPS if pass_ == "decode" else 1)
     dims = dict(batch=batch, length=length, heads=s.heads, kv_heads=s.kv_heads, head_dim=s.head_dim)
     name = shape if tp == 1 else f"{shape} tp{tp}"
-    return Row(op, impl, dtype, dims, num_iter, pass_, ms, error, name, extra, **env)
+    return Row(op, impl, dtype, dims, num_iter, pass_, ms, found, name, extra, **env)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import compare, models, operators, rows, run, timing, tune
 from benchmarks.rows import Row
+from hmf_jax.training import trainer
 from pallas_kernels import tuning
 from pallas_kernels.shapes import SHAPES, TP
 
@@ -125,7 +126,11 @@ def test_milliseconds_rotates_and_waits() -> None:
 
 @pytest.mark.parametrize(
     "ops",
-    ["ttft", pytest.param("model,ttft,decode_throughput,train_step", marks=pytest.mark.slow)],
+    [
+        "ttft",
+        "mixer,mixer_decode",
+        pytest.param("model,ttft,decode_throughput,train_step", marks=pytest.mark.slow),
+    ],
 )
 def test_models(tmp_path: Path, ops: str) -> None:
     out = tmp_path / "rows.jsonl"
@@ -143,6 +148,22 @@ def test_models(tmp_path: Path, ops: str) -> None:
     if decode := got.get("decode_throughput"):
         assert decode["pass"] == "decode"
         assert decode["extra"]["tokens_per_s"] == pytest.approx(2e3 / decode["ms"])
+
+
+@pytest.mark.parametrize(
+    "op", ["lora_step", pytest.param("mixers_step", marks=pytest.mark.slow)]
+)
+def test_training_steps(tmp_path: Path, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(trainer, "PEAK_FLOPS", {jax.devices()[0].device_kind: 1e9})
+    argv = f"--ops {op} --mixers GDN --layers 2 --lengths 24 --batches 2"
+    run.main([*argv.split(), "--out", str(out)])
+    (r,) = read(out)
+    assert set(r) == FIELDS and r["ms"] > 0 and r["op"] == op and r["pass"] == "fwd_bwd"
+    assert r["case"] == "tiny GDN 2 layers, remat block"
+    assert r["extra"]["program_bytes"] > r["extra"]["state_bytes"] > 12 * r["extra"]["trained"] > 0
+    assert r["extra"]["tokens_per_s"] == pytest.approx(48e3 / r["ms"])
+    assert r["extra"]["mfu"] > 0 and r["extra"]["ran"]["gated_delta_rule"] == "chunked"
 
 
 def test_next_token_loss() -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def model():
-    config = HybridConfig.preset("tiny", layer_kinds=("GKA", "*", "GKA"))
+    config = HybridConfig.preset("tiny", layer_kinds=("GKA", "*", "BMF"))
     return HybridLM.init(dataclasses.replace(config, head_dim=64), dtype=jnp.bfloat16)
 
 
@@ -51,9 +51,9 @@ def test_kernels_agree_with_plain_jax(model, caplog):
             )
             parts.append(logits)
     if getattr(jax.devices()[0], "compute_capability", "") == "9.0":
-        assert {"gka runs mosaic", "gka_step runs mosaic"} <= {
-            " ".join(r.getMessage().split()[:3]) for r in caplog.records
-        }
+        said = {" ".join(r.getMessage().split()[:3]) for r in caplog.records}
+        names = ("gka", "gka_step", "attention", "two_window_attention")
+        assert {f"{name} runs mosaic" for name in names} <= said
     pieces = jnp.concatenate(parts, axis=1)
     valid = segment_ids != 0
     error = {
@@ -82,4 +82,5 @@ def test_training_step_agrees_with_plain_jax(model):
         want = gradients(in_float32(model), "chunked")
     plain, fast = (rel(gradients(model, impl), want) for impl in ("chunked", "auto"))
     print(plain, fast)
-    assert fast < 1.25 * plain
+    # As in every flash attention, probabilities and their gradients are rounded to bfloat16.
+    assert fast < 1.5 * plain

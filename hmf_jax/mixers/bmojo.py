@@ -47,12 +47,18 @@ class TwoWindowAttention(nnx.Module):
         """x, fading [B, T, d]; `inner` is the new state of the inner mixer."""
         D, tied = self.head_dim, self.tied
         q = project(x, self.q_proj, self.q_norm, ctx, D)
-        k = project(x, self.k_proj, self.k_norm, ctx, D)
-        v = project(x, self.v_proj, None, ctx, D)
-        k_proj, k_norm = (self.k_proj, self.k_norm) if tied else (self.k_proj_, self.k_norm_)
-        k_fading = project(fading, k_proj, k_norm, ctx, D)
-        v_fading = project(fading, self.v_proj if tied else self.v_proj_, None, ctx, D)
         q_fading = None if tied else project(x, self.q_proj_, self.q_norm_, ctx, D)
+        if tied and x.shape[1] == 1:
+            # One token's products are as long as reading their weights takes: read them once.
+            both = jnp.stack([x, fading])
+            k, k_fading = project(both, self.k_proj, self.k_norm, ctx, D)
+            v, v_fading = project(both, self.v_proj, None, ctx, D)
+        else:
+            k = project(x, self.k_proj, self.k_norm, ctx, D)
+            v = project(x, self.v_proj, None, ctx, D)
+            k_proj, k_norm = (self.k_proj, self.k_norm) if tied else (self.k_proj_, self.k_norm_)
+            k_fading = project(fading, k_proj, k_norm, ctx, D)
+            v_fading = project(fading, self.v_proj if tied else self.v_proj_, None, ctx, D)
         attend = self._step if state is not None and x.shape[1] == 1 else self._prefill
         o, state = attend(q, k, v, q_fading, k_fading, v_fading, ctx, state, inner)
         return self.o_proj(merge_heads(o)), state

@@ -8,12 +8,12 @@ import jax
 from jax.sharding import Mesh
 
 from pallas_kernels import sharded
-from pallas_kernels.attention import chunked, cudnn, reference
+from pallas_kernels.attention import chunked, cudnn, mosaic, reference
 from pallas_kernels.dispatch import resolve
 
 __all__ = ["attention", "decode_attention"]
 
-_IMPLS = {"cudnn": cudnn, "chunked": chunked, "reference": reference}
+_IMPLS = {"cudnn": cudnn, "mosaic": mosaic, "chunked": chunked, "reference": reference}
 
 
 def attention(
@@ -51,8 +51,9 @@ def attention(
       kv_lengths: [B] integers, leading tokens that are valid, the rest being padding; not with
         `offset`. Unlike `segment_ids` it leaves cuDNN possible.
       scale: factor of the scores; D ** -0.5 by default.
-      impl: "auto", "cudnn" (NVIDIA, 16-bit, D <= 128, own tokens, no segment_ids), "chunked" (any
-        device and alignment, memory linear in T and S) or "reference" (dense).
+      impl: "auto", "cudnn" (NVIDIA, 16-bit, D <= 128, own tokens, no segment_ids), "mosaic" (NVIDIA
+        Hopper, bfloat16, D 64 or 128, positive scale), "chunked" (any device, memory linear in T
+        and S) or "reference" (dense).
       mesh: device mesh (see `pallas_kernels.sharded`) or None.
 
     Returns:
@@ -67,8 +68,12 @@ def attention(
     check_alignment(q, k, offset, segment_ids, kv_lengths, past)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (the token itself), got {window}.")
-    why_not = cudnn.why_not(q, k, v, offset, segment_ids)
-    usable = {"cudnn": why_not, "chunked": None, "reference": None}
+    usable = {
+        "cudnn": cudnn.why_not(q, k, v, offset, segment_ids),
+        "mosaic": mosaic.why_not(q, k, v),
+        "chunked": None,
+        "reference": None,
+    }
     run = _IMPLS[resolve("attention", impl, usable)].attention
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     return sharded.call(

@@ -329,8 +329,7 @@ def forward(
     """
     q, packed = qs[0], doc is not None
     B, T, H, D = q.shape
-    # turns: the warpgroups alternate on the tensor cores; hold: q stays in registers.
-    size = tuned("attention.forward", bf16, T, keys=TILE, stages=2, turns=1, hold=0)
+    size = tuned("attention.forward", bf16, T, keys=TILE, stages=2)
     keys, stages = size["keys"], size["stages"]
     scratch = {
         "q_s": tile((2, len(qs), M, D)),
@@ -356,8 +355,6 @@ def forward(
         queries=len(qs),
         windows=options.windows,
         scale=options.scale,
-        turns=bool(size["turns"]),
-        hold=bool(size["hold"]) and len(qs) == 1 and not options.interpret,
     )(*qs, *ks, *vs, spans, places, *_given(doc))
 
 
@@ -366,8 +363,7 @@ def _given(x: jax.Array | None) -> tuple[jax.Array, ...]:
 
 
 def _attention_forward(
-    *refs: Ref, queries: int, windows: Any, scale: float, turns: bool, hold: bool,
-    mm: Warpgroup,
+    *refs: Ref, queries: int, windows: Any, scale: float, mm: Warpgroup,
     q_s, k_s, v_s, lse_s, q_full, k_ring, v_ring, turn,
     doc_q: Ref = None, doc_k: Ref = None, room: Ref = None,
 ) -> None:  # fmt: skip
@@ -389,22 +385,22 @@ def _attention_forward(
         if packed:
             plgpu.copy_gmem_to_smem(doc_g[0].at[b, mine], doc_q.at[w], q_full.at[w])
         plgpu.barrier_wait(q_full.at[w])
-        held = plgpu.load(q_s.at[w, 0], layout=MATRIX) if hold else None
 
         def take_turns():
             # One warpgroup has the tensor cores while the other has its softmax.
-            if turns:
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
 
         def step(t, carry):
             o, top, total = carry
             slot = lax.rem(t, stages)
             stream, _, tile = walk.at(t)
             plgpu.barrier_wait(k_ring["full"].at[slot])
-            query = q_s.at[w, stream if queries > 1 else 0] if held is None else held
+            query = q_s.at[w, stream if queries > 1 else 0]
 
             def product(acc):
+                # The queries stay in shared memory: as a register operand they were overwritten
+                # before wgmma had read them (a fault of ptxas before CUDA 13.3).
                 plgpu.wgmma(acc, query, transposed(k_s.at[slot]))
                 take_turns()
                 return acc[...]
@@ -607,7 +603,7 @@ def dkv(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of the keys and values of one stream; arguments as those of `dq`."""
     (B, T, _, D), packed = q.shape, doc is not None
-    size = tuned("attention.dkv", bf16, T, queries=M, stages=3)
+    size = tuned("attention.dkv", bf16, T, queries=M, stages=4)
     queries, stages = size["queries"], size["stages"]
     scratch = {
         "k_s": tile((2, M, D)),

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from pallas_kernels import sharded
-from pallas_kernels.attention import check_alignment, check_heads, check_ndim, check_rows
+from pallas_kernels.attention import check_alignment, check_heads, check_ndim, check_rows, mosaic
 from pallas_kernels.dispatch import resolve
 from pallas_kernels.two_window_attention import chunked, cudnn, reference
 
@@ -54,7 +54,8 @@ def two_window_attention(
         both windows; not with `offset`.
       kv_lengths: [B] integers, leading tokens that are valid; not with `offset`.
       scale: factor of the scores; D ** -0.5 by default.
-      impl: "auto", "chunked" (any device, memory linear in T) or "reference" (dense).
+      impl: "auto", "mosaic" (NVIDIA Hopper, bfloat16, D 64 or 128, positive scale; one kernel for
+        both windows), "chunked" (any device, memory linear in T) or "reference" (dense).
       mesh: device mesh (see `pallas_kernels.sharded`) or None.
 
     Returns:
@@ -76,8 +77,10 @@ def two_window_attention(
     for name, key in (("k", k), ("k_fading", k_fading)):
         past = None if offset is None else key.shape[1] - q.shape[1]
         check_alignment(q, key, offset, segment_ids, kv_lengths, past, name)
-    impls = {"chunked": chunked, "reference": reference}
-    run = impls[resolve("two_window_attention", impl, dict.fromkeys(impls))].two_window_attention
+    why_not = mosaic.why_not(q, k, v, k_fading, v_fading, q_fading)
+    usable = {"mosaic": why_not, "chunked": None, "reference": None}
+    impls = {"mosaic": mosaic, "chunked": chunked, "reference": reference}
+    run = impls[resolve("two_window_attention", impl, usable)].two_window_attention
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     return sharded.call(
         partial(run, window=window, scale=scale),

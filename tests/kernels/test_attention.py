@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.attention import attention, chunked, cudnn, decode_attention
+from pallas_kernels.dispatch import why_no_hopper
+from pallas_kernels.two_window_attention import two_window_attention
 from tests.util import rel
 
 # Documents of 9 and 21 tokens with padding before, between and after them.
@@ -352,8 +354,17 @@ def test_cudnn_is_refused_with_a_reason():
         attention(*args, segment_ids=jnp.ones((2, 37), int), impl="cudnn")
     with pytest.raises(ValueError, match="offset"):
         attention(*args, offset=jnp.zeros(2, int), impl="cudnn")
-    with pytest.raises(ValueError, match="no implementation 'mosaic'"):
-        attention(*args, impl="mosaic")
+    with pytest.raises(ValueError, match="no implementation 'triton'"):
+        attention(*args, impl="triton")
+
+
+def test_mosaic_is_refused_with_a_reason():
+    args = [jnp.asarray(x, jnp.bfloat16) for x in qkv()]
+    if why_no_hopper():
+        with pytest.raises(ValueError, match="need an NVIDIA Hopper GPU"):
+            attention(*args, impl="mosaic")
+        with pytest.raises(ValueError, match="need an NVIDIA Hopper GPU"):
+            two_window_attention(*args, *args[1:], window=4, impl="mosaic")
 
 
 @pytest.fixture

@@ -43,7 +43,17 @@ def draw(names: tuple[str, ...], B=1, T=150, H=2, K=1, D=64, past=0) -> dict[str
     }
 
 
-def results(op: Any, arrays: dict[str, jax.Array], **keywords: Any) -> dict[str, np.ndarray]:
+def reference_results(op: Any, arrays: dict[str, jax.Array], **keywords: Any) -> dict[str, Any]:
+    """`results` on the CPU, where nothing is rounded to TF32 and compiling takes no minutes."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        arrays, keywords = (
+            {name: np.asarray(x) if isinstance(x, jax.Array) else x for name, x in given.items()}
+            for given in (arrays, keywords)
+        )
+        return results(op, arrays, **keywords)
+
+
+def results(op: Any, arrays: dict[str, Any], **keywords: Any) -> dict[str, np.ndarray]:
     """Output and gradients of op(*arrays, **keywords), the cotangent a function of the shape."""
 
     @jax.jit
@@ -63,7 +73,7 @@ def assert_equals_reference(
     keywords["scale"] = arrays["q"].shape[-1] ** -0.5
     actual = results(partial(ours, interpret=interpret), arrays, **keywords)
     exact = {name: x.astype(jnp.float32) for name, x in arrays.items()}
-    for name, rows in results(theirs, exact, **keywords).items():
+    for name, rows in reference_results(theirs, exact, **keywords).items():
         for row, expected in enumerate(rows):
             if np.any(expected):
                 error = rel(actual[name][row], expected)
@@ -131,7 +141,13 @@ def test_two_windows_of_packed_documents(names, window, B, T):
     assert all(not np.any(x[np.asarray(ids) == 0]) for x in got.values())
 
 
-def test_two_windows_continue_a_sequence():
+ON_GPU_TOO = pytest.mark.parametrize(
+    "interpret", [True, pytest.param(False, marks=pytest.mark.gpu, id="gpu")]
+)
+
+
+@ON_GPU_TOO
+def test_two_windows_continue_a_sequence(interpret):
     """Older tokens lie in front of new ones, as many as each window needs; some are empty."""
     T, window, offset = 70, 65, jnp.asarray([40, 900])
     queries = draw(("q", "q_fading"), B=2, T=T, H=1)
@@ -145,17 +161,20 @@ def test_two_windows_continue_a_sequence():
         mosaic.two_window_attention,
         two_window_reference.two_window_attention,
         queries | keys,
+        interpret,
         offset=offset,
         window=window,
     )
 
 
-def check_continued(ours: Any, theirs: Any, arrays: dict[str, jax.Array], **keywords: Any) -> None:
+def check_continued(
+    ours: Any, theirs: Any, arrays: dict[str, jax.Array], interpret: bool, **keywords: Any
+) -> None:
     """The kernels, given NaN in empty entries, agree with float32, given zeros."""
     keywords |= {"segment_ids": None, "kv_lengths": None, "scale": 0.125}
-    got = results(partial(ours, interpret=True), arrays, **keywords)
+    got = results(partial(ours, interpret=interpret), arrays, **keywords)
     exact = {n: jnp.nan_to_num(x).astype(jnp.float32) for n, x in arrays.items()}
-    for name, expected in results(theirs, exact, **keywords).items():
+    for name, expected in reference_results(theirs, exact, **keywords).items():
         assert rel(got[name], expected) < BOUND, name
 
 
@@ -180,17 +199,17 @@ def test_causal_attention(options, keywords):
     check_one(draw(ONE, **options), **keywords)
 
 
+@ON_GPU_TOO
 @pytest.mark.parametrize("window", [None, pytest.param(100, marks=pytest.mark.slow)])
-def test_queries_continue_a_cache(window):
+def test_queries_continue_a_cache(window, interpret):
     """Entry j is token j; entries that are not written yet may hold anything."""
     T, S, offset = 40, 200, jnp.asarray([13, 150])
     q = draw(("q",), B=2, T=T, H=1)
     keys = draw(ONE, B=2, T=S)
     del keys["q"]
     keys = with_nan(keys, jnp.arange(S) < (offset + T)[:, None])
-    check_continued(
-        mosaic.attention, reference.attention, q | keys, offset=offset, window=window, past=None
-    )
+    keywords = {"offset": offset, "window": window, "past": None}
+    check_continued(mosaic.attention, reference.attention, q | keys, interpret, **keywords)
 
 
 def test_log_sum_exp():
@@ -352,6 +371,17 @@ def test_two_windows_on_gpu(names, D):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 512])
-def test_causal_attention_on_gpu(window):
-    check_one(draw(ONE, B=2, T=2000, H=8, K=2, D=128), window=window, interpret=False)
+@pytest.mark.parametrize(("window", "ids"), [(None, None), (512, None), (None, packed(2, 2000))])
+def test_causal_attention_on_gpu(window, ids):
+    arrays = draw(ONE, B=2, T=2000, H=8, K=2, D=128)
+    check_one(arrays, window=window, segment_ids=ids, interpret=False)
+
+
+@pytest.mark.gpu
+def test_gradients_repeat_on_gpu():
+    """No sum depends on which CTA is first: the same bits every time."""
+    arrays = draw(TWO[:-1], B=2, T=4133, H=8, K=2, D=128)
+    keywords: dict[str, Any] = dict(offset=None, segment_ids=None, kv_lengths=None, q_fading=None)
+    op = partial(mosaic.two_window_attention, window=512, scale=0.1)
+    first, second = (results(op, arrays, **keywords) for _ in range(2))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
