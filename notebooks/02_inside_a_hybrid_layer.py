@@ -16,7 +16,8 @@
 #
 # What a layer remembers decides what a long context costs. This notebook plots the memory of each
 # layer kind against context length, then opens Gated KalmaNet (GKA): a layer that, for every token,
-# solves a ridge regression over all keys it has seen, and keeps only two matrices to do so.
+# solves a ridge regression over all keys it has seen, and keeps only two matrices to do so. It ends
+# with a picture of what a query of B'MOJO-F sees.
 
 # %%
 import dataclasses
@@ -27,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from hmf_jax import HybridConfig, HybridLM
-from pallas_kernels import gka
+from pallas_kernels import gka, two_window_attention
 
 # %% [markdown]
 # ## Memory against context
@@ -168,3 +169,43 @@ ax.bar([str(n) for n in steps], [recall(n) for n in steps])
 ax.set(xlabel="num_iter", ylabel="mean cosine to the stored value", ylim=(0, 1))
 ax.set_title("Recall of 32 values stored under correlated keys")
 plt.show()
+
+# %% [markdown]
+# ## Which token sees which: B'MOJO-F
+#
+# A B'MOJO-F layer runs an inner mixer (here it would be GKA) over the whole sequence. A query then
+# attends to the last $W$ tokens as they are, and to the $W$ before those as the inner mixer has
+# summarised them ("fading" tokens), under one softmax. What is older is reached only through those
+# summaries. The picture is not a drawing of the definition: it is read off the operator. With equal
+# scores for all keys and a one-hot value for each, the output of a query lists what it sees.
+
+# %%
+T, W = 48, 12
+same = jnp.zeros((1, T, 1, T))  # queries and keys: all scores are 0
+one_hot, nothing = jnp.eye(T)[None, :, None], jnp.zeros((1, T, 1, T))
+
+
+def seen(values, fading_values) -> np.ndarray:
+    """[query, key]: the weight with which the query reads the key."""
+    return np.asarray(
+        two_window_attention(same, same, values, same, fading_values, window=W)[0, :, 0]
+    )
+
+
+in_context, fading = seen(one_hot, nothing), seen(nothing, one_hot)
+kind = np.where(in_context > 0, 2, np.where(fading > 0, 1, 0))
+kind = np.where(np.tri(T) > 0, kind, np.nan)  # a query cannot see what comes later
+
+fig, ax = plt.subplots(figsize=(6, 5.2))
+colors = plt.matplotlib.colors.ListedColormap(["#dddddd", "#f2a65a", "#2a6f97"])
+image = ax.imshow(kind, cmap=colors, vmin=-0.5, vmax=2.5)
+bar = fig.colorbar(image, ticks=[0, 1, 2], shrink=0.7)
+bar.ax.set_yticklabels(["only through\nsummaries", "fading", "in context"])
+ax.set(xlabel="key (token)", ylabel="query (token)", title=f"B'MOJO-F, window {W}")
+plt.show()
+
+counts = (in_context > 0).sum(1), (fading > 0).sum(1)
+print(f"the last query sees {counts[0][-1]} tokens as they are and {counts[1][-1]} summaries;")
+print(f"query {W - 1} sees {counts[0][W - 1]} and {counts[1][W - 1]}")
+assert not np.any((in_context > 0) & (fading > 0)), "no token is seen twice"
+np.testing.assert_allclose((in_context + fading).sum(1), 1, rtol=1e-5)  # one softmax
