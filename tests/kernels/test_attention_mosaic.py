@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import mosaic, reference
 from pallas_kernels.attention.chunked import document_ids
-from pallas_kernels.attention.mosaic import TILE
+from pallas_kernels.attention.mosaic_tiles import TILE, Options, spans_of
 from pallas_kernels.two_window_attention import reference as two_window_reference
 from tests.util import rel
 
@@ -46,11 +46,11 @@ def draw(names: tuple[str, ...], B=1, T=150, H=2, K=1, D=64, past=0) -> dict[str
 def reference_results(op: Any, arrays: dict[str, jax.Array], **keywords: Any) -> dict[str, Any]:
     """`results` on the CPU, where nothing is rounded to TF32 and compiling takes no minutes."""
     with jax.default_device(jax.devices("cpu")[0]):
-        arrays, keywords = (
+        here, options = (
             {name: np.asarray(x) if isinstance(x, jax.Array) else x for name, x in given.items()}
             for given in (arrays, keywords)
         )
-        return results(op, arrays, **keywords)
+        return results(op, here, **options)
 
 
 def results(op: Any, arrays: dict[str, Any], **keywords: Any) -> dict[str, np.ndarray]:
@@ -217,7 +217,7 @@ def test_log_sum_exp():
     T = 2 * TILE
     arrays = draw(TWO[:-1], T=T, H=1)
     q, k, v, k_fading, v_fading = arrays.values()
-    options = mosaic._Options(((50, 99), (0, 49)), T, 0.125, interpret=True)
+    options = Options(((50, 99), (0, 49)), T, 0.125, interpret=True)
     doc = jnp.asarray(np.arange(T) < TILE, jnp.int32)[None]
     places = jnp.zeros((2, 1, 2), jnp.int32)
     o, lse = mosaic.forward(options, (q,), (k_fading, k), (v_fading, v), places, doc)
@@ -273,10 +273,10 @@ def test_every_visible_pair_is_visited(length, past, offset, window, newest, sta
     if not continued:
         visible = visible & (ids[:, None] == ids)
         needed = visible & (ids[:, None] != 0)
-    options = mosaic._Options(((newest, oldest),), length, 1.0, interpret=True)
+    options = Options(((newest, oldest),), length, 1.0, interpret=True)
     places = jnp.asarray([[[past, first]]], jnp.int32)
     q, k = jnp.zeros((1, total, 1, 1)), jnp.zeros((1, entries, 1, 1))
-    spans = mosaic._spans(options, q, (k,), places, doc, size, size, by_key=by_key)
+    spans = spans_of(options, q, (k,), places, doc, size, size, by_key=by_key)
     tiles = visible.reshape(total // size, size, entries // size, size).swapaxes(1, 2)
     pairs = needed.reshape(tiles.shape[0], size, tiles.shape[1], size).swapaxes(1, 2)
     if by_key:
@@ -294,9 +294,9 @@ def test_interior_tiles_need_no_mask():
     """A window of 8 tiles: 9 are visited, 7 of them as a whole; 7 of 8 while the row is young."""
     T, window = 32 * TILE, 8 * TILE
     q = k = jnp.zeros((1, T, 1, 1))
-    options = mosaic._Options(((0, window - 1), (window, 2 * window - 1)), T, 1.0, interpret=True)
+    options = Options(((0, window - 1), (window, 2 * window - 1)), T, 1.0, interpret=True)
     places = jnp.zeros((2, 1, 2), jnp.int32)
-    here, fading = np.asarray(mosaic._spans(options, q, (k, k), places, None, TILE, TILE))[:, 0]
+    here, fading = np.asarray(spans_of(options, q, (k, k), places, None, TILE, TILE))[:, 0]
     assert here[7].tolist() == [0, 8, 0, 7]
     assert here[20].tolist() == [12, 21, 13, 20] and fading[20].tolist() == [4, 13, 5, 12]
     assert fading[7].tolist()[:2] == [0, 0]
