@@ -55,7 +55,8 @@ def two_window_attention(
       kv_lengths: [B] integers, leading tokens that are valid; not with `offset`.
       scale: factor of the scores; D ** -0.5 by default.
       impl: "auto", "mosaic" (NVIDIA Hopper, bfloat16, D 64 or 128, positive scale; one kernel for
-        both windows), "chunked" (any device, memory linear in T) or "reference" (dense).
+        both windows), "cudnn" (NVIDIA, 16-bit, D <= 128, own tokens, no segment_ids: a pass per
+        window, merged), "chunked" (any device, memory linear in T) or "reference" (dense).
       mesh: device mesh (see `pallas_kernels.sharded`) or None.
 
     Returns:
@@ -77,9 +78,13 @@ def two_window_attention(
     for name, key in (("k", k), ("k_fading", k_fading)):
         past = None if offset is None else key.shape[1] - q.shape[1]
         check_alignment(q, key, offset, segment_ids, kv_lengths, past, name)
-    why_not = mosaic.why_not(q, k, v, k_fading, v_fading, q_fading)
-    usable = {"mosaic": why_not, "chunked": None, "reference": None}
-    impls = {"mosaic": mosaic, "chunked": chunked, "reference": reference}
+    usable = {
+        "mosaic": mosaic.why_not(q, k, v, k_fading, v_fading, q_fading),
+        "cudnn": cudnn.why_not(q, k, v, offset, segment_ids),
+        "chunked": None,
+        "reference": None,
+    }
+    impls = {"mosaic": mosaic, "cudnn": cudnn, "chunked": chunked, "reference": reference}
     run = impls[resolve("two_window_attention", impl, usable)].two_window_attention
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     return sharded.call(
@@ -133,7 +138,7 @@ def two_window_decode(
     check_rows("lengths_in", lengths_in, q.shape[0])
     check_rows("lengths_fading", lengths_fading, q.shape[0])
     _check_fading(q, q_fading)
-    usable = {"cudnn": cudnn.why_not(q, k, v, q_fading), "chunked": None, "reference": None}
+    usable = {"cudnn": cudnn.why_no_decode(q, k, v, q_fading), "chunked": None, "reference": None}
     impls = {"cudnn": cudnn, "chunked": chunked, "reference": reference}
     run = impls[resolve("two_window_decode", impl, usable)].two_window_decode
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)

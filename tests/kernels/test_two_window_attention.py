@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.attention import chunked
-from pallas_kernels.two_window_attention import two_window_attention, two_window_decode
+from pallas_kernels.attention.reference import visible_keys
+from pallas_kernels.two_window_attention import cudnn, two_window_attention, two_window_decode
 from tests.goldens import expected, golden
 from tests.kernels.test_attention import (
     KEYWORDS,
@@ -27,6 +28,7 @@ from tests.kernels.test_attention import (
     cuda_lowering,  # noqa: F401 (fixture)
     normal,
     small_blocks,  # noqa: F401 (fixture)
+    value_and_grads,
 )
 from tests.util import rel
 
@@ -298,6 +300,68 @@ def test_tied_decode_lowers_to_cudnn(cuda_lowering):  # noqa: F811
         two_window_decode(q[:, 0], k, v, lengths, lengths, q_fading=q[:, 0], impl="cudnn")
 
 
+def dense_pass(q, k, v, window, scale):
+    """What a cuDNN pass returns, and its probabilities [B, K, H / K, T, S]."""
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    s = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, k)
+    s = jnp.where(visible_keys(q.shape[1], k.shape[1], oldest=window - 1)[:, None, None], s, -1e9)
+    lse = jax.nn.logsumexp(s, axis=-1)
+    o = jnp.einsum("bkgts,bskd->btkgd", jnp.exp(s - lse[..., None]), v)
+    return (o.reshape(q.shape), lse.reshape(q.shape[0], -1, q.shape[1])), s
+
+
+def dense_pass_backward(q, k, v, lse, o, do, window, scale):
+    """As flash attention does it: p from the given log-sum-exp, ds = p (do . v - do . o)."""
+    _, s = dense_pass(q, k, v, window, scale)
+    groups = [x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1]) for x in (q, o, do)]
+    p = jnp.exp(s - lse.reshape(*s.shape[:-1], 1))
+    delta = jnp.einsum("btkgd,btkgd->bkgt", groups[1], groups[2])
+    ds = scale * p * (jnp.einsum("btkgd,bskd->bkgts", groups[2], v) - delta[..., None])
+    dq = jnp.einsum("bkgts,bskd->btkgd", ds, k).reshape(q.shape)
+    dk = jnp.einsum("bkgts,btkgd->bskd", ds, groups[0])
+    return dq, dk, jnp.einsum("bkgts,btkgd->bskd", p, groups[2])
+
+
+@pytest.mark.parametrize("window", [5, 37, 90])
+@pytest.mark.parametrize("lengths", [None, (37, 20)])
+def test_merged_passes_equal_reference(monkeypatch, window, lengths):
+    """Outputs and gradients of two passes that know nothing of each other, merged."""
+    monkeypatch.setattr(cudnn, "_pass", lambda *args: dense_pass(*args)[0])
+    monkeypatch.setattr(cudnn, "_pass_backward", dense_pass_backward)
+    monkeypatch.setattr(cudnn, "why_not", lambda *args: None)
+    kwargs = {"window": window, "kv_lengths": None if lengths is None else jnp.array(lengths)}
+    ours, exact = (compiled(op(impl, **kwargs), *streams()) for impl in ("cudnn", "reference"))
+    assert_close(ours, exact)
+
+
+def test_prefill_lowers_to_two_cudnn_passes(cuda_lowering, monkeypatch):  # noqa: F811
+    args = [jnp.asarray(x[:, :32], jnp.float16) for x in streams(dim=64)]  # no kernel of ours
+
+    def gradients(*args):
+        return jax.grad(lambda *a: op("auto", window=8)(*a).astype(jnp.float32).sum(), range(6))(
+            *args
+        )
+
+    text = cuda_lowering(gradients, *args)
+    calls = [line for line in text.splitlines() if "custom_call @__cudnn$fmha" in line]
+    backward = [line for line in calls if "fmhaSoftmaxBackward" in line]
+    assert (len(calls), len(backward)) == (4, 2)
+    assert all('"sliding_window_length": 8' in line for line in calls)
+    monkeypatch.setattr(cudnn, "_internals", None)
+    with pytest.raises(ValueError, match="hides the cuDNN passes"):
+        op("cudnn", window=8)(*args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [None, (300, 0, 77)])
+def test_cudnn_equals_reference(lengths):
+    args = [jnp.asarray(x, jnp.bfloat16) for x in streams(3, 300, 8, 2, 128)]
+    kwargs = {"window": 64, "kv_lengths": None if lengths is None else jnp.array(lengths)}
+    ours = compiled(op("cudnn", **kwargs), *args)
+    exact = value_and_grads(op("reference", **kwargs), *(x.astype(jnp.float32) for x in args))
+    assert_close(ours, exact, 1e-2)
+
+
 @pytest.mark.gpu
 def test_cudnn_decode_equals_reference():
     q, k, v, *_ = (jnp.asarray(x, jnp.bfloat16) for x in streams(4, 128, 8, 2, 128))
@@ -328,7 +392,7 @@ def test_cudnn_decode_equals_reference():
         ),
         ({"offset": jnp.zeros(1, int)}, "one integer per row"),
         ({"segment_ids": np.ones((2, 37)), "offset": jnp.zeros(2, int)}, "leave them None"),
-        ({"impl": "cudnn"}, "no implementation 'cudnn'"),
+        ({"impl": "triton"}, "no implementation 'triton'"),
     ],
 )
 def test_bad_input(change, message):
