@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
 import time
@@ -19,9 +20,10 @@ from benchmarks.rows import Row
 from benchmarks.timing import SETS, device_time, milliseconds
 from hmf_jax.config import HybridConfig
 from hmf_jax.layers import rope_table
+from hmf_jax.memory import plan_memory
 from hmf_jax.mixers import Context, Mixer
 from hmf_jax.model import HybridLM
-from hmf_jax.state import ModelState
+from hmf_jax.state import AttentionState, ModelState
 from pallas_kernels import dispatch
 
 Array = jax.Array
@@ -79,6 +81,23 @@ class Settings:
         )
 
 
+def filling(settings: Settings, memory: float | None) -> Settings:
+    """As many rows as fit into `memory` GB beside the weights, see `plan_memory`.
+
+    Raises:
+      ValueError: none fits; or nobody says how much memory there is.
+    """
+    stats = jax.devices()[0].memory_stats() or {}
+    limit = 0.95 * stats.get("bytes_limit", 0) if memory is None else 1e9 * memory
+    if not limit:
+        raise ValueError("this device does not say how much memory it has; pass --memory GB")
+    s = settings
+    context, chunk = s.length + s.steps, s.chunk or 2048
+    dtype = jnp.dtype(s.dtype)
+    plan = plan_memory(s.config, context, limit, fraction=1, prefill_chunk=chunk, dtype=dtype)
+    return dataclasses.replace(s, batch=plan.sequences)
+
+
 class Bench:
     """A model with random weights on the default device, and the measurements on it."""
 
@@ -96,7 +115,9 @@ class Bench:
         * model: logits of all `length` tokens, without a state.
         * ttft: an empty state, prefill of `length` tokens, the greedy first token, waited for.
         * decode_throughput: greedy tokens after `length` others, `steps` per dispatch, the state
-          donated; ms is per token of every row.
+          donated; ms is per token of every row. The state starts from values that no prompt left
+          there (see `random_state`), which takes no time to speak of. step_bytes: what has to be
+          read and written for one token of every row, gb_per_s: the rate at which that happened.
         * train_step: mean cross-entropy of the next token, its gradient, a plain SGD update.
         * mixer: one layer of the kind `mixer` alone (projections and operator, no MLP), without a
           state; mixer_decode: the same on one token per row, `length` tokens in the state.
@@ -131,7 +152,7 @@ class Bench:
         return model(tokens, num_iter=self.s.num_iter, impl=self.s.impl)[0]
 
     def _prefill_program(self, capacity: int):
-        """(compiled program of the last chunk, tokens -> first token and state)."""
+        """(compiled programs, tokens -> first token and state)."""
 
         def chunk(model: HybridLM, tokens: Array, state: ModelState) -> tuple[Array, ModelState]:
             logits, new = model(
@@ -170,7 +191,7 @@ class Bench:
         return "fwd", ms, largest, extra
 
     def _decode_throughput(self):
-        _, prefill = self._prefill_program(self.s.length + self.s.steps)
+        capacity = self.s.length + self.s.steps
 
         def decode(model: HybridLM, token: Array, state: ModelState) -> tuple[Array, ModelState]:
             # Every timed call starts at `length` again: the cache holds room for one call.
@@ -187,7 +208,11 @@ class Bench:
             (token, state), _ = jax.lax.scan(one, (token, state), None, self.s.steps)
             return token, state
 
-        token, state = prefill(self._tokens()[0])
+        token, state = self._tokens()[0][:, 0], random_state(self.model, self.s.batch, capacity)
+        moved = _nbytes(self.model) - _nbytes(self.model.embed_tokens)
+        if self.s.config.tie_word_embeddings:
+            moved = _nbytes(self.model)
+        moved += step_bytes(state, self.s.length)
         state_bytes = state.nbytes()
         program = jax.jit(decode, donate_argnums=2).lower(self.model, token, state).compile()
 
@@ -198,7 +223,7 @@ class Bench:
 
         ms = milliseconds(call, [None]) / self.s.steps
         extra: dict[str, Any] = {"tokens_per_s": 1e3 * self.s.batch / ms}
-        extra["state_bytes"] = state_bytes
+        extra |= {"state_bytes": state_bytes, "step_bytes": moved, "gb_per_s": moved / ms / 1e6}
         if profile := device_time(lambda: call(None)):
             extra |= profile.per(self.s.steps)
         return "decode", ms, program, extra
@@ -278,6 +303,50 @@ class Bench:
         if profile := device_time(lambda: call(sets[0])):
             extra |= profile.per(self.s.steps)
         return "decode", ms, program, extra
+
+
+def random_state(model: HybridLM, batch: int, capacity: int) -> ModelState:
+    """A state as large as one with prompts in it, with values of their scale but without a meaning.
+
+    Keys, values and states are between -1 and 1, H of GKA is the identity.
+    """
+    fresh = jax.eval_shape(lambda: model.init_state(batch, capacity))
+
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    def make(shape: tuple[int, ...], dtype: Any, eye: bool) -> Array:
+        if eye:
+            return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
+        # Fused into one loop that writes: a random generator's bits would need room for themselves.
+        parts = [jax.lax.broadcasted_iota(jnp.uint32, shape, i) for i in range(len(shape))]
+        mixed = functools.reduce(lambda x, y: (x * 31 + y) * jnp.uint32(2654435761), parts)
+        return ((mixed >> 24).astype(jnp.float32) / 128 - 1).astype(dtype)
+
+    def fill(path: Any, x: jax.ShapeDtypeStruct) -> Array:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.zeros(x.shape, x.dtype)
+        return make(x.shape, x.dtype, jax.tree_util.keystr(path).endswith("h_kk"))
+
+    state = jax.tree_util.tree_map_with_path(fill, fresh)
+    return dataclasses.replace(state, fresh=False)
+
+
+def step_bytes(state: ModelState, length: int) -> int:
+    """Bytes of a state that decoding one token of every row has to move.
+
+    Caches are read as far as they are filled, windows as a whole, except entries that nobody can
+    see yet; float32 states are read and written.
+    """
+    total = 0
+    for layer in state.layers:
+        for path, x in jax.tree_util.tree_leaves_with_path(layer):
+            size = x.size * x.dtype.itemsize
+            if x.dtype == jnp.float32:
+                total += 2 * size
+            elif isinstance(layer, AttentionState):
+                total += size * length // x.shape[1]
+            elif "pending" not in jax.tree_util.keystr(path):
+                total += size
+    return total
 
 
 def next_token_loss(logits: Array, tokens: Array) -> Array:

@@ -19,8 +19,9 @@ class Row:
 
     Attributes:
       op: an operator (gka, gated_delta_rule, ssd, two_window_attention, attention), a program of
-        the whole model (model, ttft, decode_throughput, train_step), "compile" (time to compile a
-        model program), or a ceiling of the device (ceiling_copy, ceiling_matmul).
+        the whole model (model, ttft, decode_throughput, train_step, lora_step, mixers_step),
+        "compile" (time to compile a model program), or a ceiling of the device (ceiling_copy,
+        ceiling_matmul).
       impl: implementation that ran, or a peer's name; "auto" for whole models, where `extra` says
         what each operator ran.
       dtype: of inputs and weights.

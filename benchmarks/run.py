@@ -11,14 +11,15 @@ from typing import Any
 
 import jax
 
-from benchmarks import models, operators
+from benchmarks import models, operators, training
 from benchmarks.rows import Row, environment
 from benchmarks.timing import ceilings
+from hmf_jax.training.step import REMAT
 from pallas_kernels.dispatch import IMPLS
 from pallas_kernels.shapes import SHAPES, TP
 
 PASSES = ("fwd", "fwd_bwd", "decode")
-OPS = (*operators.OPERATORS, *models.MODELS, models.COMPILE)
+OPS = (*operators.OPERATORS, *models.MODELS, *training.STEPS, models.COMPILE)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,7 +59,7 @@ def _operator_rows(op: str, args: argparse.Namespace, env: dict[str, Any]) -> It
         one_token = pass_ == "decode" and op in operators.RECURRENT
         for length in [1] if one_token else args.lengths:
             problem = dict(shape=args.shape, tp=tp, batch=batch, length=length, dtype=dtype)
-            problem |= dict(num_iter=num_iter, pass_=pass_)
+            problem |= dict(num_iter=num_iter, pass_=pass_, error=args.errors)
             yield from _attempt(operators.measure, op, impl, **problem, env=env)
 
 
@@ -68,22 +69,24 @@ def _model_rows(args: argparse.Namespace, env: dict[str, Any]) -> Iterator[Row]:
     for (impl, dtype, mixer), (batch, length) in itertools.product(names, sizes):
         solves = mixer in ("GKA", "BMF")
         for num_iter in args.num_iter if solves else [None]:
-            yield from _one_model(
-                args,
-                models.Settings(
-                    preset=args.shape,
-                    mixer=mixer,
-                    batch=batch,
-                    length=length,
-                    dtype=dtype,
-                    layers=args.layers,
-                    chunk=args.chunk,
-                    steps=args.steps,
-                    num_iter=num_iter,
-                    impl=impl,
-                ),
-                env,
+            settings = models.Settings(
+                preset=args.shape,
+                mixer=mixer,
+                batch=batch,
+                length=length,
+                dtype=dtype,
+                layers=args.layers,
+                chunk=args.chunk,
+                steps=args.steps,
+                num_iter=num_iter,
+                impl=impl,
             )
+            try:
+                settings = settings if batch else models.filling(settings, args.memory)
+            except ValueError as error:
+                print(f"skipped {settings}: {error}", file=sys.stderr, flush=True)
+                continue
+            yield from _one_model(args, settings, env)
 
 
 def _one_model(
@@ -96,6 +99,10 @@ def _one_model(
         bench = models.Bench(settings, env)
         for op in ops:
             yield from _attempt(bench.measure, op)
+        del bench  # and with it the model
+    for op in args.ops:
+        if op in training.STEPS:
+            yield from _attempt(training.measure, op, settings, args.remat, env=env)
 
 
 def _attempt(measure: Callable[..., Row], *args: Any, **kwargs: Any) -> Iterator[Row]:
@@ -128,7 +135,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
 
     def many(
-        flag: str, default: object, kind: type, help: str, choices: Sequence[Any] = ()
+        flag: str,
+        default: object,
+        kind: Callable[[str], Any],
+        help: str,
+        choices: Sequence[Any] = (),
     ) -> None:
         def parse(text: str) -> list[Any]:
             values = [kind(part) for part in text.split(",")]
@@ -144,7 +155,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     many("--impls", None, str, "implementations; default: chunked, for models auto", IMPLS)
     parser.add_argument("--shape", choices=[*SHAPES], default="8B" if on_gpu else "tiny")
     many("--tp", "1", int, "measure one device's part of this many", TP)
-    many("--batches", "1", int, "rows")
+    many(
+        "--batches", "1", lambda n: 0 if n == "full" else int(n),
+        "rows; full: as many sequences of `length` + `steps` tokens as fit, for models",
+    )  # fmt: skip
     many("--lengths", "8192" if on_gpu else "128", int, "tokens per row")
     many("--num-iter", "30", int, "Chebyshev iterations of GKA")
     many("--passes", ",".join(PASSES), str, "of operators", PASSES)
@@ -154,8 +168,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, help="models: tokens per prefill call")
     parser.add_argument("--steps", type=int, default=64, help="models: tokens per decode call")
     parser.add_argument(
+        "--memory", type=float, help="GB that --batches full may use; default: 95%% of JAX's pool"
+    )
+    parser.add_argument(
+        "--remat", choices=[*REMAT], default="block", help="of lora_step and mixers_step"
+    )
+    parser.add_argument(
         "--ceilings", action=argparse.BooleanOptionalAction, default=on_gpu,
         help="measure copy bandwidth and matrix product rate first",
+    )  # fmt: skip
+    parser.add_argument(
+        "--errors", action=argparse.BooleanOptionalAction, default=True,
+        help="compare operators with a reference, which takes longer to compile than to time them",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="append rows to this file (JSON lines)")
     return parser.parse_args(argv)

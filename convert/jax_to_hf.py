@@ -150,6 +150,18 @@ def replacing(directory: str | Path, overwrite: bool) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def tensors(config: HybridConfig, params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Checkpoint name -> tensor in the checkpoint's layout and the held dtype, on the host.
+
+    `params` may be anything shaped like the parameters, for example their gradients.
+    """
+    out = {}
+    for name, blocks in mapping.by_tensor(mapping.table(config)).items():
+        dtype = np.result_type(*(params[e.path].dtype for e in blocks))
+        out[name] = _assemble(name, blocks, params, dtype, [])
+    return out
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _convert(x: jax.Array, transpose: bool, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
     y = (x.T if transpose else x).astype(dtype)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
-from hmf_jax.config import HybridConfig
+from hmf_jax.config import HybridConfig, streams
 
 Layout = Literal["same", "linear", "conv"]
 Row = tuple[str, str, tuple[int, ...], Layout]
@@ -205,8 +205,12 @@ def _widths(c: HybridConfig) -> tuple[int, int]:
 def _rows(c: HybridConfig) -> Iterator[Row]:
     V, d, F = c.vocab_size, c.hidden_size, c.intermediate_size
     yield "model.embed_tokens.weight", "embed_tokens.embedding", (V, d), "same"
-    for i, kind in enumerate(c.layer_kinds):
-        block = _under(PREFIX[kind], MIXERS[kind](c), "mixer") + [
+    for i, symbol in enumerate(c.layer_kinds):
+        kind, teacher = streams(symbol)
+        block = _under(PREFIX[kind], MIXERS[kind](c), "mixer")
+        if teacher is not None:
+            block += _under(PREFIX[teacher], MIXERS[teacher](c), "teacher")
+        block += [
             *_vector(d, "input_layernorm.weight", "post_attention_layernorm.weight"),
             *_linear(F, d, "mlp.gate_proj"),
             *_linear(F, d, "mlp.up_proj"),

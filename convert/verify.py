@@ -1,4 +1,5 @@
-"""Compares a model with recorded outputs of the original: logits, hidden states, caches, decoding.
+"""Compares a model with recorded outputs of the original: logits, hidden states, caches, decoding;
+of fused models the distillation's losses and gradients.
 
 A case directory holds a checkpoint, `case.json` and `expected.safetensors`. Of the model only
 `__call__`, `trace`, `init_state` and `dtype` are used, so this module imports no model.
@@ -20,7 +21,12 @@ import numpy as np
 from safetensors import safe_open
 
 RTOL = 1e-4
+LOSS_RTOL = 1e-5
 BF16_FACTOR = 1.25  # times the original's own bfloat16 error
+
+
+# (model, tokens [B, T], target, pre_lm_head) -> loss, checkpoint name -> gradient
+Distillation = Callable[[Any, jax.Array, str, bool], tuple[Any, Mapping[str, Any]]]
 
 
 class Check(NamedTuple):
@@ -69,6 +75,7 @@ def verify_dir(
     directory: str | Path,
     load: Callable[[Path, Any], Any],
     *,
+    distillation: Distillation | None = None,
     dtype: str = "float32",
     rtol: float = RTOL,
 ) -> Report:
@@ -77,13 +84,14 @@ def verify_dir(
     Args:
       directory: holds config.json, model*.safetensors, case.json and expected.safetensors.
       load: (directory, dtype) -> model, e.g. `hmf_jax.from_pretrained`.
+      distillation: for cases of kind "stage1", e.g. `hmf_jax.priming.loss_and_gradients`.
       dtype: "float32" (matrix products at the highest precision) or "bfloat16".
       rtol: largest relative error in float32. In bfloat16 the logits may have 1.25 times the
         original's own bfloat16 error, and everything else is only reported.
 
     Raises:
       FileNotFoundError: there is nothing recorded to compare with.
-      ValueError: the directory records something else than a model's outputs.
+      ValueError: the directory records something that cannot be compared here.
     """
     directory = Path(directory)
     for name in ("case.json", "expected.safetensors"):
@@ -96,15 +104,22 @@ def verify_dir(
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
     case = json.loads((directory / "case.json").read_text())
-    if case.get("kind") != "model":
+    kinds = ["model"] if distillation is None else ["model", "stage1"]
+    if case.get("kind") not in kinds:
+        known = " or ".join(map(repr, kinds))
         raise ValueError(
-            f"{directory} is a case of kind {case.get('kind')!r}; verify runs kind 'model'"
+            f"{directory} is a case of kind {case.get('kind')!r}; verify runs kind {known}"
         )
     with safe_open(directory / "expected.safetensors", framework="numpy") as f:
         expected = {name: f.get_tensor(name) for name in f.keys()}
     precision = "highest" if dtype == "float32" else None
     with jax.default_matmul_precision(precision):
-        checks = run_case(load(directory, jnp.dtype(dtype)), case, expected, rtol=rtol)
+        model = load(directory, jnp.dtype(dtype))
+        if case["kind"] == "model":
+            checks = run_case(model, case, expected, rtol=rtol)
+        else:
+            assert distillation is not None
+            checks = run_stage1(model, distillation, expected, rtol=rtol)
     return Report(directory, dtype, checks)
 
 
@@ -167,6 +182,55 @@ def run_case(
     if decode is None or "BMF" in case.get("pattern", ""):
         decode = expected["logits_tail"][:, 1:]
     compare("decode", np.concatenate(steps, axis=1), decode)
+    return checks
+
+
+def run_stage1(
+    model: Any,
+    distillation: Distillation,
+    expected: Mapping[str, np.ndarray],
+    *,
+    rtol: float = RTOL,
+) -> list[Check]:
+    """Compares every recorded loss (`loss.TARGET`), gradient and norm of a gradient of stage 1.
+
+    TARGET is decoder, mixer, residuals or all, with "+pre_lm_head" if that term is added, or
+    pre_lm_head alone. A gradient is `grad.TARGET.NAME`, or its first n rows, `...NAME.rows<n>`;
+    `gradnorm.TARGET.NAME` is its norm. NAME is that of the parameter in the checkpoint.
+
+    Args:
+      model: a fused model, with `dtype`.
+      distillation: see `Distillation`; called once per recorded target.
+      expected: the tensors of expected.safetensors, by name.
+      rtol: largest relative error of gradients in float32; losses may have 1e-5.
+    """
+    exact = jnp.dtype(model.dtype) == jnp.float32
+    tokens = jnp.asarray(expected["input_ids"], jnp.int32)
+    results: dict[str, tuple[Any, Mapping[str, Any]]] = {}
+    checks: list[Check] = []
+    for key in sorted(expected):
+        if key == "input_ids":
+            continue
+        what, _, rest = key.partition(".")
+        if what not in ("loss", "grad", "gradnorm"):
+            raise ValueError(f"do not know how to compare {key}")
+        target, _, name = rest.partition(".")
+        if target not in results:
+            per_layer = target.removesuffix("pre_lm_head").removesuffix("+") or "none"
+            results[target] = distillation(model, tokens, per_layer, "pre_lm_head" in target)
+        loss, gradients = results[target]
+        if what == "loss":
+            actual, tolerance = np.reshape(loss, (1,)), LOSS_RTOL
+        else:
+            name, _, rows = name.partition(".rows")
+            actual, tolerance = np.asarray(gradients[name], np.float64), rtol
+            if what == "gradnorm":
+                actual = np.linalg.norm(actual.ravel())[None]
+            elif rows:
+                actual = actual[: int(rows)]
+        error = rel(actual, expected[key])
+        ok = error <= tolerance if exact else math.isfinite(error)
+        checks.append(Check(key, error, tolerance if exact else None, ok))
     return checks
 
 

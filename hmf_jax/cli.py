@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import itertools
 import os
 import sys
 import tempfile
@@ -24,6 +25,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_prime = typer.Typer(
+    help="Make a hybrid from a Transformer: choose layers, build it, distil it, unfuse it.",
+    no_args_is_help=True,
+)
+app.add_typer(_prime, name="prime")
 _settings = {"debug": False}
 
 
@@ -36,8 +42,8 @@ def _options(
     _settings["debug"] = debug
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command whose errors are one line on stderr and exit code 1."""
+def _guarded(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors are one line on stderr and exit code 1."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -56,8 +62,12 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"hmf-jax: {what}{hint}", err=True)
             raise typer.Exit(1) from None
 
-    app.command()(guarded)
     return guarded
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command."""
+    return app.command()(_guarded(function))
 
 
 class DType(enum.StrEnum):
@@ -281,13 +291,15 @@ def verify(
     """
     from convert.verify import verify_dir
     from hmf_jax.loading import from_pretrained
+    from hmf_jax.priming import loss_and_gradients
 
     def load(path: Path, dtype: Any) -> Any:
         return from_pretrained(path, dtype=dtype, progress=False)
 
+    options: Any = dict(distillation=loss_and_gradients, dtype=dtype.value, rtol=rtol)
     ok = True
     for path in directory:
-        report = verify_dir(path, load, dtype=dtype.value, rtol=rtol)
+        report = verify_dir(path, load, **options)
         typer.echo(str(report))
         ok = ok and report.ok
     if not ok:
@@ -321,6 +333,205 @@ def info(
     typer.echo(describe(config))
     typer.echo("\nMemory of one sequence in bfloat16 (recurrent states in float32):")
     typer.echo(memory_table(config))
+
+
+@_command
+def train(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML file: model, data, output, a recipe (distill, long_context, instruct, "
+            "reasoning) or a learning rate and its schedule, and more; see TrainConfig."
+        ),
+    ],
+    fields: Annotated[
+        list[str] | None,
+        typer.Argument(help="field=value, in place of the file's, e.g. learning_rate=1e-5 fsdp=8."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only show the data, what is trained, memory and cost of a step."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune a model on texts or chats. A run that was stopped goes on where it was."""
+    from hmf_jax.generation import enable_compilation_cache
+    from hmf_jax.training.config import TrainConfig, fine_tune, plan
+
+    run = TrainConfig.load(config, fields or ())
+    enable_compilation_cache()
+    if dry_run:
+        typer.echo(plan(run))
+        return
+    fine_tune(run, progress=_progress(), report=typer.echo)
+
+
+@_prime.command("init")
+@_guarded
+def prime_init(
+    base: Annotated[
+        str | None, typer.Argument(help="Directory or repository of a Qwen3 Transformer.")
+    ] = None,
+    output: Annotated[Path | None, typer.Argument(help="Directory to write.")] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="One symbol per layer joined by '-': '*DA' stays attention, 'GKA*', 'GDN*', "
+            "'M2*', 'BMF*' or 'SWA*' is to be distilled ('*' and 'GKA' etc. for no distillation)."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file in the original's format, for these arguments and the settings of the "
+            "mixers (gka, gdn, mamba2, bmojo, swa). Arguments come before the file."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random parameters. Default: 0.")] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Default: bfloat16.")] = None,
+    repeat: Annotated[
+        str | None,
+        typer.Option(
+            help="How W_V is repeated for the gates: 'rows', as the original does (default), or "
+            "'heads', in the order of the heads."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model that is already there.")
+    ] = False,
+) -> None:
+    """Stage 0: build a hybrid whose new layers start from the attention they replace."""
+    from hmf_jax.priming import prime_directory, read_stage0
+
+    given = {
+        "base": base,
+        "output": output,
+        "pattern": pattern,
+        "seed": seed,
+        "dtype": dtype and dtype.value,
+        "repeat": repeat,
+    }
+    values = {} if config is None else read_stage0(config)
+    values |= {name: value for name, value in given.items() if value is not None}
+    if missing := [name for name in ("base", "output", "pattern") if name not in values]:
+        raise ValueError(f"say what {' and '.join(missing)} is, as arguments or in --config.")
+    prime_directory(**values, overwrite=overwrite, progress=_progress(), report=typer.echo)
+
+
+@_prime.command("distill")
+@_guarded
+def prime_distill(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML file: model (a fused one), data, output, target (none, decoder, mixer, "
+            "residuals, all), pre_lm_head, and what `hmf-jax train` reads; see DistillConfig."
+        ),
+    ],
+    fields: Annotated[
+        list[str] | None,
+        typer.Argument(help="field=value, in place of the file's, e.g. target=decoder steps=500."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only show the data, what is trained, memory and cost of a step."
+        ),
+    ] = False,
+) -> None:
+    """Stage 1: let the new layers learn what attention did. A stopped run goes on where it was."""
+    from hmf_jax.generation import enable_compilation_cache
+    from hmf_jax.priming import DistillConfig, distill
+
+    run = DistillConfig.load(config, fields or ())
+    enable_compilation_cache()
+    distill(run, progress=_progress(), report=typer.echo, dry_run=dry_run)
+
+
+@_prime.command("unfuse")
+@_guarded
+def prime_unfuse(
+    directory: Annotated[Path, typer.Argument(help="A fused model.")],
+    output: Annotated[
+        Path | None, typer.Argument(help="Directory to write. Default: DIRECTORY_unfused.")
+    ] = None,
+    dtype: Dtype = DType.bfloat16,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model that is already there.")
+    ] = False,
+) -> None:
+    """Drop the teacher of a fused model: what is left is an ordinary hybrid."""
+    from hmf_jax.priming import unfuse_directory
+
+    options: Any = dict(dtype=dtype.value, overwrite=overwrite, progress=_progress())
+    unfuse_directory(directory, output, report=typer.echo, **options)
+
+
+@_prime.command("select")
+@_guarded
+def prime_select(
+    scores: Annotated[
+        Path,
+        typer.Argument(help="CSV of scores per layer: header layer_num,TASK,...; -1: the base."),
+    ],
+    m: Annotated[int, typer.Option("--m", "-M", help="Layers to convert.")] = 14,
+    exclude_layer_0: Annotated[
+        bool, typer.Option("--exclude-layer-0", help="Never convert the first layer.")
+    ] = False,
+    task_filter: Annotated[
+        str | None, typer.Option(help="Only tasks whose name contains this.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="Symbol of the new layers in the pattern.")] = "GKA",
+    num_layers: Annotated[
+        int | None, typer.Option(help="Layers of the model. Default: as many as the CSV has.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Model to score first, layer by layer; missing rows are added to SCORES."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --base: texts or chats (JSONL, Parquet) to score on.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="With --data: tokens per row.")] = 8192,
+    rows: Annotated[int, typer.Option(help="With --data: rows to score on.")] = 16,
+    variants: Annotated[
+        Path | None,
+        typer.Option(help="With --base: write a model per layer here, for other evaluations."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Window of the layer in question, tokens.")] = 2048,
+    dtype: Dtype = DType.bfloat16,
+) -> None:
+    """Choose the layers whose attention can go: those that do least harm when it is windowed."""
+    from hmf_jax.priming import read_scores, select_layers, selection
+
+    if (data is not None or variants is not None) and base is None:
+        raise ValueError("--data and --variants need the model: --base.")
+    if base is not None and data is None and variants is None:
+        raise ValueError("--base needs --data to score it on, or --variants to write.")
+    if variants is not None:
+        from hmf_jax.loading import resolve
+
+        directory = resolve(str(base), progress=_progress())
+        written = selection.write_swa_variants(directory, variants, window=window)
+        typer.echo(f"{len(written)} variants in {variants}, with links to {directory}.")
+        if data is None:
+            return
+    if data is not None:
+        _score(str(base), data, scores, length, rows, window, dtype)
+    found = read_scores(scores)
+    chosen = select_layers(
+        found, m, num_layers=num_layers, exclude_layer_0=exclude_layer_0, task_filter=task_filter
+    )
+    for layer, mean in chosen.ranking:
+        typer.echo(f"{layer:5d}  {mean:10.4f}{'  chosen' if layer in chosen.layers else ''}")
+    if chosen.tie is not None:
+        typer.echo(f"tie: {chosen.tie}.")
+    count = num_layers or max(found.rows) + 1
+    typer.echo(f"layers: {','.join(map(str, chosen.layers))}")
+    typer.echo(f"pattern: {selection.pattern(chosen.layers, count, kind)}")
 
 
 @_command
@@ -370,6 +581,29 @@ def _load(
     mesh = None if tp == 1 else make_mesh(tp=tp, devices=jax.devices()[:tp])
     model = from_pretrained(directory, dtype=dtype.value, mesh=mesh, progress=_progress())
     return model, params
+
+
+def _score(
+    base: str, data: Path, file: Path, length: int, rows: int, window: int, dtype: DType
+) -> None:
+    """Adds the log-likelihood of the data under the base and its variants to a CSV of scores."""
+    from hmf_jax.chat import load_tokenizer
+    from hmf_jax.generation import enable_compilation_cache
+    from hmf_jax.loading import from_pretrained, resolve
+    from hmf_jax.priming import likelihood, score_layers
+    from hmf_jax.training import Batches
+
+    enable_compilation_cache()
+    directory = resolve(base, progress=_progress())
+    tokenizer = load_tokenizer(directory)
+    batches = Batches([str(data)], tokenizer, length=length, batch_size=1, epochs=1, shuffle=False)
+    score = likelihood(itertools.islice(batches, rows))
+    model = from_pretrained(directory, dtype=dtype.value, progress=_progress())
+
+    def done(layer: int) -> None:
+        typer.echo(f"scored {'the base' if layer < 0 else f'layer {layer}'}")
+
+    score_layers(model, score, file, window=window, done=done)
 
 
 def _progress() -> bool:

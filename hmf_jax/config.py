@@ -26,7 +26,13 @@ KNOWN_MODEL_TYPES = (
     "qwen3_5_moe_hmf",
     "hybrid_qwen2_5_vl",
 )
-_FUSED = ("*DA", "GKA*", "GDN*", "M2*", "BMF*", "SWA*", "GDN>GKA")
+# Stage-1 symbols: the mixer that is kept, and its teacher in the same layer. "*DA" has none: both
+# streams of the distillation run the same attention.
+FUSED: dict[str, tuple[str, str | None]] = {
+    "*DA": ("*", None),
+    **{f"{kind}*": (kind, "*") for kind in LAYER_KINDS[1:]},
+    "GDN>GKA": ("GKA", "GDN"),
+}
 _SSM_ALIASES = {
     "mamba2": "M2",
     "mamba": "M2",
@@ -168,7 +174,8 @@ class HybridConfig:
     """A hybrid decoder: the Qwen3 backbone and one mixer symbol per layer.
 
     `layer_kinds` holds one of "*" (full attention), "SWA", "GKA", "GDN", "M2", "BMF" per layer,
-    index 0 first. Settings of a mixer that a layer needs and that are left None take their
+    index 0 first, or in stage 1 of priming a fused symbol ("*DA", "GKA*", ..., see `FUSED`).
+    Settings of a mixer that a layer needs and that are left None take their
     defaults; only `swa` has none. `extra` is a JSON object (as text, so that the config stays
     hashable) of config.json keys this package does not interpret; they are written back verbatim.
 
@@ -217,7 +224,7 @@ class HybridConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (rotary embedding), got {self.head_dim}")
         _check_kinds(self.layer_kinds)
-        needed = set(self.layer_kinds)
+        needed = {kind for symbol in self.layer_kinds for kind in streams(symbol) if kind}
         if "BMF" in needed:
             if self.bmojo is None:
                 object.__setattr__(self, "bmojo", BMojoConfig())
@@ -244,6 +251,16 @@ class HybridConfig:
     def hybrid_override_pattern(self) -> str:
         """The layer symbols joined by `-`, as stored in config.json."""
         return "-".join(self.layer_kinds)
+
+    @property
+    def student_kinds(self) -> tuple[str, ...]:
+        """The kind of mixer that each layer has once it is unfused: "GKA*" -> "GKA"."""
+        return tuple(streams(symbol)[0] for symbol in self.layer_kinds)
+
+    @property
+    def fused(self) -> bool:
+        """Whether this is a stage-1 model, which has its teacher inside."""
+        return any(symbol in FUSED for symbol in self.layer_kinds)
 
     @classmethod
     def from_json(cls, path: str | Path) -> HybridConfig:
@@ -365,6 +382,8 @@ class HybridConfig:
 
         The bare key `rope_theta` means the same as `rope_parameters.rope_theta`.
         """
+        if not changes:
+            return self
         data = self.to_dict()
         for path, value in changes.items():
             path = "rope_parameters.rope_theta" if path == "rope_theta" else path
@@ -477,6 +496,14 @@ _PRESETS: dict[str, tuple[dict[str, Any], int, tuple[int, ...], int]] = {
 }
 
 
+def streams(symbol: str) -> tuple[str, str | None]:
+    """The mixer kind of a layer symbol and its teacher's: "GKA*" -> ("GKA", "*").
+
+    Without a teacher of its own (a plain symbol, "*DA") both streams run the same mixer.
+    """
+    return FUSED.get(symbol, (symbol, None))
+
+
 def _check_int(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
@@ -491,15 +518,9 @@ def _check_kinds(kinds: Sequence[str]) -> None:
     if not kinds:
         raise ValueError("layer_kinds is empty; give one symbol per layer")
     for i, kind in enumerate(kinds):
-        if kind in _FUSED:
-            raise ValueError(
-                f"layer {i} is {kind!r}: this is a fused stage-1 checkpoint; unfuse it first "
-                "(keep the mixer of every fused layer and drop its teacher attention)"
-            )
-        if kind not in LAYER_KINDS:
-            raise ValueError(
-                f"layer {i} has the unknown symbol {kind!r}; known are {', '.join(LAYER_KINDS)}"
-            )
+        if kind not in LAYER_KINDS and kind not in FUSED:
+            known = ", ".join([*LAYER_KINDS, *FUSED])
+            raise ValueError(f"layer {i} has the unknown symbol {kind!r}; known are {known}")
 
 
 def _take_model_type(rest: dict[str, Any]) -> bool:
@@ -553,7 +574,7 @@ def _take_layers(rest: dict[str, Any], hybrid: bool) -> tuple[tuple[str, ...], i
     window = sliding if rest.pop("use_sliding_window", False) else None
     count = rest.pop("num_hidden_layers", None)
     pattern = rest.pop("hybrid_override_pattern", None)
-    if hybrid and pattern is None and not set(layer_types or ["?"]) <= set(LAYER_KINDS):
+    if hybrid and pattern is None and not set(layer_types or ["?"]) <= {*LAYER_KINDS, *FUSED}:
         raise ValueError(
             "hybrid_override_pattern is missing; set it to one symbol per layer joined by '-', "
             "e.g. '*-GKA-*-GKA'"

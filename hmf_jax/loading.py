@@ -40,6 +40,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     dtype: Any = jnp.bfloat16,
     num_iter: int | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
     revision: str | None = None,
     progress: bool = True,
 ) -> HybridLM:
@@ -53,6 +54,7 @@ def from_pretrained(
       dtype: dtype of parameters and activations; None or "auto" keeps each tensor's stored dtype
         and computes in that of the embeddings. A_log, dt_bias and D are float32 in any case.
       num_iter: Chebyshev iterations of GKA layers, in place of the config's.
+      config_overrides: other values for keys of config.json, see `HybridConfig.override`.
       revision: branch, tag or commit of a repository.
       progress: show download and loading bars.
 
@@ -62,7 +64,7 @@ def from_pretrained(
         unexpected, wrong-shaped or not finite.
     """
     directory = resolve(repo_or_dir, revision=revision, progress=progress)
-    config = HybridConfig.from_json(directory)
+    config = HybridConfig.from_json(directory).override(config_overrides or {})
     if num_iter is not None:
         if config.gka is None:
             raise ValueError(f"{directory} has no GKA layers: leave num_iter out")
@@ -84,7 +86,7 @@ def from_pretrained(
         params = _restore(directory, abstract)
     else:
         params = hf_to_jax.load(directory, config, abstract, progress=progress)
-    model = _with_params(model, params)
+    model = with_params(model, params)
     model.source = str(directory)
     return model
 
@@ -105,8 +107,8 @@ def save_pretrained(
       directory: appears only once it is complete.
       source: the local directory the model came from (default: the one it was loaded from): its
         tokenizer files are copied and its tensors' dtypes are kept, so that loading (in the stored
-        dtype) and saving gives the same bytes. Without one, tensors keep the dtype they are held
-        in.
+        dtype) and saving gives the same bytes. Without one, or where it holds a model of other
+        layers (that this one was primed from), tensors keep the dtype they are held in.
       max_shard_size: largest weight file, e.g. "5GB", "500MiB" or a number of bytes.
       overwrite: replace a directory that already holds a model.
       progress: show a bar.
@@ -200,8 +202,8 @@ def abstract_params(model: Any, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeSt
     return out
 
 
-def flat_params(model: HybridLM) -> dict[str, jax.Array]:
-    """Parameter path ("layers.3.mixer.q_proj.kernel") -> array."""
+def flat_params(model: nnx.Module) -> dict[str, jax.Array]:
+    """Parameter path ("layers.3.mixer.q_proj.kernel") -> array, of a model or a part of one."""
     return {
         _join(path): variable.get_value()
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -212,7 +214,7 @@ def _join(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
-def _with_params(model: Any, params: Mapping[str, jax.Array]) -> HybridLM:
+def with_params(model: Any, params: Mapping[str, jax.Array]) -> HybridLM:
     """The abstract model with its parameters filled in."""
     graphdef, state = nnx.split(model)
     leaves = [
@@ -230,12 +232,21 @@ def _stored_dtypes(source: str | Path | None, config: HybridConfig) -> dict[str,
     if source is None:
         return None
     directory = Path(source)
+    if _is_of_another_model(directory, config):
+        return None
     if _is_orbax(directory):
         file = directory / _DTYPES
         return json.loads(file.read_text()) if file.is_file() else None
     if not directory.is_dir() or not any(directory.glob("model*.safetensors")):
         return None
     return hf_to_jax.stored_dtypes(directory, config)
+
+
+def _is_of_another_model(directory: Path, config: HybridConfig) -> bool:
+    """Whether it holds what the model was made from (by priming, unfusing), not the model."""
+    if not (directory / "config.json").is_file():
+        return False
+    return HybridConfig.from_json(directory).layer_kinds != config.layer_kinds
 
 
 def _held_dtypes(directory: Path, config: HybridConfig) -> dict[str, np.dtype]:

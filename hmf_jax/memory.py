@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from convert.mapping import num_parameters
-from hmf_jax.config import HybridConfig
+from hmf_jax.config import HybridConfig, streams
 from hmf_jax.model import HybridLM
 
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -48,11 +48,69 @@ def state_memory(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS, *, 
     for context in contexts:
         state = jax.eval_shape(lambda n=context: model.init_state(1, n))
         size = {"*": 0, "other": 0}
-        for kind, layer in zip(config.layer_kinds, state.layers, strict=True):
+        for kind, layer in zip(config.student_kinds, state.layers, strict=True):
             leaves = jax.tree.leaves(layer)
             size["*" if kind == "*" else "other"] += sum(x.size * x.dtype.itemsize for x in leaves)
         out[context] = StateMemory(size["*"], size["other"])
     return out
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What the memory of a device is for while sequences decode together; bytes.
+
+    Attributes:
+      weights: the parameters.
+      sequence: state of one sequence at its longest, and its logits.
+      workspace: activations of one prefill chunk.
+      sequences: how many sequences fit beside weights and workspace.
+    """
+
+    weights: int
+    sequence: int
+    workspace: int
+    sequences: int
+
+
+def plan_memory(
+    config: HybridConfig,
+    context: int,
+    memory: float,
+    *,
+    fraction: float = 0.9,
+    prefill_chunk: int = 2048,
+    dtype: Any = None,
+) -> MemoryPlan:
+    """How many sequences of `context` tokens a device can hold.
+
+    The workspace is reckoned as 64 arrays [prefill_chunk, hidden_size], an upper bound of what
+    prefills of the 8B shapes were seen to take; the rest is exact.
+
+    Args:
+      config: architecture.
+      context: most tokens of a sequence, prompt and answer together.
+      memory: bytes of the device; fraction: the part of them to use.
+      prefill_chunk: tokens per prefill call.
+      dtype: dtype of the model, default bfloat16.
+
+    Raises:
+      ValueError: not even one sequence fits; says what is needed.
+    """
+    size = jnp.dtype(dtype or jnp.bfloat16).itemsize
+    weights = num_parameters(config) * size
+    state = state_memory(config, (context,), dtype=dtype)[context].total
+    sequence = state + config.vocab_size * (size + 8)  # logits, and float32 copies of them
+    workspace = 64 * prefill_chunk * config.hidden_size * size
+    sequences = int((fraction * memory - weights - workspace) // sequence)
+    if sequences < 1:
+        raise ValueError(
+            f"one sequence of {context} tokens needs {size_text(weights + workspace + sequence)} "
+            f"(weights {size_text(weights)}, a prefill chunk of {prefill_chunk} tokens "
+            f"{size_text(workspace)}, its state {size_text(sequence)}); {fraction:.0%} of the "
+            f"memory are {size_text(fraction * memory)}: use a larger device, a shorter context or "
+            "smaller prefill chunks"
+        )
+    return MemoryPlan(weights, sequence, workspace, sequences)
 
 
 def memory_table(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS) -> str:
@@ -83,7 +141,8 @@ def describe(config: HybridConfig) -> str:
     c, parameters = config, num_parameters(config)
     kinds = sorted(set(c.layer_kinds), key=c.layer_kinds.index)
     lines = [f"{c.num_hidden_layers} layers: {c.hybrid_override_pattern}"]
-    for kind in kinds:
+    for symbol in kinds:
+        kind, teacher = streams(symbol)
         name = names[kind]
         if kind == "BMF" and c.bmojo is not None:
             name += f", window {c.bmojo.window_size}, inner mixer {c.bmojo.ssm_mixer}"
@@ -91,7 +150,9 @@ def describe(config: HybridConfig) -> str:
             name += f", window {c.swa.window_size}"
         if kind == "GKA" and c.gka is not None:
             name += f", {c.gka.num_iter} Chebyshev iterations"
-        lines.append(f"  {c.layer_kinds.count(kind):3d} x {kind:3s}  {name}")
+        if teacher is not None:
+            name += f", learning from {names[teacher]}"
+        lines.append(f"  {c.layer_kinds.count(symbol):3d} x {symbol:3s}  {name}")
     lines += [
         f"hidden size {c.hidden_size}, {c.num_attention_heads} heads "
         f"({c.num_key_value_heads} for keys and values) of {c.head_dim}, "

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hmf_jax.config import HybridConfig
+from hmf_jax.config import HybridConfig, streams
 from hmf_jax.layers import MLP, RMSNorm, linear, rope_table
-from hmf_jax.mixers import Context, make_mixer
+from hmf_jax.mixers import Context, Mixer, make_mixer
 from hmf_jax.sharding import constrain, for_model, named_sharding
 from hmf_jax.state import ModelState
 from pallas_kernels.segments import documents
@@ -26,20 +26,35 @@ Array = jax.Array
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, kind: str, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
+    A fused block (stage 1 of priming) also holds the mixer that its own one is to learn from; the
+    model does not run it, `hmf_jax.priming` does.
+    """
+
+    def __init__(self, symbol: str, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
+        kind, teacher = streams(symbol)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mixer = make_mixer(kind, config, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype, rngs)
+        self.teacher = (
+            None if teacher is None else make_mixer(teacher, config, dtype=dtype, rngs=rngs)
+        )
 
     def __call__(self, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
         """x [B, T, d] -> (the residual stream after the block, the mixer's output, new state)."""
-        mixed, state = self.mixer(self.input_layernorm(x), ctx, state)
+        x, mixed, _, state = self.run(self.mixer, x, ctx, state)
+        return x, mixed, state
+
+    def run(
+        self, mixer: Mixer, x: Array, ctx: Context, state: Any = None
+    ) -> tuple[Array, Array, Array, Any]:
+        """The block with this mixer: (residual stream, mixer's output, MLP's output, new state)."""
+        mixed, state = mixer(self.input_layernorm(x), ctx, state)
         x = constrain(x + mixed, ctx.mesh, "batch", None, None)
-        x = x + self.mlp(self.post_attention_layernorm(x))
-        return constrain(x, ctx.mesh, "batch", None, None), mixed, state
+        fed = self.mlp(self.post_attention_layernorm(x))
+        return constrain(x + fed, ctx.mesh, "batch", None, None), mixed, fed, state
 
 
 @jax.jit
@@ -50,6 +65,9 @@ def _run_block(block: Block, x: Array, ctx: Context, state: Any) -> tuple[Array,
 
 class HybridLM(nnx.Module):
     """A decoder-only language model whose layers mix tokens in any mix of kinds.
+
+    A fused model (see `HybridConfig.fused`) computes what it will when unfused, and keeps its
+    teacher for `hmf_jax.priming`.
 
     Args:
       config: architecture.
@@ -79,7 +97,7 @@ class HybridLM(nnx.Module):
             embedding_metadata={"dims": ("vocab", "embed")},
         )
         self.layers: Sequence[Block] = nnx.List(
-            [Block(kind, config, dtype=dtype, rngs=rngs) for kind in config.layer_kinds]
+            [Block(symbol, config, dtype=dtype, rngs=rngs) for symbol in config.layer_kinds]
         )
         self.norm = RMSNorm(d, config.rms_norm_eps, dtype)
         tied = config.tie_word_embeddings

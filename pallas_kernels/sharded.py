@@ -17,7 +17,8 @@ from jax.sharding import Mesh, PartitionSpec
 BATCH_AXES = ("dp", "fsdp")
 HEAD_AXES = ("tp", "rep")
 KV_HEAD_AXES = ("tp",)
-_LETTERS = {"b": BATCH_AXES, "h": HEAD_AXES, "k": KV_HEAD_AXES}
+EMBED_AXES = ("fsdp",)
+_LETTERS = {"b": BATCH_AXES, "f": EMBED_AXES, "h": HEAD_AXES, "k": KV_HEAD_AXES}
 
 
 def batch_axes(mesh: Mesh, batch: int) -> tuple[str, ...]:
@@ -29,7 +30,8 @@ def batch_axes(mesh: Mesh, batch: int) -> tuple[str, ...]:
 
 
 def spec(mesh: Mesh, dims: str, batch: int) -> PartitionSpec:
-    """PartitionSpec of an array described by letters: b batch, h heads, k kv heads, other whole."""
+    """PartitionSpec of an array described by letters: b batch, h heads, k kv heads, f the hidden
+    dimension of stored weights, other whole."""
     table = {**_LETTERS, "b": batch_axes(mesh, batch)}
     return PartitionSpec(*(table.get(letter) or None for letter in dims))
 

@@ -14,6 +14,8 @@ import pytest
 
 from benchmarks import compare, models, operators, rows, run, timing, tune
 from benchmarks.rows import Row
+from hmf_jax.config import HybridConfig
+from hmf_jax.memory import plan_memory
 from hmf_jax.training import trainer
 from pallas_kernels import tuning
 from pallas_kernels.shapes import SHAPES, TP
@@ -150,9 +152,7 @@ def test_models(tmp_path: Path, ops: str) -> None:
         assert decode["extra"]["tokens_per_s"] == pytest.approx(2e3 / decode["ms"])
 
 
-@pytest.mark.parametrize(
-    "op", ["lora_step", pytest.param("mixers_step", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("op", ["lora_step", pytest.param("mixers_step", marks=pytest.mark.slow)])
 def test_training_steps(tmp_path: Path, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "rows.jsonl"
     monkeypatch.setattr(trainer, "PEAK_FLOPS", {jax.devices()[0].device_kind: 1e9})
@@ -164,6 +164,27 @@ def test_training_steps(tmp_path: Path, op: str, monkeypatch: pytest.MonkeyPatch
     assert r["extra"]["program_bytes"] > r["extra"]["state_bytes"] > 12 * r["extra"]["trained"] > 0
     assert r["extra"]["tokens_per_s"] == pytest.approx(48e3 / r["ms"])
     assert r["extra"]["mfu"] > 0 and r["extra"]["ran"]["gated_delta_rule"] == "chunked"
+
+
+def test_a_batch_that_fills_the_memory(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "rows.jsonl"
+    argv = "--ops decode_throughput --mixers GKA --layers 2 --lengths 60 --steps 4 --num-iter 2"
+    run.main([*argv.split(), "--batches", "full", "--memory", "0.02", "--out", str(out)])
+    (row,) = read(out)
+    config = dataclasses.replace(HybridConfig.preset("tiny", "GKA"), layer_kinds=("*", "GKA"))
+    plan = plan_memory(config, 64, 0.02e9, fraction=1)
+    extra, rows = row["extra"], row["shape"]["batch"]
+    held = extra["weight_bytes"]  # decays are float32 in the model
+    assert rows == plan.sequences > 1 and 0 <= held - plan.weights < 100
+    assert extra["state_bytes"] - 4 * rows == rows * (plan.sequence - 10 * config.vocab_size)
+    # Weights but for the embedding; 60 of 64 entries of a cache; float32 states twice.
+    K, D, H = config.num_key_value_heads, config.head_dim, config.num_attention_heads
+    moved = 2 * 60 * K * D * 2 + 2 * 2 * H * D * D * 4 + 3 * (H + 2 * K) * D * 2
+    table = 0 if config.tie_word_embeddings else 2 * config.vocab_size * config.hidden_size
+    assert extra["step_bytes"] == rows * moved + held - table
+    with pytest.raises(SystemExit, match="Nothing was measured"):
+        run.main([*argv.split(), "--batches", "full", "--memory", "0.0001"])
+    assert "one sequence of 64 tokens needs" in capsys.readouterr().err
 
 
 def test_next_token_loss() -> None:

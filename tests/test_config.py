@@ -15,6 +15,7 @@ from hmf_jax.config import (
     Mamba2Config,
     RopeConfig,
     SWAConfig,
+    streams,
 )
 
 # A config as the original saves it: every default spelled out, geometry inside the mixer dicts.
@@ -336,11 +337,19 @@ def test_other_model_types(model_type):
     assert all(name in str(error.value) for name in ("hybrid_qwen3", *KNOWN_MODEL_TYPES))
 
 
-@pytest.mark.parametrize("symbol", ["*DA", "GKA*", "BMF*", "GDN>GKA"])
-def test_fused_checkpoints_must_be_unfused(symbol):
+@pytest.mark.parametrize(
+    ("symbol", "kind", "teacher"),
+    [("*DA", "*", None), ("GKA*", "GKA", "*"), ("SWA*", "SWA", "*"), ("GDN>GKA", "GKA", "GDN")],
+)
+def test_fused_symbols(symbol, kind, teacher):
     pattern = f"{symbol}-GKA-GDN-M2-BMF-SWA"
-    with pytest.raises(ValueError, match=r"layer 0 .*fused stage-1 checkpoint; unfuse it first"):
-        HybridConfig.from_dict(original(hybrid_override_pattern=pattern))
+    config = HybridConfig.from_dict(original(hybrid_override_pattern=pattern))
+    assert streams(symbol) == (kind, teacher) and config.fused
+    assert config.student_kinds == (kind, "GKA", "GDN", "M2", "BMF", "SWA")
+    data = config.to_dict()
+    assert data["hybrid_override_pattern"] == pattern and data["layer_types"][0] == symbol
+    assert HybridConfig.from_dict(data) == config
+    assert not HybridConfig(layer_kinds=config.student_kinds, swa=config.swa).fused
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,18 @@ def test_num_iter(source, tmp_path):
         load(tmp_path, num_iter=3)
 
 
+def test_config_overrides(source, tmp_path):
+    """A longer context: the angles of RoPE change, no weight does, and the model keeps it."""
+    changes = {"rope_parameters.rope_theta": 5e6, "max_position_embeddings": 8192}
+    model, plain = load(source, config_overrides=changes), load(source)
+    assert_equal(model, plain)
+    assert model.config.rope.theta == 5e6 and model.config.max_position_embeddings == 8192
+    tokens = jnp.arange(8)[None]
+    assert (model(tokens)[0] != plain(tokens)[0]).any()
+    save_pretrained(model, tmp_path / "long", progress=False)
+    assert HybridConfig.from_json(tmp_path / "long").rope.theta == 5e6
+
+
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"fsdp": 4, "tp": 2}, {"dp": 2, "tp": 4}])
 def test_loading_onto_a_mesh(source, model, sizes):
     count = int(np.prod(list(sizes.values())))

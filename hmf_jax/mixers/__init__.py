@@ -12,7 +12,7 @@ from hmf_jax.mixers.gdn import GatedDeltaNet
 from hmf_jax.mixers.gka import GatedKalmaNet
 from hmf_jax.mixers.mamba2 import Mamba2
 
-__all__ = ["Context", "make_mixer"]
+__all__ = ["Context", "Mixer", "make_mixer"]
 
 RECURRENT = {"GKA": GatedKalmaNet, "GDN": GatedDeltaNet, "M2": Mamba2}
 

@@ -4,28 +4,50 @@ recipe = RECIPES["instruct"]
 optimizer = recipe.optimizer(steps=1000)
 state = TrainState.create(model, optimizer, trainable="gka, norm, self_attn")
 step = make_train_step(optimizer, accumulate=4, remat="block")
-for batch in Batches("chats.jsonl", tokenizer, length=4096, batch_size=8):
-    state, metrics = step(state, batch)
+batches = Batches("chats.jsonl", tokenizer, length=4096, batch_size=8)
+saved = Checkpoints("run/checkpoints", model.config, every=200)
+state = train(state, step, batches, steps=1000, checkpoints=saved, directory="run")
 model = state.model()
 """
 
+from hmf_jax.training.checkpoint import Checkpoints
 from hmf_jax.training.data import Batches, Documents, encode_chat, encode_text
+from hmf_jax.training.lora import apply_lora, load_lora, merge_lora, save_lora
 from hmf_jax.training.loss import cross_entropy, next_token_loss, next_token_targets
 from hmf_jax.training.optimizer import RECIPES, Recipe, decay_mask
 from hmf_jax.training.step import TrainState, make_train_step, select_parameters
+from hmf_jax.training.trainer import (
+    data_shard,
+    find_not_finite,
+    plot_loss,
+    read_metrics,
+    train,
+    training_flops,
+)
 
 __all__ = [
     "RECIPES",
     "Batches",
+    "Checkpoints",
     "Documents",
     "Recipe",
     "TrainState",
+    "apply_lora",
     "cross_entropy",
+    "data_shard",
     "decay_mask",
     "encode_chat",
     "encode_text",
+    "find_not_finite",
+    "load_lora",
     "make_train_step",
+    "merge_lora",
     "next_token_loss",
     "next_token_targets",
+    "plot_loss",
+    "read_metrics",
+    "save_lora",
     "select_parameters",
+    "train",
+    "training_flops",
 ]

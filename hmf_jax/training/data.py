@@ -335,8 +335,8 @@ class Batches:
       padding_side: "right" or "left".
       shuffle: in another order in every epoch.
       seed: of the order.
-      epochs: None = without end. Processes may end at different steps, as their documents differ:
-        count steps where there are several.
+      epochs: None = without end. Processes may end at different steps, as their documents differ;
+        `train` goes on with `padding()` in those that end first.
       window: rows that "first_fit" fills at a time; None = about 64.
       process_index, process_count: this process reads every process_count-th row of the shuffled
         order; None = those of jax.
@@ -478,12 +478,7 @@ class Batches:
                 raise StopIteration
         first = self._taken * self._batch_size
         self._taken += 1
-        shape = self._batch_size, self._length
-        batch = {
-            "tokens": np.full(shape, self._pad, np.int32),
-            "segment_ids": np.zeros(shape, np.int32),
-            "loss_mask": np.zeros(shape, bool),
-        }
+        batch = self.padding()
         left = self._choices["padding_side"] == "left"
         for b, row in enumerate(self._rows[first : first + self._batch_size]):
             at = self._length - sum(len(tokens) for tokens, _ in row) if left else 0
@@ -494,6 +489,15 @@ class Batches:
                 batch["loss_mask"][b, here] = targets
                 at += len(tokens)
         return batch
+
+    def padding(self) -> dict[str, np.ndarray]:
+        """A batch with nothing in it, for a process whose data end before those of others."""
+        shape = self._batch_size, self._length
+        return {
+            "tokens": np.full(shape, self._pad, np.int32),
+            "segment_ids": np.zeros(shape, np.int32),
+            "loss_mask": np.zeros(shape, bool),
+        }
 
     def _fill(self) -> list[list[Piece]]:
         """The next window of rows: until a document finds no room, or the data end."""

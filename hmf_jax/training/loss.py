@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from hmf_jax.layers import exact_dtype
 from hmf_jax.model import HybridLM
-from pallas_kernels.sharded import HEAD_AXES, batch_axes, call
+from pallas_kernels.sharded import EMBED_AXES, HEAD_AXES, batch_axes, call
 
 Array = jax.Array
 
@@ -120,6 +120,7 @@ def _forward(hidden, kernel, targets, weights, mesh, chunk_size):
 
 def _backward(mesh, chunk_size, saved, g):
     rows, vocab = _axes(mesh, saved[0].shape[0])
+    split = tuple(a for a in rows if a in EMBED_AXES)
 
     def local(hidden, kernel, targets, weights, lse, g):
         def piece(d_kernel, xs):
@@ -135,11 +136,14 @@ def _backward(mesh, chunk_size, saved, g):
         xs = [*(_pieces(a, chunk_size) for a in (hidden, targets, weights)), lse]
         d_kernel, d_x = jax.lax.scan(piece, jnp.zeros(kernel.shape, lse.dtype), xs)
         d_x = jnp.moveaxis(d_x, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
-        d_kernel = _over(jax.lax.psum, d_kernel, rows).astype(kernel.dtype)
-        return d_x[:, : hidden.shape[1]], d_kernel
+        if split:  # each device keeps that part of the sum that it keeps of the kernel
+            d_kernel = jax.lax.psum_scatter(d_kernel, split, scatter_dimension=0, tiled=True)
+        d_kernel = _over(jax.lax.psum, d_kernel, tuple(a for a in rows if a not in split))
+        return d_x[:, : hidden.shape[1]], d_kernel.astype(kernel.dtype)
 
     in_dims = ("b--", "-h", "b-", "b-", "-b-", "")
-    d_x, d_kernel = call(local, mesh, len(saved[0]), (*saved, g), in_dims, ("b--", "-h"))
+    out_dims = ("b--", "fh" if split else "-h")
+    d_x, d_kernel = call(local, mesh, len(saved[0]), (*saved, g), in_dims, out_dims)
     return d_x, d_kernel, None, None
 
 
@@ -148,7 +152,11 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _axes(mesh: Mesh | None, batch: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The mesh axes that split the rows and the vocabulary inside `call`."""
-    return ((), ()) if mesh is None or mesh.size == 1 else (batch_axes(mesh, batch), HEAD_AXES)
+    if mesh is None:
+        return (), ()
+    several = [axis for axis, size in mesh.shape.items() if size > 1]
+    rows, vocab = batch_axes(mesh, batch), HEAD_AXES
+    return tuple(a for a in rows if a in several), tuple(a for a in vocab if a in several)
 
 
 def _over(reduce, x: Array, axes: tuple[str, ...]) -> Array:

@@ -29,6 +29,8 @@ class Recipe:
       steps: length of the training; None: as many as the epochs of the data take.
       epochs: passes over the data, where these set the length.
       max_grad_norm, betas, eps, weight_decay: of the step and AdamW.
+      overlong: what becomes of documents longer than a row, see `Batches`.
+      config_overrides: config.json keys of the model to change, see `HybridConfig.override`.
     """
 
     learning_rate: float
@@ -43,6 +45,8 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    overlong: str = "cut"
+    config_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "linear", "cosine"):
@@ -91,8 +95,18 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "distill": Recipe(1e-4, "constant", 720, "gka", 8192, accumulate=4, steps=19000),
     "long_context": Recipe(
-        5e-5, "cosine", 209, "gka,norm,self_attn", 131072, accumulate=2, steps=4480
+        5e-5,
+        "cosine",
+        209,
+        "gka,norm,self_attn",
+        131072,
+        accumulate=2,
+        steps=4480,
+        config_overrides={
+            "rope_parameters.rope_theta": 5_000_000.0,
+            "max_position_embeddings": 131072,
+        },
     ),
     "instruct": Recipe(5e-5, "linear", 0.03, seq_len=32768, epochs=2),
-    "reasoning": Recipe(5e-5, "cosine", 0.1, seq_len=32768, epochs=1),
+    "reasoning": Recipe(5e-5, "cosine", 0.1, seq_len=32768, epochs=1, overlong="skip"),
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -20,11 +21,13 @@ from hmf_jax.layers import exact, exact_dtype
 from hmf_jax.mixers import Context
 from hmf_jax.model import Block, HybridLM
 from hmf_jax.sharding import constrain
-from hmf_jax.training.loss import next_token_loss, next_token_targets
+from hmf_jax.training.loss import next_token_loss
 
 Array = jax.Array
 Params = dict[str, Array]
 Metrics = dict[str, Array]
+# (model, **batch, num_iter=, impl=) -> a sum over tokens and their number (or weight)
+Loss = Callable[..., tuple[Array, Array]]
 
 BATCH = ("tokens", "loss_mask", "segment_ids", "positions")
 # Remat choice -> policy of `jax.checkpoint`; "none" keeps everything.
@@ -127,6 +130,38 @@ class TrainState:
             and saves 2 bytes per bfloat16 parameter, but such a parameter w stays what it is where
             an update is smaller than |w| / 512.
         """
+        state, mesh = cls._make(model, optimizer, trainable, master_weights), model.mesh
+        if mesh is None:
+            return state
+        return jax.tree.map(lambda a: jax.device_put(a, _canonical(a.sharding, mesh)), state)
+
+    @classmethod
+    def abstract(
+        cls,
+        model: HybridLM,
+        optimizer: optax.GradientTransformation,
+        *,
+        trainable: str | Sequence[str] | None = None,
+        master_weights: bool = True,
+    ) -> Self:
+        """`create` for an abstract model (from `nnx.eval_shape`): shapes, dtypes and shardings.
+
+        With them a step can be lowered and compiled before any weight is loaded.
+        """
+        state = jax.eval_shape(lambda m: cls._make(m, optimizer, trainable, master_weights), model)
+        mesh = model.mesh
+        if mesh is None:
+            return state
+        shardings = dict(zip(state.template.names, _shardings(model), strict=True))
+
+        def place(path: Any, a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            sharding = shardings.get(getattr(path[-1], "key", None))  # of a parameter or a moment
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_canonical(sharding, mesh))
+
+        return jax.tree_util.tree_map_with_path(place, state)
+
+    @classmethod
+    def _make(cls, model: HybridLM, optimizer: Any, trainable: Any, master_weights: bool) -> Self:
         template, leaves = _template(model)
         chosen = set(select_parameters(model, trainable))
         everything = dict(zip(template.names, leaves, strict=True))
@@ -135,11 +170,7 @@ class TrainState:
         opt_state = optimizer.init({n: exact(p) for n, p in params.items()})
         if master_weights:
             params = {n: exact(p) for n, p in params.items()}
-        state = cls(params, frozen, opt_state, jnp.zeros((), jnp.int32), template)
-        mesh = model.mesh
-        if mesh is None:
-            return state
-        return jax.tree.map(lambda a: jax.device_put(a, _canonical(a, mesh)), state)
+        return cls(params, frozen, opt_state, jnp.zeros((), jnp.int32), template)
 
     def model(self) -> HybridLM:
         """The model as trained so far, in the dtypes it came with."""
@@ -149,6 +180,7 @@ class TrainState:
 def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
+    loss: Loss | None = None,
     accumulate: int = 1,
     remat: str | Mapping[str, str] = "none",
     max_grad_norm: float | None = None,
@@ -159,8 +191,8 @@ def make_train_step(
     """One optimizer step as a jitted function: (state, batch) -> (state, metrics).
 
     The batch is a dict: tokens [B, T] and, if wanted, loss_mask, segment_ids and positions [B, T],
-    see `next_token_loss`. The loss is the mean over all target tokens of the batch, so that neither
-    accumulation nor the split over devices changes their weights. The state is donated.
+    see `next_token_loss`. The loss is the mean over all (target) tokens of the batch, so that
+    neither accumulation nor the split over devices changes their weights. The state is donated.
 
     Metrics, float32 scalars: loss (nats per token), grad_norm (before clipping), tokens (weight of
     all targets), finite (bool), and learning_rate if the optimizer says it (`Recipe.optimizer` or
@@ -169,6 +201,8 @@ def make_train_step(
 
     Args:
       optimizer: the one that `TrainState.create` was given.
+      loss: a function of the model and the batch, default `next_token_loss`: it returns a sum over
+        tokens and their number, and is differentiated with respect to the model.
       accumulate: micro-batches that the batch is cut into; must divide B.
       remat: what the backward pass computes again: "none"; "block": everything inside a block (only
         the residual stream [B, T, d] is kept); "dots": all but matrix products with weights. Or one
@@ -176,7 +210,7 @@ def make_train_step(
       max_grad_norm: gradients are scaled down to this global norm.
       num_iter: Chebyshev iterations of GKA layers; None: the config's.
       impl: operator implementation, see `pallas_kernels.dispatch`.
-      chunk_size: positions whose logits exist at once, see `cross_entropy`.
+      chunk_size: positions whose logits exist at once in the default loss, see `cross_entropy`.
 
     Raises:
       ValueError: bad arguments; when called, a batch with unknown keys or wrong shapes.
@@ -195,30 +229,29 @@ def make_train_step(
                 f"{tuple(REMAT)}."
             )
 
-    def loss(params: Params, frozen: Params, template: Template, batch: Params, count: Array):
+    if loss is None:
+        loss = functools.partial(next_token_loss, chunk_size=chunk_size)
+
+    def objective(params: Params, frozen: Params, template: Template, batch: Mapping[str, Any]):
         model = template.model(frozen | params)
-        choices = [remat.get(kind, "none") for kind in model.config.layer_kinds]
+        choices = [remat.get(kind, "none") for kind in model.config.student_kinds]
         pairs = zip(model.layers, choices, strict=True)
         model.layers = nnx.List([b if c == "none" else Remat(b, c) for b, c in pairs])
-        options: Any = dict(num_iter=num_iter, impl=impl, chunk_size=chunk_size)
-        return next_token_loss(model, **batch, **options)[0] / count
+        return loss(model, **batch, num_iter=num_iter, impl=impl)
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         model = state.model()
         shardings = dict(zip(state.template.names, _shardings(model), strict=True))
         rows = _check(batch, accumulate)
         batch = {k: constrain(jnp.asarray(a), model.mesh, "batch", None) for k, a in batch.items()}
-        targets = {k: a for k, a in batch.items() if k != "positions"}
-        tokens = jnp.sum(next_token_targets(**targets)[1])
-        count = jnp.where(tokens > 0, tokens, 1)
 
         def gradients(micro: Params):
-            args = (state.params, state.frozen, state.template, micro, count)
-            value, grads = jax.value_and_grad(loss)(*args)
-            return value, {n: _like(exact(g), shardings[n]) for n, g in grads.items()}
+            args = (state.params, state.frozen, state.template, micro)
+            sums, grads = jax.value_and_grad(objective, has_aux=True)(*args)
+            return sums, {n: _like(exact(g), shardings[n]) for n, g in grads.items()}
 
         if accumulate == 1:
-            value, grads = gradients(batch)
+            (value, tokens), grads = gradients(batch)
         else:
             # Micro-batch i has the rows i, i + accumulate, ...: they stay on their devices.
             micros = {
@@ -234,8 +267,11 @@ def make_train_step(
                 for n, p in state.params.items()
             }
             zero = jnp.zeros((), exact_dtype(model.dtype))
-            (value, grads), _ = jax.lax.scan(add, (zero, zeros), micros)
+            start = ((zero, jnp.zeros((), jnp.float32)), zeros)
+            ((value, tokens), grads), _ = jax.lax.scan(add, start, micros)
 
+        share = 1.0 / jnp.where(tokens > 0, tokens, 1)
+        value, grads = value * share, jax.tree.map(lambda g: g * share, grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         if max_grad_norm is not None:
@@ -297,12 +333,12 @@ def _shardings(model: HybridLM) -> list[NamedSharding | None]:
     return jax.tree.leaves(model.shardings())
 
 
-def _canonical(a: Array, mesh: Mesh) -> NamedSharding:
-    """The sharding of a, whole if it has none, spelled as jit spells that of its results.
+def _canonical(sharding: Any, mesh: Mesh) -> NamedSharding:
+    """This sharding, or that of a whole array, spelled as jit spells that of its results.
 
     Else the second step, whose state is the result of the first, would compile again.
     """
-    split = a.sharding.spec if isinstance(a.sharding, NamedSharding) else ()
+    split = sharding.spec if isinstance(sharding, NamedSharding) else ()
     dims: list[Any] = []
     for axes in split:
         axes = (axes,) if isinstance(axes, str) else axes or ()

@@ -1,0 +1,461 @@
+"""Stage 0: a hybrid from the weights of a Transformer.
+
+Embeddings, norms, MLPs and the attention that stays are copied; a new mixer starts from the
+attention of the same layer. With W_Q, W_K, W_V, W_O as [out, in] matrices:
+
+    GKA, GDN    q, k, v, o <- W_Q, W_K, W_V, W_O; gate g <- (W_O^T + R(W_V)) / 2
+    Mamba2      C, B, x, out <- W_Q, W_K, W_V, W_O; gate z <- (W_O^T + R(W_V)) / 2;
+                C, B norms <- QK-norms
+    B'MOJO-F    both attention streams <- W_Q, W_K, W_V, W_O and QK-norms; inner mixer as above
+    SWA         everything
+
+R repeats W_V from key/value to query width. The original repeats single rows (row r of the result
+is row r // groups of W_V), and so do we by default; `repeat="heads"` repeats the blocks of whole
+heads, which is the order of grouped-query heads. Convolutions, decays and other gates are fresh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from convert import mapping
+from convert.safetensors_io import Checkpoint
+from hmf_jax.config import (
+    FUSED,
+    BMojoConfig,
+    GDNConfig,
+    GKAConfig,
+    HybridConfig,
+    Mamba2Config,
+    SWAConfig,
+    streams,
+)
+from hmf_jax.layers import exact
+from hmf_jax.loading import (
+    abstract_params,
+    flat_params,
+    from_pretrained,
+    resolve,
+    save_pretrained,
+    with_params,
+)
+from hmf_jax.mixers import make_mixer
+from hmf_jax.model import HybridLM
+
+Repeat = Literal["rows", "heads"]
+How = Literal["copied", "initialised", "fresh"]
+# Settings of one mixer: its config, or the fields that differ from the defaults.
+Settings = Mapping[str, Any]
+
+_CONFIGS = {
+    "gka": GKAConfig,
+    "gdn": GDNConfig,
+    "mamba2": Mamba2Config,
+    "bmojo": BMojoConfig,
+    "swa": SWAConfig,
+}
+_GATE = "gate"  # in place of a source: (W_O^T + R(W_V)) / 2
+_QKVO = {f"{p}_proj": f"{p}_proj" for p in "qkvo"}
+_NORMS = {"q_norm": "q_norm", "k_norm": "k_norm"}
+# Part of a new mixer -> the part of the base layer's attention that it starts from.
+_FROM_ATTENTION: dict[str, dict[str, str]] = {
+    "*": _QKVO | _NORMS,
+    "SWA": _QKVO | _NORMS,
+    "GKA": {**_QKVO, "g_proj": _GATE},
+    "GDN": {**_QKVO, "g_proj": _GATE},
+    "M2": {
+        "z_proj": _GATE,
+        "x_proj": "v_proj",
+        "B_proj": "k_proj",
+        "C_proj": "q_proj",
+        "out_proj": "o_proj",
+        "B_norm": "k_norm",
+        "C_norm": "q_norm",
+    },
+    "BMF": {
+        f"bmojo_attn.{part}{suffix}": part for part in (_QKVO | _NORMS) for suffix in ("", "_")
+    },
+}
+# A Gated DeltaNet is a GKA without the solver; b_proj.bias and alpha_proj are fresh.
+_SAME = ("g_proj", "b_proj", "q_conv1d", "k_conv1d", "v_conv1d", "A_log", "dt_bias", "o_norm")
+_LOW_RANK = ("proj_k", "proj_v", "k_rep", "v_rep")
+_GKA_FROM_GDN = {**_QKVO, "a_proj": "gk_proj", **{name: name for name in (*_SAME, *_LOW_RANK)}}
+_ATTENTION = ("*", "SWA")
+_IN_LAYER = re.compile(r"layers\.(\d+)\.(mixer|teacher)\.(.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a parameter comes from: `sources` are the paths of the base's parameters.
+
+    "copied": it is that parameter (in the dtype of the new model); "initialised": computed from
+    those parameters; "fresh": not from the base, but random, or constant (norms, biases).
+    """
+
+    how: How
+    sources: tuple[str, ...] = ()
+
+
+def prime(
+    base: HybridLM | str | Path,
+    pattern: str | Sequence[str],
+    *,
+    seed: int = 0,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    repeat: Repeat = "rows",
+    gka: GKAConfig | Settings | None = None,
+    gdn: GDNConfig | Settings | None = None,
+    mamba2: Mamba2Config | Settings | None = None,
+    bmojo: BMojoConfig | Settings | None = None,
+    swa: SWAConfig | Settings | None = None,
+    progress: bool = True,
+) -> HybridLM:
+    """A hybrid whose mixers start from the attention of a Transformer.
+
+        fused = prime(base, "*DA-GKA*-*DA-GKA*")         # for stage 1, with the teacher inside
+        hybrid = prime(base, "*-GKA-*-GKA", gka={"num_iter": 10})  # without stage 1
+
+    Args:
+      base: a Qwen3-shaped model, its directory, or a Hugging Face repository. A live model is left
+        as it is (nothing is shared with it).
+      pattern: one symbol per layer, joined by "-" or as a sequence: what each layer becomes. Fused
+        symbols ("GKA*", "*DA", ...) are for distillation. See `selection.pattern` for making one.
+      seed: of the fresh parameters.
+      dtype: of the new model, default that of a live base, else bfloat16. A_log, dt_bias and D are
+        float32 in any case.
+      mesh: device mesh, for a base that is not live yet.
+      repeat: how the gates' R(W_V) is repeated, see above.
+      gka, gdn, mamba2, bmojo, swa: settings of the mixers, a config or a dict of the fields that
+        differ from the defaults. BMF layers need bmojo, SWA layers need swa.
+      progress: show a bar while loading.
+
+    Raises:
+      FileNotFoundError: no such base.
+      ValueError: a pattern that does not fit the base, missing settings, a base without QK-norm, or
+        tensors of the base that are missing, by name.
+    """
+    if isinstance(base, HybridLM):
+        if mesh is not None:
+            raise ValueError("mesh is for a base that is loaded here; this one has its own.")
+        base_config, directory = base.config, None
+    else:
+        directory = resolve(base, progress=progress)
+        base_config = HybridConfig.from_json(directory)
+        _check_qk_norm(directory)
+    config = primed_config(
+        base_config, pattern, gka=gka, gdn=gdn, mamba2=mamba2, bmojo=bmojo, swa=swa
+    )
+    plan = stage0_plan(base_config, config)  # says what is wrong before anything is loaded
+    if repeat not in ("rows", "heads"):
+        raise ValueError(f"repeat={repeat!r} is unknown; use 'rows' or 'heads'.")
+    if directory is not None:
+        dtype = jnp.bfloat16 if dtype is None else dtype
+        base = from_pretrained(directory, mesh=mesh, dtype=dtype, progress=progress)
+    assert isinstance(base, HybridLM)
+    dtype, mesh = base.dtype if dtype is None else dtype, base.mesh
+    model = nnx.eval_shape(lambda: HybridLM(config, dtype=dtype, mesh=mesh))
+    abstract = abstract_params(model, mesh)
+    sources = flat_params(base)
+    if wrong := _mismatches(plan, abstract, sources):
+        raise ValueError("the base does not fit the new mixers:\n  " + "\n  ".join(wrong))
+
+    fresh = [path for path, origin in plan.items() if origin.how == "fresh"]
+    params = _fresh(config, dtype, seed, {path: abstract[path] for path in fresh})
+    taken = set() if directory is not None else set(sources)
+    groups = config.num_attention_heads // config.num_key_value_heads
+    for path, origin in plan.items():
+        inputs = [sources[name] for name in origin.sources]
+        if origin.how == "copied":
+            x, kind, source = inputs[0], abstract[path].dtype, origin.sources[0]
+            # A step of training deletes arrays, so each belongs to one parameter of one model.
+            params[path] = jnp.array(x, kind) if source in taken else x.astype(kind)
+            taken.add(source)
+        elif origin.how == "initialised":
+            new = abstract[path]
+            gate = _gate(groups, config.head_dim, repeat, new.dtype, new.sharding)
+            params[path] = gate(*inputs)
+    model = with_params(model, params)
+    model.source = base.source
+    return model
+
+
+def prime_directory(
+    base: str | Path,
+    pattern: str | Sequence[str],
+    output: str | Path,
+    *,
+    dtype: Any = jnp.bfloat16,
+    copy_auxiliary_files: bool = True,
+    overwrite: bool = False,
+    progress: bool = True,
+    report: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> None:
+    """Stage 0 from a directory or repository to a Hugging Face directory, all of it or nothing.
+
+    Args:
+      base, pattern, dtype, progress, options: see `prime`.
+      output: the directory to write.
+      copy_auxiliary_files: tokenizer, chat template and generation_config.json of the base too.
+      overwrite: replace a model that is already there.
+      report: is told what is copied, initialised and fresh.
+
+    Raises: what `prime` and `save_pretrained` raise; FileExistsError before anything is read.
+    """
+    output = Path(output).expanduser()
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists; choose another directory or overwrite it")
+    directory = resolve(base, progress=progress)
+    model = prime(directory, pattern, dtype=dtype, progress=progress, **options)
+    old = HybridConfig.from_json(directory)
+    report(f"{old.hybrid_override_pattern} -> {model.config.hybrid_override_pattern}")
+    report(describe_plan(stage0_plan(old, model.config), model.config))
+    if not copy_auxiliary_files:
+        model.source = None
+    save_pretrained(model, output, overwrite=overwrite, progress=progress)
+    report(f"Wrote {output}.")
+
+
+def read_stage0(file: str | Path) -> dict[str, Any]:
+    """The arguments of `prime_directory` from a YAML file in the original's format.
+
+    Its keys: base_model_name_or_path, hybrid_override_pattern, output_dir, dtype,
+    copy_auxiliary_files, and per mixer gka, gdn, mamba2, bmojo, swa; ours are seed and repeat.
+
+    Raises FileNotFoundError; ValueError for unknown keys or a dtype other than bf16, fp16, fp32.
+    """
+    import yaml
+
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; pass a YAML file")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as e:
+        raise ValueError(f"{file} is not valid YAML: {e}") from e
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold `key: value` lines")
+    names = {
+        "base_model_name_or_path": "base",
+        "hybrid_override_pattern": "pattern",
+        "output_dir": "output",
+    }
+    known = [*names, "dtype", "copy_auxiliary_files", "seed", "repeat", *_CONFIGS]
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"{file}: unknown keys {unknown}; known are {', '.join(known)}")
+    out = {str(names.get(key, key)): value for key, value in values.items() if value is not None}
+    if "dtype" in out:
+        short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+        out["dtype"] = short.get(out["dtype"], out["dtype"])
+        if out["dtype"] not in short.values():
+            raise ValueError(f"{file}: dtype {out['dtype']!r} is not one of {', '.join(short)}")
+    return out
+
+
+def primed_config(
+    base: HybridConfig, pattern: str | Sequence[str], **settings: Settings | Any
+) -> HybridConfig:
+    """The config of a model primed from `base`; arguments and errors as for `prime`."""
+    kinds = tuple(pattern.split("-")) if isinstance(pattern, str) else tuple(pattern)
+    if len(kinds) != base.num_hidden_layers:
+        raise ValueError(
+            f"the pattern has {len(kinds)} symbols but the base has {base.num_hidden_layers} "
+            "layers; give exactly one symbol per layer"
+        )
+    changes: dict[str, Any] = {"layer_kinds": kinds}
+    for name, given in settings.items():
+        if given is not None:
+            changes[name] = _settings(name, given)
+    if "BMF" in {kind for s in kinds for kind in streams(s)}:
+        if base.bmojo is None and "bmojo" not in changes:
+            raise ValueError(
+                "the pattern has BMF layers: give their settings, bmojo={window_size, "
+                "tie_attn_weights, ssm_mixer} (the released model: 2048, true, gka)"
+            )
+    return dataclasses.replace(base, **changes)
+
+
+def stage0_plan(base: HybridConfig, config: HybridConfig) -> dict[str, Origin]:
+    """Parameter path of the new model -> where its values come from; from the configs alone.
+
+    Raises ValueError where a layer cannot be made from the base's.
+    """
+    problems = ["the base is a fused stage-1 model: unfuse it first"] if base.fused else []
+    rules: list[dict[str, str] | None] = []
+    for i, (old, symbol) in enumerate(zip(base.layer_kinds, config.layer_kinds, strict=True)):
+        kind, teacher = streams(symbol)
+        rules.append(_rule(old, kind, config))
+        if rules[i] is None and old != kind:
+            problems.append(f"layer {i}: the base has {old!r} there, {kind!r} cannot start from it")
+        goal = teacher or kind
+        if symbol in FUSED and goal != old:
+            problems.append(
+                f"layer {i}: the teacher of {symbol!r} is {goal!r}, but the base has {old!r}"
+            )
+    if problems:
+        raise ValueError("cannot prime this base:\n  " + "\n  ".join(problems))
+    stored = {e.path for e in mapping.table(base)}
+    plan: dict[str, Origin] = {}
+    for entry in mapping.table(config):
+        found = _IN_LAYER.fullmatch(entry.path)
+        if found is None:  # shared by all kinds
+            plan[entry.path] = Origin("copied", (entry.path,))
+            continue
+        layer, part, rest = found.groups()
+        rule = rules[int(layer)] if part == "mixer" else None
+        source = rest if rule is None else _source(rule, rest)
+        prefix = f"layers.{layer}.mixer."
+        if source == _GATE:
+            names = (f"{prefix}o_proj.kernel", f"{prefix}v_proj.kernel")
+            plan[entry.path] = Origin("initialised", names)
+        elif source is not None and prefix + source in stored:
+            plan[entry.path] = Origin("copied", (prefix + source,))
+        else:
+            plan[entry.path] = Origin("fresh")
+    return plan
+
+
+def describe_plan(plan: Mapping[str, Origin], config: HybridConfig) -> str:
+    """A text: how many parameters are copied, initialised and fresh, and which, by layer kind."""
+    size = {e.path: math.prod(e.shape) for e in mapping.table(config)}
+    texts = {
+        "copied": "copied from the base",
+        "initialised": "initialised from W_O and W_V",
+        "fresh": "fresh, random or constant",
+    }
+    lines = []
+    for how, text in texts.items():
+        chosen = [path for path, origin in plan.items() if origin.how == how]
+        total = sum(size[path] for path in chosen)
+        lines.append(f"{total:>15,} parameters in {len(chosen)} arrays: {text}")
+        named: dict[str, dict[str, None]] = {}  # ordered sets
+        for path in chosen:
+            found = _IN_LAYER.fullmatch(path)
+            if found is not None and plan[path].sources != (path,):
+                layer, part, rest = found.groups()
+                if part == "mixer":
+                    named.setdefault(config.layer_kinds[int(layer)], {})[rest] = None
+        for symbol, parts in named.items():
+            lines.append(f"{'':15} {symbol}: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _rule(old: str, kind: str, config: HybridConfig) -> dict[str, str] | None:
+    """Part of the new mixer -> part of the base's; None: equal names, or no way (old != kind)."""
+    if old == kind:
+        return None
+    if old in _ATTENTION:
+        rule = _FROM_ATTENTION[kind]
+        if kind == "BMF":
+            assert config.bmojo is not None
+            inner = _FROM_ATTENTION[config.bmojo.ssm_mixer]
+            rule = rule | {f"inner.{part}": source for part, source in inner.items()}
+        return rule
+    return _GKA_FROM_GDN if (old, kind) == ("GDN", "GKA") else None
+
+
+def _source(rule: Mapping[str, str], rest: str) -> str | None:
+    """The base's name for the new mixer's parameter `rest`, `_GATE`, or None."""
+    for part, source in rule.items():
+        if rest == part or rest.startswith(part + "."):
+            return _GATE if source == _GATE else source + rest.removeprefix(part)
+    return None
+
+
+def _settings(name: str, given: Any) -> Any:
+    """A mixer's config from a dict of its fields."""
+    if name not in _CONFIGS:
+        raise ValueError(f"there are no settings {name!r}; there are {', '.join(_CONFIGS)}")
+    make = _CONFIGS[name]
+    if isinstance(given, make):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name} must be a {make.__name__} or a dict of its fields, got {given!r}")
+    fields = [f.name for f in dataclasses.fields(make)]
+    if unknown := sorted(set(given) - set(fields)):
+        raise ValueError(f"{name} has no {', '.join(unknown)}; its settings are {fields}")
+    if name == "swa" and "window_size" not in given:
+        raise ValueError("swa needs window_size (the original's example uses 512)")
+    return make(**given)
+
+
+def _check_qk_norm(directory: Path) -> None:
+    """Say plainly what the list of missing tensors would only hint at."""
+    if not any(directory.glob("*.safetensors")):
+        return
+    names = Checkpoint(directory).tensors
+    attention = any(".self_attn.q_proj.weight" in n for n in names)
+    if attention and not any(n.endswith(".self_attn.q_norm.weight") for n in names):
+        raise ValueError(
+            f"{directory} has no QK-norm (self_attn.q_norm.weight, k_norm.weight): only models "
+            "with the attention of Qwen3 can be primed"
+        )
+
+
+def _mismatches(plan: Mapping[str, Origin], abstract, sources) -> list[str]:
+    """Parameters whose source has another shape (other settings of the same mixer)."""
+    wrong = []
+    for path, origin in plan.items():
+        if origin.how == "copied" and sources[origin.sources[0]].shape != abstract[path].shape:
+            found = sources[origin.sources[0]].shape
+            wrong.append(f"{path} is {abstract[path].shape}, {origin.sources[0]} is {found}")
+    return wrong
+
+
+def _fresh(config: HybridConfig, dtype, seed: int, abstract: Mapping[str, jax.ShapeDtypeStruct]):
+    """The parameters of `abstract` as a new model has them, each made on its own shards.
+
+    A mixer depends on the seed, its layer and its kind alone; each kind is compiled once.
+    """
+    layers: dict[int, dict[str, str]] = {}  # layer -> name in its mixer -> path
+    for path in abstract:
+        found = _IN_LAYER.fullmatch(path)
+        assert found is not None and found[2] == "mixer"
+        layers.setdefault(int(found[1]), {})[found[3]] = path
+    params: dict[str, jax.Array] = {}
+    for layer, paths in layers.items():
+        kind = config.student_kinds[layer]
+        one = dataclasses.replace(config, layer_kinds=(kind,))
+        names = tuple((name, abstract[path].sharding) for name, path in paths.items())
+        made = _maker(one, jnp.dtype(dtype), names)(jax.random.fold_in(jax.random.key(seed), layer))
+        params |= {path: made[name] for name, path in paths.items()}
+    return params
+
+
+@functools.lru_cache
+def _maker(config: HybridConfig, dtype, names: tuple[tuple[str, Any], ...]):
+    """A function: key -> these parameters (name, sharding) of the mixer of a one-layer config."""
+
+    def make(key: jax.Array) -> dict[str, jax.Array]:
+        mixer = make_mixer(config.layer_kinds[0], config, dtype=dtype, rngs=nnx.Rngs(key))
+        made = flat_params(mixer)
+        return {name: made[name] for name, _ in names}
+
+    return jax.jit(make, out_shardings=dict(names))
+
+
+@functools.lru_cache
+def _gate(groups: int, head_dim: int, repeat: Repeat, dtype, sharding):
+    """(W_O^T + R(W_V)) / 2 of kernels: o [H*D, d], v [d, Hkv*D] -> [d, H*D]."""
+
+    def gate(o: jax.Array, v: jax.Array) -> jax.Array:
+        if repeat == "heads":
+            blocks = v.reshape(v.shape[0], -1, head_dim)
+            repeated = jnp.repeat(blocks, groups, axis=1).reshape(v.shape[0], -1)
+        else:
+            repeated = jnp.repeat(v, groups, axis=1)
+        return (0.5 * (exact(o).T + exact(repeated))).astype(dtype)
+
+    return jax.jit(gate, out_shardings=sharding)
