@@ -63,7 +63,10 @@ def save(
     entries = mapping.table(config)
     wanted = {e.path: e.parameter_shape for e in entries}
     problems = [f"missing: {p}" for p in wanted if p not in params]
-    problems += [f"unexpected: {p}" for p in params if p not in wanted]
+    adapters = "  (an adapter: hmf_jax.training.merge_lora adds it to the weights first)"
+    problems += [
+        f"unexpected: {p}{adapters if 'lora_' in p else ''}" for p in params if p not in wanted
+    ]
     problems += [
         f"wrong shape: {p} is {tuple(params[p].shape)}, must be {shape}"
         for p, shape in wanted.items()

@@ -131,8 +131,9 @@ class TrainState:
             an update is smaller than |w| / 512.
         """
         state, mesh = cls._make(model, optimizer, trainable, master_weights), model.mesh
-        if mesh is None:
-            return state
+        if mesh is None:  # committed, as restored arrays are: both run the same compiled step
+            (device,) = jax.tree.leaves(model)[0].devices()
+            return jax.device_put(state, device)
         return jax.tree.map(lambda a: jax.device_put(a, _canonical(a.sharding, mesh)), state)
 
     @classmethod

@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import signal
 import threading
 import time
@@ -411,10 +412,16 @@ def training_flops(state: TrainState, length: int) -> float:
     computed again (remat) does not count, nor do recurrences and the GKA solver.
     """
     config = _bare(state).config
+    tied = config.bmojo is not None and config.bmojo.tie_attn_weights
 
     def matrices(params: Mapping[str, jax.Array]) -> int:
         skip = () if config.tie_word_embeddings else ("embed_tokens.embedding",)
-        return sum(a.size for n, a in params.items() if a.ndim >= 2 and n not in skip)
+        return sum(
+            # B'MOJO-F with tied weights projects both of its windows.
+            a.size * (2 if tied and re.search(r"bmojo_attn\.[kv]_proj\.", n) else 1)
+            for n, a in params.items()
+            if a.ndim >= 2 and n not in skip and not n.endswith(".scale")  # of quantised weights
+        )
 
     weights = matrices(state.params) + matrices(state.frozen)
     scores = 12 * config.num_attention_heads * config.head_dim

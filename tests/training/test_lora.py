@@ -225,6 +225,8 @@ def test_adapters_travel_alone(tmp_path: Path):
     jax.tree.map(np.testing.assert_array_equal, again, model)
 
     save_pretrained(plain, tmp_path / "plain", progress=False)
+    with pytest.raises(ValueError, match="lora_A.*merge_lora adds it to the weights"):
+        save_pretrained(model, tmp_path / "merged", progress=False)
     save_pretrained(merge_lora(model), tmp_path / "merged", progress=False)
     before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("plain", "merged"))
     weights = load_file(tmp_path / "adapters" / "adapter_model.safetensors")

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hmf_jax.config import BMojoConfig
 from hmf_jax.demo import build_tokenizer
 from hmf_jax.model import HybridLM
 from hmf_jax.training import (
@@ -331,6 +332,14 @@ def test_flops(monkeypatch, tmp_path):
     some = training_flops(TrainState.abstract(model, OPTIMIZER, trainable="gka"), 100)
     still = sum(n for name, n in weights.items() if name not in select_parameters(model, "gka"))
     assert rel(full - some, 2 * still) < 1e-12
+
+    # Tied weights of B'MOJO-F serve both windows; untied ones differ by a second q_proj.
+    both = (tiny_config(("BMF",), bmojo=BMojoConfig(4, tied, "GKA")) for tied in (True, False))
+    tied, untied = (
+        training_flops(TrainState.abstract(jax.eval_shape(lambda c=c: HybridLM(c)), OPTIMIZER), 64)
+        for c in both
+    )
+    assert untied - tied == 6 * 32 * 64
 
     monkeypatch.setattr(trainer, "peak_flops", lambda: 1e9)
     train(state_of(), STEP, batches_of(3), steps=3, directory=tmp_path, progress=False)
