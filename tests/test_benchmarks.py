@@ -152,7 +152,8 @@ def test_models(tmp_path: Path, ops: str) -> None:
         assert decode["extra"]["tokens_per_s"] == pytest.approx(2e3 / decode["ms"])
 
 
-@pytest.mark.parametrize("op", ["lora_step", pytest.param("mixers_step", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["lora_step", "mixers_step"])
 def test_training_steps(tmp_path: Path, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "rows.jsonl"
     monkeypatch.setattr(trainer, "PEAK_FLOPS", {jax.devices()[0].device_kind: 1e9})
@@ -193,6 +194,7 @@ def test_next_token_loss() -> None:
     assert float(models.next_token_loss(logits, tokens)) == pytest.approx(math.log(5) / 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_compile_times_compare_the_two_designs() -> None:
     settings = models.Settings("tiny", "GDN", layers=1, length=8)
     for inner_jit in (True, False):

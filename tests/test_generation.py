@@ -22,6 +22,7 @@ from hmf_jax.sampling import SamplingParams
 from hmf_jax.sharding import make_mesh
 
 V = 320
+SLOW = pytest.mark.slow
 _compiled: list[str] = []
 
 
@@ -65,15 +66,20 @@ def check_greedy(model: HybridLM, prompts, generations) -> None:
         np.testing.assert_allclose(g.logprobs, predicted.max(-1), atol=2e-3)
 
 
-def test_all_kinds_equal_the_full_forward():
+@pytest.mark.parametrize(
+    "kinds",
+    [("*", "M2", "SWA"), pytest.param(("*", "GKA", "GDN", "M2", "BMF", "SWA"), marks=SLOW)],
+)
+def test_all_kinds_equal_the_full_forward(kinds):
     """Different lengths in one batch, several chunks, and past two windows of 16."""
-    model = build(("*", "GKA", "GDN", "M2", "BMF", "SWA"))
+    model = build(kinds)
     prompts = prompts_of(1, 40, 70)
     out = generate(model, prompts, max_new_tokens=70, prefill_chunk=32, logprobs=True)
     assert [(len(g.tokens), g.finish_reason) for g in out] == [(70, "length")] * 3
     check_greedy(model, prompts, out)
 
 
+@pytest.mark.slow
 def test_chunk_size_changes_nothing(model):
     prompts = prompts_of(50, 3)
     settings: dict[str, Any] = dict(max_new_tokens=12, logprobs=True)
@@ -237,6 +243,7 @@ def test_stopping_one_row_leaves_the_other(model):
     assert got == expected
 
 
+@pytest.mark.slow
 def test_mesh_gives_the_same_tokens_and_compiles_once(model):
     mesh = make_mesh(dp=2, tp=2, devices=jax.devices()[:4])
     sharded = build(("*", "GKA"), mesh)

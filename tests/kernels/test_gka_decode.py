@@ -130,6 +130,7 @@ def test_slots_kernel():
     check_slots(jax.jit(partial(kernel, ridge=0.02, scale=64**-0.5, interpret=INTERPRET)))
 
 
+@pytest.mark.slow
 def test_facade_runs_the_kernel_and_its_gradient(monkeypatch):
     """impl "mosaic" takes what `gka_step` takes; its gradients are those of "chunked"."""
     monkeypatch.setattr(mosaic_decode, "why_no_hopper", lambda: None)

@@ -219,9 +219,8 @@ def zeros(states) -> tuple[Any, Any]:
 class TestLaws:
     """Up to rounding: pieces of a sequence are cut into other chunks than the whole."""
 
-    @pytest.mark.parametrize(
-        "at", [50, *(pytest.param(t, marks=pytest.mark.slow) for t in (1, 64))]
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("at", [1, 50, 64])
     def test_split_anywhere(self, at):
         """States carry everything forward, their cotangents everything back."""
         case = draw(1, 100)
@@ -302,6 +301,7 @@ def check_failures_solved(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.slow
 def test_failure_inputs():
     check_failures(failures())
 
@@ -359,9 +359,8 @@ def check_golden(errors: dict[str, tuple[float, float]]) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    "prefix", [p if p == "g5" else pytest.param(p, marks=pytest.mark.slow) for p in PREFIXES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_golden(prefix):
     """As accurate as the original's kernels, on the same bfloat16 inputs."""
     check_golden(golden_errors(prefix, rows=2 if prefix == "g30" else 1))

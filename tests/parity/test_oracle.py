@@ -554,7 +554,8 @@ def test_formulas(case: str, tmp_path: Path, float64):
     compare(checkpoint.wide_model(), checkpoint, checkpoint.tokens()).check(1e-11)
 
 
-@pytest.mark.parametrize("case", slow_unless(("six",), CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_float32(case: str, tmp_path: Path):
     checkpoint = Checkpoint(CASES[case], tmp_path)
     compare(checkpoint.model(), checkpoint, checkpoint.tokens()).check(1e-4)

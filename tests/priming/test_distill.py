@@ -153,6 +153,7 @@ def test_a_student_that_does_the_same_has_no_loss():
     assert loss_of(model, tokens_for(), target="all") < 1e-9
 
 
+@pytest.mark.slow
 def test_packed_is_separate_and_padding_does_not_count():
     with jax.enable_x64():
         model, tokens = fused_model("M2*-*DA", jnp.float64), tokens_for()

@@ -60,9 +60,8 @@ CASES = {kind: ((kind,), BMojoConfig(4, False, "GDN")) for kind in SIX}
 CASES |= {"BMF tied, GKA": (("BMF",), BMojoConfig(4, True, "GKA"))}
 
 
-@pytest.mark.parametrize(
-    "case", [c if c == "M2" else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_step_follows_the_slope_of_the_oracle(case):
     """Each parameter's gradient in float64; in float32 all of them together, to 1e-4."""
     kinds, bmojo = CASES[case]

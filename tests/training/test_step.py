@@ -175,7 +175,7 @@ def test_accumulated_is_one_large_batch():
 
 @pytest.mark.parametrize(
     "remat",
-    ["block", *(pytest.param(r, marks=pytest.mark.slow) for r in ("dots", {"GKA": "block"}))],
+    [*(pytest.param(r, marks=pytest.mark.slow) for r in ("block", "dots")), {"GKA": "block"}],
 )
 def test_remat_changes_nothing_but_memory(remat):
     with jax.enable_x64(True):
@@ -344,9 +344,8 @@ def on_mesh(model: HybridLM, sizes: dict[str, int]) -> HybridLM:
     return jax.tree.unflatten(jax.tree.structure(target), moved)
 
 
-@pytest.mark.parametrize(
-    "name", [m if "fsdp2 x tp2" == m else pytest.param(m, marks=pytest.mark.slow) for m in MESHES]
-)
+@pytest.mark.slow  # test_lora.py makes a step on meshes in the default suite
+@pytest.mark.parametrize("name", MESHES)
 @jax.enable_x64(True)
 def test_every_mesh_makes_the_same_step(name):
     """In float64, so that a wrong sum cannot pass for rounding, which GKA amplifies."""
@@ -408,6 +407,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     assert not step(poisoned, batch)[1]["finite"]
 
 
+@pytest.mark.slow
 def test_master_weights():
     """Updates of 1/1000 of a weight add up in float32 and vanish in bfloat16."""
     config, batch = tiny_config(("M2",), **ODD), uneven()

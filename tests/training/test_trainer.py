@@ -249,6 +249,7 @@ def test_not_finite_stops_and_says_where(tmp_path, name, factor, where):
     same(saved.restore(state_of())[0], expected)
 
 
+@pytest.mark.slow
 def test_gradients_that_are_not_finite():
     """The derivative of sqrt at 0 is infinite: 0 times that is not a number."""
 
@@ -267,6 +268,7 @@ def test_gradients_that_are_not_finite():
 # --- devices --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_mesh(tmp_path):
     """The loop spreads the rows, and refuses those that it cannot; here it also goes on alone."""
     saved = Checkpoints(tmp_path, CONFIG, every=2)
