@@ -37,6 +37,7 @@ Array = jax.Array
 Inputs = dict[str, Array]
 Normal = Callable[..., Array]  # dims -> float32 noise [B, T, *dims]
 ERROR_TOKENS = 256
+COTANGENT = "cotangent"  # the name of the output's gradient among the inputs of a backward pass
 DECODE_STEPS = 16  # tokens per call of the timed loop: real decoding runs inside jit too
 
 
@@ -262,7 +263,8 @@ class _Problem:
         return OPERATORS[self.name]
 
     def function(self, impl: str) -> Callable[..., Any]:
-        """The jitted pass. "fwd": inputs -> output; "fwd_bwd": inputs -> (output, gradients);
+        """The jitted pass. "fwd": inputs -> output; "fwd_bwd": inputs, with a cotangent of the
+        output among them, -> (output, gradients);
         "decode": (inputs, state) -> (outputs, state), token by token, the state donated."""
         options: dict[str, Any] = dict(impl=impl, num_iter=self.num_iter)
 
@@ -270,9 +272,9 @@ class _Problem:
             return self.op.run(x, self.shape, **options)
 
         def forward_backward(x: Inputs) -> tuple[Array, Inputs]:
-            out, pull = jax.vjp(forward, x)
-            noise = jax.random.normal(jax.random.key(7), out.shape, jnp.float32)
-            return out, pull(noise.astype(out.dtype))[0]
+            cotangent = x[COTANGENT]
+            out, pull = jax.vjp(forward, {n: a for n, a in x.items() if n != COTANGENT})
+            return out, pull(cotangent.astype(out.dtype))[0]
 
         def decode(x: Inputs, state: Any) -> tuple[Array, Any]:
             tokens = {n: jnp.moveaxis(a, 1, 0) for n, a in x.items() if n not in self.op.weights}
@@ -356,7 +358,11 @@ def _make(problem: _Problem, batch: int, length: int) -> Callable[[Array], Input
 
     def make(key: Array) -> Inputs:
         x = op.inputs(_normal(key, batch, length), problem.shape)
-        return {n: a if n in op.float32 else problem.cast(a) for n, a in x.items()}
+        x = {n: a if n in op.float32 else problem.cast(a) for n, a in x.items()}
+        if problem.pass_ == "fwd_bwd":
+            shape = batch, length, problem.shape.heads, problem.shape.head_dim
+            x[COTANGENT] = problem.cast(jax.random.normal(jax.random.fold_in(key, 7), shape))
+        return x
 
     return jax.jit(make)
 

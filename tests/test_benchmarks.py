@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import compare, models, operators, rows, run, timing, tune
+from benchmarks import compare, models, operators, rows, run, serve_table, timing, tune
 from benchmarks.rows import Row
 from hmf_jax.config import HybridConfig
 from hmf_jax.memory import plan_memory
@@ -306,3 +306,44 @@ def test_tuner_keeps_the_fastest_right_value(tmp_path, monkeypatch):
     mine = table[jax.devices()[0].device_kind]
     assert mine["gka.scan bfloat16 8192"] == {"stages": 2}
     assert {v["early"] for n, v in mine.items() if n.startswith("gka.decode")} == {128}
+
+
+def test_serve_table(tmp_path: Path) -> None:
+    """Ratios, the cards' numbers, the share of the copy rate; absent rows are dashes."""
+    out = tmp_path / "rows.jsonl"
+    shape = {"batch": 50, "length": 16384 - 64}
+
+    def row(op: str, model: str, ms: float, num_iter: int | None, **extra: float) -> str:
+        length = 16384 if op == "ttft" else shape["length"]
+        found = {"op": op, "case": f"8B {model} 36 layers", "num_iter": num_iter, "ms": ms}
+        return json.dumps(found | {"shape": shape | {"length": length}, "extra": extra})
+
+    lines = [
+        row("ceiling_copy", "x y", 1.0, None, gb_per_s=3000),
+        row("decode_throughput", "*", 9.0, None, tokens_per_s=1, gb_per_s=1),  # superseded
+        row("decode_throughput", "*", 40.0, None, tokens_per_s=1000, gb_per_s=2400),
+        row("decode_throughput", "GKA", 40.0, 30, tokens_per_s=1500, gb_per_s=2700),
+        row("ttft", "*", 500.0, None),
+        row("ttft", "GKA", 600.0, 30),
+    ]
+    out.write_text("\n".join(lines))
+    found = serve_table.read(out, 64)
+    text = serve_table.table(found, serve_table.copy_rate(out))
+    assert "| * |  | 1,000 (50, 80%) |" in text
+    assert "| GKA | 30 | 1,500 (50, 90%, 1.50x, card 1.78x) |" in text
+    assert "| GKA | 30 | 600 (1.20x, card 1.26x) |" in text
+    assert serve_table.ratios(found, "ttft") == {("GKA", 30): {16384: 1.2}}
+    keys = list(serve_table.wanted(["*", "GKA", "BMF"], [16384], [30, 1]))
+    assert len(keys) == 8 and set(found) <= set(keys)
+
+
+@pytest.mark.slow
+def test_serve_table_goes_on_where_it_was(tmp_path: Path, capfd) -> None:
+    out = tmp_path / "rows.jsonl"
+    argv = ["--out", str(out), "--shape", "tiny", "--steps", "4", "--no-ceilings"]
+    argv += ["--contexts", "64", "--num-iter", "2", "--memory", "0.02", "--chunk", "32"]
+    serve_table.main([*argv, "--models", "*"])
+    serve_table.main([*argv, "--models", "*,GKA"])
+    assert len(out.read_text().splitlines()) == 4
+    assert (tmp_path / "rows.png").stat().st_size > 1000
+    assert (tmp_path / "rows.md").read_text().count("| GKA | 2 |") == 2

@@ -1,0 +1,221 @@
+"""The tables of the model cards: `python -m benchmarks.serve_table --out rows.jsonl`.
+
+For every model and context: decode throughput with the memory of the device full of sequences (of
+`context` tokens each, the last ones being decoded), and the time to the first token of one prompt
+of that length. One process per row; rows that the file already holds are not measured again, so the
+same command goes on where it was stopped. Beside it, rows.md and rows.png: throughput and time of
+every model as ratios to the Transformer, and how close each comes to what the device can copy.
+
+The method is that of the cards (random tokens, all requests decoding, chunked prefill), but for
+three things: prompts are prefilled one after the other, so that a mean over N of them is
+(N + 1) / 2 times the time here and ratios are the same; decoding starts from states with random
+values instead of prompts; and there is no server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+CONTEXTS = (16384, 32768, 65536, 131072)
+MODELS = ("*", "GKA", "GDN", "M2", "BMF", "SWA")
+# Decode throughput and time to first token over Qwen3-8B's on the cards (8 H200, TP=8), by context.
+CARDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "decode": {
+        "GKA": (1.78, 1.77, 1.89, 2.23),
+        "GDN": (1.95, 1.95, 2.01, 2.33),
+        "M2": (1.88, 1.93, 1.99, 2.30),
+        "BMF": (0.88, 1.08, 1.30, 1.75),
+    },
+    "ttft": {
+        "GKA": (1.26, 1.18, 1.06, 0.85),
+        "GDN": (1.00, 0.95, 0.85, 0.74),
+        "M2": (1.03, 0.96, 0.86, 0.74),
+        "BMF": (1.61, 1.46, 1.23, 0.98),
+    },
+}
+OPS = {"decode": "decode_throughput", "ttft": "ttft"}
+Key = tuple[str, str, int, int | None]  # what, model, context, num_iter
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parse(argv)
+    for what, model, context, num_iter in wanted(args.models, args.contexts, args.num_iter):
+        if (what, model, context, num_iter) in read(args.out, args.steps):
+            continue
+        # A decoded row ends with the context full; see `Settings.length`.
+        length = context - args.steps if what == "decode" else context
+        command = f"--shape {args.shape} --ops {OPS[what]} --lengths {length} --steps {args.steps}"
+        command += f" --chunk {args.chunk} --batches {'full' if what == 'decode' else 1}"
+        command += "" if num_iter is None else f" --num-iter {num_iter}"
+        command += "" if args.memory is None else f" --memory {args.memory}"
+        first = not args.out.is_file() and args.ceilings
+        command += " --ceilings" if first else " --no-ceilings"
+        run = [sys.executable, "-m", "benchmarks.run", *command.split(), "--mixers", model]
+        subprocess.run([*run, "--out", str(args.out)], check=False)  # what cannot run is skipped
+    rows = read(args.out, args.steps)
+    if not rows:
+        sys.exit("Nothing was measured: nothing that was asked for could run here.")
+    copy = copy_rate(args.out)
+    args.out.with_suffix(".md").write_text(table(rows, copy) + "\n")
+    plot(rows, args.out.with_suffix(".png"))
+    print(table(rows, copy))
+
+
+def wanted(
+    models: Iterable[str], contexts: Sequence[int], num_iters: Sequence[int]
+) -> Iterable[Key]:
+    """Every row of the tables; only models with a GKA solver have several num_iter."""
+    for model in models:
+        for num_iter in (
+            num_iters if model == "GKA" else num_iters[:1] if model == "BMF" else [None]
+        ):
+            for context in contexts:
+                for what in OPS:
+                    yield what, model, context, num_iter
+
+
+def read(file: Path, steps: int) -> dict[Key, dict[str, Any]]:
+    """The rows of a file, the newest of each kind."""
+    found: dict[Key, dict[str, Any]] = {}
+    ops = {op: what for what, op in OPS.items()}
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        row = json.loads(line)
+        if (what := ops.get(row["op"])) is None:
+            continue
+        _, model, *_ = row["case"].split()
+        context = row["shape"]["length"] + (steps if what == "decode" else 0)
+        found[what, model, context, row["num_iter"]] = row
+    return found
+
+
+def copy_rate(file: Path) -> float | None:
+    """GB/s of a copy, where the file has that ceiling."""
+    rows = map(json.loads, file.read_text().splitlines())
+    return next((r["extra"]["gb_per_s"] for r in rows if r["op"] == "ceiling_copy"), None)
+
+
+def ratios(rows: Mapping[Key, Mapping[str, Any]], what: str) -> dict[tuple[str, int | None], dict]:
+    """(model, num_iter) -> context -> throughput or time over that of the Transformer."""
+    out: dict[tuple[str, int | None], dict[int, float]] = {}
+    for (kind, model, context, num_iter), row in rows.items():
+        base = rows.get((what, "*", context, None))
+        if kind != what or model == "*" or base is None:
+            continue
+        a, b = ((r["extra"]["tokens_per_s"] if what == "decode" else r["ms"]) for r in (row, base))
+        out.setdefault((model, num_iter), {})[context] = a / b
+    return out
+
+
+def table(rows: Mapping[Key, Mapping[str, Any]], copy: float | None) -> str:
+    """Markdown: one line per model and num_iter, absolute numbers and ratios per context."""
+    contexts = sorted({context for _, _, context, _ in rows})
+    lines = []
+    for what, title in (
+        (
+            "decode",
+            "Decode, memory full: tokens/s (sequences; of the copy rate; x Transformer; card)",
+        ),
+        ("ttft", "Time to first token, ms (x Transformer; card)"),
+    ):
+        names = list(dict.fromkeys((m, n) for w, m, _, n in rows if w == what))
+        if not names:
+            continue
+        relative = ratios(rows, what)
+        heads = "".join(f" {_short(c)} |" for c in contexts)
+        lines += [
+            "",
+            f"{title}:",
+            "",
+            f"| model | num_iter |{heads}",
+            "|---" * (2 + len(contexts)) + "|",
+        ]
+        for model, num_iter in names:
+            cells = []
+            for context in contexts:
+                row = rows.get((what, model, context, num_iter))
+                if row is None:
+                    cells.append("–")
+                    continue
+                extra = row["extra"]
+                if what == "decode":
+                    notes = [f"{row['shape']['batch']}"]
+                    notes += [f"{extra['gb_per_s'] / copy:.0%}"] if copy else []
+                else:
+                    notes = []
+                if (ratio := relative.get((model, num_iter), {}).get(context)) is not None:
+                    notes.append(f"{ratio:.2f}x")
+                if context in CONTEXTS and model in CARDS[what] and num_iter in (None, 30):
+                    notes.append(f"card {CARDS[what][model][CONTEXTS.index(context)]:.2f}x")
+                value = extra["tokens_per_s"] if what == "decode" else row["ms"]
+                cells.append(f"{value:,.0f}" + (f" ({', '.join(notes)})" if notes else ""))
+            lines.append(f"| {model} | {num_iter or ''} | " + " | ".join(cells) + " |")
+    return "\n".join(lines).strip()
+
+
+def plot(rows: Mapping[Key, Mapping[str, Any]], file: Path) -> None:
+    """Ratios to the Transformer against context, the cards' dashed; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4))
+    titles = {"decode": "decode throughput, memory full", "ttft": "time to first token"}
+    for ax, (what, title) in zip(axes, titles.items(), strict=True):
+        for n, ((model, num_iter), line) in enumerate(ratios(rows, what).items()):
+            name = model if num_iter in (None, 30) else f"{model}, num_iter {num_iter}"
+            ax.plot(list(line), list(line.values()), "o-", color=f"C{n}", label=name)
+            if model in CARDS[what] and num_iter in (None, 30):
+                ax.plot(CONTEXTS, CARDS[what][model], "x--", color=f"C{n}", alpha=0.6)
+        ax.axhline(1, color="grey", linewidth=0.8)
+        contexts = sorted({context for _, _, context, _ in rows})
+        ax.set(xscale="log", xlabel="context (tokens)", ylabel="x Transformer", title=title)
+        ax.set_xticks(contexts, [_short(c) for c in contexts])
+        ax.minorticks_off()
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
+    fig.text(0.5, 0.01, "dashed: the model cards (8 H200, TP=8)", ha="center", fontsize=8)
+    fig.tight_layout(rect=(0, 0.03, 1, 1))
+    fig.savefig(file, dpi=120)
+    plt.close(fig)
+
+
+def _short(context: int) -> str:
+    return f"{context // 1024}K" if context % 1024 == 0 else str(context)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serve_table",
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser.add_argument(
+        "--out", type=Path, required=True, help="rows (JSON lines); goes on with it"
+    )
+    parser.add_argument("--shape", choices=("tiny", "8B", "32B"), default="8B")
+    parser.add_argument("--models", type=lambda text: text.split(","), default=",".join(MODELS))
+    parser.add_argument("--contexts", type=numbers, default=",".join(map(str, CONTEXTS)))
+    parser.add_argument("--num-iter", type=numbers, default="30,10,5,1", help="of GKA")
+    parser.add_argument("--steps", type=int, default=64, help="tokens per decode call")
+    parser.add_argument("--chunk", type=int, default=16384, help="tokens per prefill call")
+    parser.add_argument("--memory", type=float, help="GB; default: 95%% of JAX's pool")
+    parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args(argv)
+    if unknown := [m for m in args.models if m not in MODELS]:
+        parser.error(f"model {unknown[0]!r} is unknown; choose from {', '.join(MODELS)}")
+    return args
+
+
+if __name__ == "__main__":
+    main()
