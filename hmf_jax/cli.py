@@ -8,7 +8,6 @@ import functools
 import itertools
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -536,16 +535,14 @@ def prime_select(
 
 @_command
 def demo(
-    directory: Annotated[
-        Path | None, typer.Option(help="Keep the files here. Default: a temporary directory.")
-    ] = None,
+    model: Annotated[str, typer.Option(help="An embedded model: gka or bmojo-f.")] = "gka",
+    seed: Annotated[int, typer.Option(help="Of the facts to remember.")] = 0,
 ) -> None:
-    """Build a tiny hybrid model, convert it, verify it, generate with it. Needs no download."""
+    """A tiny hybrid that was really trained remembers what it read. Needs no download."""
     from hmf_jax.demo import run_demo
 
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary:
-        passed = run_demo(directory or temporary, typer.echo)
+    passed = run_demo(typer.echo, model, seed)
     typer.echo(f"Took {time.perf_counter() - start:.0f} s.")
     if not passed:
         raise typer.Exit(1)

@@ -118,6 +118,26 @@ class Warpgroup:
 
         return start + pl.run_scoped(run, accumulator(start.shape))
 
+    def accumulate_both(
+        self, a: jax.Array, b: jax.Array, add: Callable[[Ref, Ref], None]
+    ) -> tuple[jax.Array, jax.Array]:
+        """a and b plus what `add` adds to their accumulators."""
+        if self.registers:
+            start: Any = tuple(_ACC.init(plgpu.layout_cast(x, MATRIX)) for x in (a, b))
+            a, b = pl.run_state(lambda accs: add(*accs))(start)
+            return plgpu.layout_cast(a, MATRIX), plgpu.layout_cast(b, MATRIX)
+
+        def run(*accs):
+            add(*accs)
+            return accs[0][...], accs[1][...]
+
+        sums = pl.run_scoped(run, accumulator(a.shape), accumulator(b.shape))
+        return a + sums[0], b + sums[1]
+
+    def first(self, acc: Ref) -> jax.Array:
+        """The accumulator of the first of two products, while the second one runs."""
+        return plgpu.wgmma_accumulator_load(acc, wait_n=1) if self.registers else acc[...]
+
 
 def store(*pairs: tuple[Ref, Ref]) -> None:
     """Copy (shared memory, device memory) pairs out, and wait until they are there."""
@@ -134,14 +154,20 @@ def kernel(
     grid: dict[str, int],
     scratch: dict[str, Any],
     interpret: bool,
+    warpgroups: int = 1,
     **static: Any,
 ) -> Callable[..., Any]:
-    """`plgpu.kernel` with lane semantics; the body gets `static` and its `wg` (`Warpgroup`)."""
+    """`plgpu.kernel` with lane semantics; the body gets `static` and its `wg` (`Warpgroup`).
+
+    With several warpgroups it reads its own number from the axis "warpgroup".
+    """
     options: Any = {"interpret": plgpu.InterpretGPUParams()}
     if not interpret:
         lane = plgpu.LoweringSemantics.Lane
         params = plgpu.CompilerParams(approx_math=True, lowering_semantics=lane)
         options = {"compiler_params": params}
+    if warpgroups > 1:
+        options |= {"num_threads": warpgroups, "thread_name": "warpgroup"}
     return plgpu.kernel(
         functools.partial(body, wg=Warpgroup(registers=not interpret), **static),
         out_type=out,

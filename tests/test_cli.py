@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from hmf_jax import generation
+from hmf_jax import embedded, generation
 from hmf_jax.chat import ChatSession, generate_text, load_tokenizer
 from hmf_jax.cli import app
 from hmf_jax.config import HybridConfig
@@ -185,7 +185,11 @@ def test_as_a_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path):
-    out = run("demo", "--directory", tmp_path).stdout
-    assert "All checks passed" in out and "tokens/s" in out and "128K" in out
-    assert (tmp_path / "orbax" / "params").is_dir()
+@pytest.mark.parametrize("name", embedded.HYBRIDS)
+def test_demo(name):
+    out = run("demo", "--model", name).stdout
+    assert "It remembers." in out and "tokens/s" in out and "128K" in out
+
+
+def test_demo_of_a_model_that_is_not_there():
+    assert "no embedded hybrid 'x'; choose gka or bmojo-f" in error_of("demo", "--model", "x")

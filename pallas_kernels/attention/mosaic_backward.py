@@ -11,11 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.mosaic_forward import (
-    accumulate_both,
     fill,
-    first_of,
     given,
-    kernel_of,
     load_keys,
     ring,
     roles,
@@ -39,6 +36,7 @@ from pallas_kernels.mosaic import (
     accumulator,
     along_columns,
     along_rows,
+    kernel,
     tile,
     transposed,
     vector,
@@ -80,19 +78,20 @@ def dq(
     if options.interpret:
         scratch["room"] = tile((2, M, keys))
     spans = spans_of(options, q, ks, places, doc, TILE, keys)
-    return kernel_of(
+    return kernel(
         _attention_dq,
         out=jax.ShapeDtypeStruct(q.shape, bf16),
         grid={"h": H, "i": T // TILE, "b": B},
         scratch=scratch,
         interpret=options.interpret,
+        warpgroups=3,
         windows=options.windows,
         scale=options.scale,
     )(q, *ks, *vs, do, lse, delta, spans, places, *given(doc))
 
 
 def _attention_dq(
-    *refs: Ref, windows: Any, scale: float, mm: Warpgroup,
+    *refs: Ref, windows: Any, scale: float, wg: Warpgroup,
     q_s, do_s, k_s, v_s, lse_s, delta_s, q_full, k_ring, v_ring,
     doc_q: Ref = None, doc_k: Ref = None, room: Ref = None,
 ) -> None:  # fmt: skip
@@ -129,15 +128,15 @@ def _attention_dq(
                 plgpu.wgmma(scores, q_s.at[w], transposed(k_s.at[slot]))
                 plgpu.barrier_wait(v_ring["full"].at[slot])
                 plgpu.wgmma(products, do_s.at[w], transposed(v_s.at[slot]))
-                s = first_of(mm, scores)
+                s = wg.first(scores)
                 s = walk.mask(s, stream, tile, start, tile * keys, same if doc_g else None)
                 p = jnp.exp2(s * (scale * LOG2E) - along_rows(lse, keys))
                 return p * (products[...] - along_rows(delta, keys))
 
             ds = pl.run_scoped(gradient, accumulator((M, keys)), accumulator((M, keys)))
             plgpu.barrier_arrive(v_ring["free"].at[slot])
-            left = mm.operand(ds, None if room is None else room.at[w])
-            dq = mm.accumulate(dq, lambda acc: plgpu.wgmma(acc, left, k_s.at[slot]))
+            left = wg.operand(ds, None if room is None else room.at[w])
+            dq = wg.accumulate(dq, lambda acc: plgpu.wgmma(acc, left, k_s.at[slot]))
             plgpu.barrier_arrive(k_ring["free"].at[slot])
             return dq
 
@@ -183,12 +182,13 @@ def dkv(
     if options.interpret:
         scratch["room"] = tile((2, M, queries))
     spans = spans_of(options, q, (k,), places, doc, queries, TILE, by_key=True)
-    return kernel_of(
+    return kernel(
         _attention_dkv,
         out=(jax.ShapeDtypeStruct(k.shape, bf16), jax.ShapeDtypeStruct(v.shape, bf16)),
         grid={"h": k.shape[2], "i": k.shape[1] // TILE, "b": B},
         scratch=scratch,
         interpret=options.interpret,
+        warpgroups=3,
         windows=options.windows,
         scale=options.scale,
     )(q, k, v, do, lse, delta, spans, places, *given(doc))
@@ -196,7 +196,7 @@ def dkv(
 
 def _attention_dkv(
     q_g, k_g, v_g, do_g, lse_g, delta_g, spans_g, places_g, *rest: Ref,
-    windows: Any, scale: float, mm: Warpgroup,
+    windows: Any, scale: float, wg: Warpgroup,
     k_s, v_s, q_s, do_s, lse_s, delta_s, k_full, q_ring, do_ring,
     doc_q: Ref = None, doc_k: Ref = None, room: Ref = None,
 ) -> None:  # fmt: skip
@@ -231,7 +231,7 @@ def _attention_dkv(
                 plgpu.wgmma(scores, k_s.at[w], transposed(q_s.at[slot]))
                 plgpu.barrier_wait(do_ring["full"].at[slot])
                 plgpu.wgmma(products, v_s.at[w], transposed(do_s.at[slot]))
-                s = first_of(mm, scores)
+                s = wg.first(scores)
                 s = walk.mask(
                     s, stream, tile, tile * queries, start, same if doc_g else None, transpose=True
                 )
@@ -245,10 +245,10 @@ def _attention_dkv(
             )
 
             def add(dv, dk):  # dv runs while the operand of dk is made
-                plgpu.wgmma(dv, mm.operand(p, place), do_s.at[slot])
-                plgpu.wgmma(dk, mm.operand(p * slope, place), q_s.at[slot])
+                plgpu.wgmma(dv, wg.operand(p, place), do_s.at[slot])
+                plgpu.wgmma(dk, wg.operand(p * slope, place), q_s.at[slot])
 
-            dv, dk = accumulate_both(mm, dv, dk, add)
+            dv, dk = wg.accumulate_both(dv, dk, add)
             plgpu.barrier_arrive(do_ring["free"].at[slot])
             plgpu.barrier_arrive(q_ring["free"].at[slot])
             return dk, dv

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,36 +34,12 @@ from pallas_kernels.mosaic import (
     accumulator,
     along_columns,
     along_rows,
+    kernel,
     tile,
     transposed,
     vector,
 )
 from pallas_kernels.tuning import tuned
-
-_ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-
-
-def kernel_of(
-    body: Callable[..., None], *, out: Any, grid: dict[str, int], scratch: dict[str, Any],
-    interpret: bool, **static: Any,
-) -> Callable[..., Any]:  # fmt: skip
-    """`plgpu.kernel` with three warpgroups; the body gets `static` and its `mm` (`Warpgroup`)."""
-    options: Any = {"interpret": plgpu.InterpretGPUParams()}
-    if not interpret:
-        lane = plgpu.LoweringSemantics.Lane
-        params = plgpu.CompilerParams(approx_math=True, lowering_semantics=lane)
-        options = {"compiler_params": params}
-    return plgpu.kernel(
-        functools.partial(body, mm=Warpgroup(registers=not interpret), **static),
-        out_type=out,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        scratch_types=scratch,
-        num_threads=3,
-        thread_name="warpgroup",
-        kernel_name=body.__name__.strip("_"),
-        **options,
-    )
 
 
 def ring(stages: int, loads: int) -> dict[str, Any]:
@@ -88,28 +63,6 @@ def roles(compute: Callable[[jax.Array], None], load: Callable[[], None]) -> Non
     def loading():
         plgpu.set_max_registers(24, action="decrease")
         load()
-
-
-def first_of(mm: Warpgroup, acc: Ref) -> jax.Array:
-    """The accumulator of the first of two products, while the second one runs."""
-    return plgpu.wgmma_accumulator_load(acc, wait_n=1) if mm.registers else acc[...]
-
-
-def accumulate_both(
-    mm: Warpgroup, a: jax.Array, b: jax.Array, add: Callable[[Ref, Ref], None]
-) -> tuple[jax.Array, jax.Array]:
-    """a and b plus what `add` adds to their accumulators."""
-    if mm.registers:
-        start: Any = tuple(_ACC.init(plgpu.layout_cast(x, MATRIX)) for x in (a, b))
-        a, b = pl.run_state(lambda accs: add(*accs))(start)
-        return plgpu.layout_cast(a, MATRIX), plgpu.layout_cast(b, MATRIX)
-
-    def run(*accs):
-        add(*accs)
-        return accs[0][...], accs[1][...]
-
-    sums = pl.run_scoped(run, accumulator(a.shape), accumulator(b.shape))
-    return a + sums[0], b + sums[1]
 
 
 def zeros(*shape: int) -> jax.Array:
@@ -155,12 +108,13 @@ def forward(
     if options.interpret:
         scratch["room"] = tile((2, M, keys))
     spans = spans_of(options, q, ks, places, doc, TILE, keys)
-    return kernel_of(
+    return kernel(
         _attention_forward,
         out=(jax.ShapeDtypeStruct(q.shape, bf16), jax.ShapeDtypeStruct((B, H, T), f32)),
         grid={"h": H, "i": T // TILE, "b": B},
         scratch=scratch,
         interpret=options.interpret,
+        warpgroups=3,
         queries=len(qs),
         windows=options.windows,
         scale=options.scale,
@@ -172,7 +126,7 @@ def given(x: jax.Array | None) -> tuple[jax.Array, ...]:
 
 
 def _attention_forward(
-    *refs: Ref, queries: int, windows: Any, scale: float, mm: Warpgroup,
+    *refs: Ref, queries: int, windows: Any, scale: float, wg: Warpgroup,
     q_s, k_s, v_s, lse_s, q_full, k_ring, v_ring, turn,
     doc_q: Ref = None, doc_k: Ref = None, room: Ref = None,
 ) -> None:  # fmt: skip
@@ -226,10 +180,10 @@ def _attention_forward(
             p = jnp.exp2(s * (scale * LOG2E) - along_rows(new_top, keys))
             total = total * shrink + jnp.sum(p, axis=1)
             o = o * along_rows(shrink, D)
-            left = mm.operand(p, None if room is None else room.at[w])
+            left = wg.operand(p, None if room is None else room.at[w])
             take_turns()
             plgpu.barrier_wait(v_ring["full"].at[slot])
-            o = mm.accumulate(o, lambda acc: plgpu.wgmma(acc, left, v_s.at[slot]))
+            o = wg.accumulate(o, lambda acc: plgpu.wgmma(acc, left, v_s.at[slot]))
             plgpu.barrier_arrive(v_ring["free"].at[slot])
             return o, new_top, total
 

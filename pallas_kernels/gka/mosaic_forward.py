@@ -127,7 +127,7 @@ def chebyshev(
 
             def add(acc):
                 plgpu.wgmma(acc, decayed, h_s)
-                s = plgpu.wgmma_accumulator_load(scores, wait_n=1) if wg.registers else scores[...]
+                s = wg.first(scores)
                 plgpu.wgmma(acc, wg.operand(s * (matrix(m_s) * -ws), rooms[1]), k_s)
 
             return wg.accumulate(begin, add)

@@ -1,0 +1,508 @@
+"""Makes the embedded models: a tiny Transformer, hybrids primed from it, and what they remember.
+
+    python -m hmf_jax.embedded.train --seed 0 --out DIR
+
+trains the Transformer on `hmf_jax.embedded.corpus`, makes each hybrid of `HYBRIDS` from it (stage
+0), distils (stage 1), fine-tunes (stage 2), and, to compare, trains the same hybrid without stage
+1. DIR/seed0 gets the models (Hugging Face format, hybrids in bfloat16) and
+metrics.json, DIR/results.json and results.md the tables over all seeds that DIR holds, all of them
+as soon as there is something to write; the same command goes on where a run was cut off. Runs of
+different seeds may share DIR and a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from optax import contrib
+
+from hmf_jax.config import HybridConfig
+from hmf_jax.embedded import corpus
+from hmf_jax.generation import enable_compilation_cache
+from hmf_jax.loading import (
+    abstract_params,
+    flat_params,
+    from_pretrained,
+    save_pretrained,
+    with_params,
+)
+from hmf_jax.model import HybridLM
+from hmf_jax.priming import make_distill_step, prime, unfuse
+from hmf_jax.state import AttentionState, BMojoState, ModelState, WindowState
+from hmf_jax.training import TrainState, make_train_step
+
+WINDOW = 16  # tokens that sliding windows see; a question is about facts far behind them
+
+# Name -> pattern. No layer keeps full attention: what is older than the windows is in the states.
+HYBRIDS = {
+    "GKA": "SWA-GKA-SWA-GKA",
+    "B'MOJO-F": "SWA-BMF-SWA-BMF",
+    "GKA only": "GKA-GKA-GKA-GKA",
+    "GDN": "SWA-GDN-SWA-GDN",
+    "Mamba2": "SWA-M2-SWA-M2",
+    "SWA": "SWA-SWA-SWA-SWA",
+}
+# B'MOJO-F reads what its inner mixer made of a token a window later. "Gove has 47": the inner mixer
+# knows the number at the end of the name, five tokens before it is said; so the window is shorter.
+MIXERS: dict[str, Any] = dict(
+    swa={"window_size": WINDOW}, bmojo={"window_size": 4, "ssm_mixer": "GKA"}
+)
+TARGET = "none"  # what stage 1 compares beside the states before the output head
+# Without stage 1: as many steps of fine-tuning, and as many steps in all (tested last).
+EQUAL_TUNING, EQUAL_STEPS = "not distilled", "not distilled, tuned longer"
+NUM_ITER = (30, 10, 5, 1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """`steps` batches of documents of `length` tokens at a level of `corpus.rows`."""
+
+    steps: int
+    length: int
+    level: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is trained, how long, and on what it is tested.
+
+    Attributes:
+      base, distill, tune: phases of the Transformer, of stage 1 and of stage 2; the steps of a
+        phase are a multiple of `block`.
+      tokens, hybrid_tokens: per batch, of the Transformer and of hybrids.
+      row: tokens per row of a batch, a multiple of every phase's length.
+      block: steps per call of the device.
+      learning_rate, hybrid_rate: of Muon, for matrices; a quarter of it is Adam's, for all else.
+      contexts: lengths of tested contexts; one fact per 32 tokens, then filler.
+      questions: per tested length.
+      hidden_size, layers: of the models.
+    """
+
+    base: tuple[Phase, ...] = (
+        Phase(200, 64, 0),
+        Phase(400, 64, 1),
+        Phase(800, 128),
+        Phase(400, 256),
+        Phase(400, 512),
+    )
+    distill: tuple[Phase, ...] = (Phase(40, 64, 1), Phase(60, 128))
+    tune: tuple[Phase, ...] = (
+        Phase(120, 64, 1),
+        Phase(200, 128),
+        Phase(160, 256),
+        Phase(80, 512),
+    )
+    tokens: int = 8192
+    hybrid_tokens: int = 4096
+    row: int = 512
+    block: int = 20
+    learning_rate: float = 0.02
+    hybrid_rate: float = 0.01
+    contexts: tuple[int, ...] = (128, 256, 512)
+    questions: int = 256
+    hidden_size: int = 96
+    layers: int = 4
+
+    def scaled(self, factor: float) -> Plan:
+        """The plan with this many times the steps."""
+
+        def scale(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+            blocks = [max(1, round(factor * phase.steps / self.block)) for phase in phases]
+            pairs = zip(phases, blocks, strict=True)
+            return tuple(dataclasses.replace(p, steps=n * self.block) for p, n in pairs)
+
+        names = ("base", "distill", "tune")
+        return dataclasses.replace(self, **{name: scale(getattr(self, name)) for name in names})
+
+    def of_hybrids(self) -> Plan:
+        """The plan with the hybrids' batches and learning rate."""
+        return dataclasses.replace(self, tokens=self.hybrid_tokens, learning_rate=self.hybrid_rate)
+
+    def rates(self, steps: int) -> np.ndarray:
+        """Learning rate of each step: a short warm-up, constant, in the second half down to 0."""
+        step = np.arange(steps)
+        up, down = (step + 1) / min(20, steps), 2 * (steps - step) / steps
+        return (self.learning_rate * np.minimum(1.0, np.minimum(up, down))).astype(np.float32)
+
+
+SMALL = Plan(
+    base=(Phase(4, 64, 0), Phase(4, 128)),
+    distill=(Phase(4, 64),),
+    tune=(Phase(4, 128),),
+    tokens=256,
+    hybrid_tokens=256,
+    row=128,
+    block=2,
+    contexts=(64, 128),
+    questions=4,
+    hidden_size=32,
+)
+
+
+def base_config(plan: Plan) -> HybridConfig:
+    """The Transformer: Qwen3's architecture, tiny."""
+    return HybridConfig(
+        vocab_size=corpus.VOCAB_SIZE,
+        hidden_size=plan.hidden_size,
+        intermediate_size=2 * plan.hidden_size,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        layer_kinds=("*",) * plan.layers,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        eos_token_id=corpus.END_ID,
+        pad_token_id=corpus.PAD_ID,
+    )
+
+
+def optimizer() -> optax.GradientTransformation:
+    """Muon for the matrices of linear layers, Adam for everything else; the rate is in its state.
+
+    Muon (orthogonalised momentum, arXiv 2502.16982) finds the circuits of recall in a fraction of
+    Adam's steps. Parameters of equal shape are stacked, so that a step is a few large operations.
+    """
+
+    @optax.inject_hyperparams
+    def rule(learning_rate: Any) -> optax.GradientTransformation:
+        def shapes(groups: Mapping[str, Any]) -> dict[str, Any]:
+            matrix = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+            return {key: matrix if key.startswith("kernel") else None for key in groups}
+
+        matrices: Any = shapes
+        return contrib.muon(
+            learning_rate,
+            adam_b2=0.98,
+            adam_learning_rate=learning_rate / 4,
+            muon_weight_dimension_numbers=matrices,
+        )
+
+    def key(name: str, x: jax.Array) -> str:
+        return f"{name.rsplit('.')[-1]} {x.shape}"
+
+    def stack(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        groups: dict[str, list[jax.Array]] = defaultdict(list)
+        for name in sorted(params):
+            groups[key(name, params[name])].append(params[name])
+        return {k: jnp.stack(group) for k, group in groups.items()}
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        new, state = inner.update(stack(updates), state, stack(params))
+        parts: dict[str, Any] = {k: iter(x) for k, x in cast(dict, new).items()}
+        return {name: next(parts[key(name, updates[name])]) for name in sorted(updates)}, state
+
+    inner = rule(learning_rate=0.0)
+    return optax.GradientTransformation(lambda params: inner.init(stack(params)), update)
+
+
+def fit(
+    model: HybridLM,
+    make_step: Callable[..., Any],
+    phases: Sequence[Phase],
+    plan: Plan,
+    *,
+    trainable: str | None = None,
+    seed: int,
+    say: Callable[[str], None],
+) -> tuple[HybridLM, list[float]]:
+    """Train through the phases: the model and the loss of every step.
+
+    Documents of all lengths are packed into rows of plan.row tokens, and blocks of steps run on the
+    device in one call, so that a stage is one program.
+    """
+    opt = optimizer()
+    state = TrainState.create(model, opt, trainable=trainable)
+    step = make_step(opt, max_grad_norm=1.0)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state: TrainState, rates: jax.Array, batches: dict[str, jax.Array]) -> Any:
+        def one(state: TrainState, xs: Any) -> Any:
+            hyperparams = {**state.opt_state.hyperparams, "learning_rate": xs[0]}
+            opt_state = state.opt_state._replace(hyperparams=hyperparams)
+            state, metrics = step(dataclasses.replace(state, opt_state=opt_state), xs[1])
+            return state, metrics["loss"]
+
+        return jax.lax.scan(one, state, (rates, batches))
+
+    rates = plan.rates(sum(phase.steps for phase in phases))
+    rng, losses = random.Random(seed), []
+    for phase in phases:
+        pending, start = [], len(losses)
+        for done in range(0, phase.steps, plan.block):
+            shape = (plan.block, plan.tokens // plan.row, plan.row)
+            count = math.prod(shape) // phase.length
+            rows = corpus.rows(rng, count, phase.length, phase.level)
+            ids = np.repeat(
+                np.arange(1, plan.row // phase.length + 1, dtype=np.int32), phase.length
+            )
+            batches = {
+                "tokens": rows.tokens.reshape(shape),
+                "loss_mask": rows.weights.reshape(shape),
+                "segment_ids": np.broadcast_to(ids, shape),
+            }
+            state, loss = run(state, rates[start + done :][: plan.block], batches)
+            pending.append(loss)
+        losses += np.concatenate(pending).tolist()
+        say(
+            f"  {phase.steps} steps, documents of {phase.length}: "
+            f"loss {losses[start]:.3f} -> {statistics.mean(losses[-20:]):.3f}"
+        )
+    return state.model(), losses
+
+
+def forget(state: ModelState, wanted: jax.Array) -> ModelState:
+    """The state as if its recurrent layers had seen nothing, if wanted; windows of tokens stay.
+
+    B'MOJO-F's fading tokens are outputs of its inner recurrent mixer, so they go too.
+    """
+
+    def clear(x: jax.Array) -> jax.Array:
+        return jnp.where(wanted, 0, x)
+
+    def one(layer: Any) -> Any:
+        if isinstance(layer, AttentionState | WindowState):
+            return layer
+        new = jax.tree.map(clear, layer)
+        if isinstance(layer, BMojoState):
+            W = layer.k_pending.shape[1]
+            k, v = (x.at[:, W:].set(clear(x[:, W:])) for x in (layer.k, layer.v))
+            new = dataclasses.replace(new, k=k, v=v)
+        return new
+
+    return dataclasses.replace(state, layers=tuple(map(one, state.layers)))
+
+
+@jax.jit
+def answers(
+    model: HybridLM, context: jax.Array, question: jax.Array, num_iter: Any, forgetful: jax.Array
+) -> jax.Array:
+    """What the model would say next at each token of the question but the last, [B, Q - 1].
+
+    context [B, T] may hold padding; forgetful: zero the recurrent states before the question.
+    """
+    state = model.init_state(len(context), context.shape[1] + question.shape[1])
+    valid = (context != corpus.PAD_ID).astype(jnp.int32)
+    _, state = model(context, segment_ids=valid, state=state, num_iter=num_iter, last_only=True)
+    assert state is not None
+    logits, _ = model(question, state=forget(state, forgetful), num_iter=num_iter)
+    return jnp.argmax(logits[:, :-1], axis=-1)
+
+
+def accuracy(
+    model: HybridLM,
+    asked: corpus.Questions,
+    *,
+    num_iter: int | None = None,
+    forgetful: bool = False,
+    pad_to: int = 0,
+) -> float:
+    """Fraction of questions answered right in all digits (chance: 1 / 90).
+
+    Contexts are padded to pad_to tokens: then all lengths share one compiled program.
+    """
+    padding = [(0, 0), (max(0, pad_to - asked.context.shape[1]), 0)]
+    context = np.pad(asked.context, padding, constant_values=corpus.PAD_ID)
+    if num_iter is None and model.config.gka is not None:
+        num_iter = model.config.gka.num_iter
+    said = answers(model, context, asked.question, num_iter, jnp.array(forgetful))
+    right = np.asarray(said) == asked.question[:, 1:]
+    return float(right[:, asked.answer[1:]].all(axis=1).mean())
+
+
+def in_dtype(model: HybridLM, dtype: Any) -> HybridLM:
+    """The same model in another dtype."""
+    abstract = nnx.eval_shape(lambda: HybridLM(model.config, dtype=dtype))
+    shapes = abstract_params(abstract, None)
+    params = {path: x.astype(shapes[path].dtype) for path, x in flat_params(model).items()}
+    return with_params(abstract, params)
+
+
+def run(seed: int, out: Path, plan: Plan, hybrids: Sequence[str], dtype: Any = jnp.float32) -> None:
+    """Trains everything for one seed; writes models and metrics as they come.
+
+    Goes on from what an earlier run with the same settings finished.
+
+    Raises ValueError if there are results of other settings.
+    """
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[seed {seed} {time.monotonic() - start:6.1f} s] {text}", flush=True)
+
+    directory = out / f"seed{seed}"
+    directory.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"questions {seed}")
+    tests = [
+        corpus.questions(rng, plan.questions, length, length // 32, length // 3)
+        for length in plan.contexts
+    ]
+    report: dict[str, Any] = {
+        "seed": seed,
+        "plan": dataclasses.asdict(plan),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "dtype": jnp.dtype(dtype).name,
+        "rows": [],
+        "losses": {},
+        "seconds": {},
+    }
+    report = json.loads(json.dumps(report))
+    if (metrics := directory / "metrics.json").is_file():
+        earlier = json.loads(metrics.read_text(encoding="utf-8"))
+        if any(earlier[key] != report[key] for key in ("plan", "dtype")):
+            raise ValueError(f"{metrics} is of other settings; choose another --out or remove it.")
+        report |= {key: earlier[key] for key in ("rows", "losses", "seconds")}
+    finished = {row["model"] for row in report["rows"] if row["stage"] in ("trained", EQUAL_STEPS)}
+    report["rows"] = [row for row in report["rows"] if row["model"] in finished]
+
+    def train(model: HybridLM, phases: Sequence[Phase], label: str, **options: Any) -> HybridLM:
+        say(f"{label}: {model.config.hybrid_override_pattern}")
+        began = time.monotonic()
+        options = {"make_step": make_train_step, "plan": plan.of_hybrids(), **options}
+        model, losses = fit(model, phases=phases, seed=seed, say=say, **options)
+        report["losses"][label] = [round(x, 4) for x in losses]
+        report["seconds"][label] = round(time.monotonic() - began, 1)
+        return model
+
+    def test(model: HybridLM, name: str, stage: str) -> None:
+        """The accuracy for each length; of what is written also by num_iter and without states."""
+        model = in_dtype(model, jnp.float32)
+        final = stage == "primed"
+        settings: list[tuple[int | None, bool]] = [(None, False)]
+        if final and model.config.gka is not None:
+            settings = [(n, False) for n in NUM_ITER]
+        if final:
+            settings.append((None, True))
+        for num_iter, zeroed in settings:
+            found = []
+            for length, asked in zip(plan.contexts, tests, strict=True):
+                options: Any = dict(num_iter=num_iter, forgetful=zeroed)
+                found.append(accuracy(model, asked, **options, pad_to=max(plan.contexts)))
+                row = dict(model=name, stage=stage, num_iter=num_iter, zeroed=zeroed)
+                report["rows"].append(row | dict(context=length, accuracy=found[-1]))
+            what = f"{name}, {stage}" + ("" if num_iter is None else f", num_iter {num_iter}")
+            what += ", states zeroed" if zeroed else ""
+            say(f"  {what}: {', '.join(f'{x:.3f}' for x in found)}")
+        replace(metrics, json.dumps(report, indent=1))
+        write_results(out)
+
+    def save(model: HybridLM, name: str, dtype: Any = jnp.bfloat16) -> HybridLM:
+        """Writes the model; what is tested is what was written."""
+        target = directory / slug(name)
+        save_pretrained(in_dtype(model, dtype), target, overwrite=True, progress=False)
+        corpus.build_tokenizer().save_pretrained(str(target))
+        return from_pretrained(target, dtype=jnp.float32, progress=False)
+
+    if "Transformer" in finished:
+        base = from_pretrained(directory / slug("Transformer"), dtype=dtype, progress=False)
+    else:
+        base = HybridLM.init(base_config(plan), dtype=dtype, seed=seed)
+        base = train(base, plan.base, "Transformer", plan=plan)
+        test(save(base, "Transformer", jnp.float32), "Transformer", "trained")
+    for name in hybrids:
+        if name in finished:
+            continue
+        kinds = HYBRIDS[name].split("-")
+        fused = prime(base, [f"{kind}*" for kind in kinds], seed=seed, **MIXERS)
+        test(unfuse(fused), name, "stage 0")
+        distill: Any = functools.partial(make_distill_step, target=TARGET)
+        options: Any = dict(make_step=distill, trainable="mixer")
+        hybrid = unfuse(train(fused, plan.distill, f"{name}, stage 1", **options))
+        test(hybrid, name, "distilled")
+        hybrid = train(hybrid, plan.tune, f"{name}, stage 2")
+        test(save(hybrid, name), name, "primed")
+        for stage, phases in ((EQUAL_STEPS, plan.distill + plan.tune), (EQUAL_TUNING, plan.tune)):
+            plain = prime(base, kinds, seed=seed, **MIXERS)
+            test(train(plain, phases, f"{name}, {stage}"), name, stage)
+    say("done")
+
+
+def slug(name: str) -> str:
+    """The directory name of a model."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower().replace("'", ""))
+
+
+def replace(path: Path, text: str) -> None:
+    """Write beside, then rename: nobody reads half a file."""
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def write_results(out: Path) -> None:
+    """results.json and results.md over all seeds found."""
+    found = sorted(out.glob("seed*/metrics.json"))
+    rows = summarize([json.loads(path.read_text(encoding="utf-8")) for path in found])
+    replace(out / "results.json", json.dumps(rows, indent=1))
+    replace(out / "results.md", table(rows))
+
+
+def summarize(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with mean and standard deviation of the accuracy over seeds."""
+    found: dict[tuple, list[float]] = defaultdict(list)
+    for report in reports:
+        for row in report["rows"]:
+            key = tuple((k, v) for k, v in row.items() if k != "accuracy")
+            found[key].append(row["accuracy"])
+    return [
+        dict(key)
+        | dict(
+            mean=round(statistics.mean(values), 4),
+            std=round(statistics.stdev(values), 4) if len(values) > 1 else None,
+            seeds=len(values),
+        )
+        for key, values in found.items()
+    ]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as Markdown: one line per model, stage and num_iter, one column per context."""
+    lengths = sorted({r["context"] for r in rows})
+    lines: dict[tuple, dict[int, str]] = defaultdict(dict)
+    for r in rows:
+        std = "" if r["std"] is None else f" ± {100 * r['std']:.1f}"
+        what = r["stage"] + (", states zeroed" if r["zeroed"] else "")
+        lines[r["model"], what, r["num_iter"]][r["context"]] = f"{100 * r['mean']:.1f}{std}"
+    head = ["model", "", "num_iter", *(f"{n} tokens" for n in lengths)]
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (model, what, num_iter), cells in lines.items():
+        cells = [cells.get(n, "–") for n in lengths]
+        row = [model, what, "" if num_iter is None else str(num_iter), *cells]
+        out.append("| " + " | ".join(row) + " |")
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hybrids", nargs="*", choices=HYBRIDS, default=list(HYBRIDS))
+    parser.add_argument("--scale", type=float, default=1.0, help="times as many steps")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse_args()
+    if args.scale <= 0:
+        parser.error("--scale must be positive")
+    jax.config.update("jax_default_matmul_precision", "float32")
+    enable_compilation_cache()
+    run(args.seed, args.out, Plan().scaled(args.scale), args.hybrids, jnp.dtype(args.dtype))
+
+
+if __name__ == "__main__":
+    main()
