@@ -535,7 +535,7 @@ def prime_select(
 
 @_command
 def demo(
-    model: Annotated[str, typer.Option(help="An embedded model: gka or bmojo-f.")] = "gka",
+    model: Annotated[str, typer.Option(help="One of hmf_jax.embedded.HYBRIDS.")] = "gka",
     seed: Annotated[int, typer.Option(help="Of the facts to remember.")] = 0,
 ) -> None:
     """A tiny hybrid that was really trained remembers what it read. Needs no download."""

@@ -192,4 +192,4 @@ def test_demo(name):
 
 
 def test_demo_of_a_model_that_is_not_there():
-    assert "no embedded hybrid 'x'; choose gka or bmojo-f" in error_of("demo", "--model", "x")
+    assert "no embedded hybrid 'x'; choose gka" in error_of("demo", "--model", "x")

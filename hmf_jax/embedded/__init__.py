@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-HYBRIDS = ("gka", "bmojo-f")
+HYBRIDS = ("gka",)
 NAMES = (*HYBRIDS, "transformer")  # the last is what they were made from
 
 
