@@ -201,6 +201,7 @@ def test_second_prompt_compiles_nothing(model):
     assert len(_compiled) > before
 
 
+@pytest.mark.slow
 def test_warmup_compiles_everything(model):
     settings: dict[str, Any] = dict(capacity=200, prefill_chunk=128)
     warmup(model, **settings)

@@ -130,6 +130,7 @@ def test_golden(impl, blocks, monkeypatch):
 # Any cut of the sequence
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     pieces=st.lists(st.sampled_from([1, 9]), min_size=1, max_size=7),

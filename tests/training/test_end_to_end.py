@@ -16,6 +16,7 @@ from tests.util import tiny_config
 pytest.importorskip("grain")
 
 
+@pytest.mark.slow
 def test_a_model_learns_the_texts_of_a_file(tmp_path):
     file = tmp_path / "texts.jsonl"
     texts = ["abc" * 7, "xyz" * 5, "hello hello hello"]
