@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,14 @@ class _Request:
     num_iter: Any  # [B] int32; None = the config's
 
 
+class _Settings(NamedTuple):
+    """What one row was asked for."""
+
+    sampling: SamplingParams
+    eos: list[int]
+    num_iter: int | None  # None = the config's
+
+
 @partial(jax.jit, donate_argnames=("rows", "logits"))
 def _prefill(
     model: HybridLM, rows: _Rows, logits: jax.Array, tokens: jax.Array, valid: jax.Array, num_iter
@@ -89,6 +97,14 @@ def _prefill(
     seen = rows.seen.at[jnp.arange(len(tokens))[:, None], tokens].max(valid)
     rows = dataclasses.replace(rows, state=state, seen=seen)
     return _replicate(model, rows), _replicate_one(model, logits)
+
+
+@partial(jax.jit, donate_argnames=("rows",))
+def _insert(rows: _Rows, one: _Rows, row: jax.Array) -> _Rows:
+    """Row 0 of `one` in place of a row."""
+    state = dataclasses.replace(rows.state, fresh=False)
+    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=0)
+    return jax.tree.map(put, dataclasses.replace(rows, state=state), one)
 
 
 @partial(jax.jit, donate_argnames=("rows",))
@@ -166,13 +182,20 @@ class Decoder:
       batch: number of rows.
       capacity: most tokens a row may hold, prompts and generated tokens together.
       prefill_chunk: prompts are fed in pieces of this many tokens.
+      round_up: to a power of two rows, so that batches of similar sizes share programs.
 
     Raises:
       ValueError: capacity beyond the model's max_position_embeddings; anything below 1.
     """
 
     def __init__(
-        self, model: HybridLM, batch: int, *, capacity: int, prefill_chunk: int = 2048
+        self,
+        model: HybridLM,
+        batch: int,
+        *,
+        capacity: int,
+        prefill_chunk: int = 2048,
+        round_up: bool = True,
     ) -> None:
         if min(batch, capacity, prefill_chunk) < 1:
             raise ValueError(f"{batch=}, {capacity=} and {prefill_chunk=} must be at least 1.")
@@ -186,7 +209,9 @@ class Decoder:
         self.context: list[list[int]] = [[] for _ in range(batch)]
         self.finish_reason: list[str | None] = ["idle"] * batch  # None while generating
         self._newest = [-1] * batch  # generated, not yet in the state
-        self._size = _power_of_two(batch)
+        self._left, self._full = [0] * batch, ["length"] * batch
+        self._settings = [_Settings(GREEDY, [], None)] * batch
+        self._size = _power_of_two(batch) if round_up else batch
         self._logits = self._put(jnp.zeros((self._size, model.config.vocab_size), model.dtype))
         self._rows = _Rows(
             state=model.init_state(self._size, capacity),
@@ -250,7 +275,8 @@ class Decoder:
                     f"max_position_embeddings={config.max_position_embeddings})."
                 )
         limits = _per_row("max_new_tokens", max_new_tokens, self.batch, 1)
-        self._request, self._eos = _request(config, self.batch, sampling, eos_ids, num_iter)
+        self._settings = _settings(config, self.batch, sampling, eos_ids, num_iter)
+        self._request = _request(config, self._settings, self._size)
 
         self._feed(fed)
         self.context = [c + p for c, p in zip(self.context, fed, strict=True)]
@@ -276,6 +302,25 @@ class Decoder:
         count = np.int32(min(max(steps, 1), MOST_STEPS))
         self._rows, tokens, logprobs = _decode(self.model, self._rows, keep, count, self._request)
         return self._collect(tokens, logprobs)
+
+    def adopt(self, row: int, other: Decoder) -> None:
+        """Go on with what `other`, a decoder of one row, has begun, in place of this row.
+
+        Raises:
+          ValueError: `other` has several rows, another capacity or another model; or this row is
+            still generating.
+        """
+        if other.batch != 1 or other.capacity != self.capacity or other.model is not self.model:
+            raise ValueError(
+                f"Only a decoder of one row, of this model and of a capacity of {self.capacity} "
+                f"can be taken over, not one of {other.batch} and {other.capacity}."
+            )
+        if self.finish_reason[row] is None:
+            raise ValueError(f"Row {row} is still generating; stop it first.")
+        self._rows = _insert(self._rows, other._rows, np.int32(row))
+        for name in ("context", "finish_reason", "_newest", "_left", "_full", "_settings"):
+            getattr(self, name)[row] = getattr(other, name)[0]
+        self._request = _request(self.model.config, self._settings, self._size)
 
     def stop(self, row: int) -> None:
         """End a row, for example because its text contains a stop string."""
@@ -308,7 +353,7 @@ class Decoder:
                 self._newest[row] = token
             self._left[row] -= count
             if taken and self.finish_reason[row] is None:
-                if taken[-1] in self._eos[row]:
+                if taken[-1] in self._settings[row].eos:
                     self.finish_reason[row] = "eos"
                 elif self._left[row] <= 0:
                     self.finish_reason[row] = self._full[row]
@@ -330,9 +375,14 @@ def generate(
     num_iter: int | Sequence[int] | None = None,
     capacity: int | None = None,
     prefill_chunk: int = 2048,
+    slots: int | None = None,
     logprobs: bool = False,
 ) -> list[Generation]:
     """Continue each prompt until an end token, `max_new_tokens` or a full state.
+
+    For throughput, pass many prompts and as many `slots` as the memory holds: that many rows decode
+    together, and a row that is done makes room for the next prompt. Prompts are then prefilled one
+    by one, so that their activations take no more memory than those of one chunk.
 
     Args:
       model: the model.
@@ -347,6 +397,8 @@ def generate(
       capacity: tokens each row can hold, prompt and output. None = what is needed, rounded up to a
         power of two, at most max_position_embeddings.
       prefill_chunk: prompts are fed in pieces of this many tokens; never changes the result.
+      slots: most rows at a time, see `hmf_jax.memory.plan_memory`; None = all prompts are fed and
+        decoded together.
       logprobs: also return the log-probability of each token.
 
     Returns:
@@ -356,24 +408,85 @@ def generate(
       ValueError: an empty prompt, token ids outside the vocabulary, a prompt that does not fit, or
         settings out of range; before anything runs.
     """
-    decoder, got = Decoder.begin(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        eos_ids=eos_ids,
-        num_iter=num_iter,
-        capacity=capacity,
-        prefill_chunk=prefill_chunk,
+    options: dict[str, Any] = dict(
+        max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids, num_iter=num_iter
     )
-    while decoder.active:
-        for (tokens, scores), (more, their) in zip(got, decoder.step(), strict=True):
-            tokens += more
-            scores += their
-    return [
-        Generation(tokens, reason or "length", scores if logprobs else None)
-        for (tokens, scores), reason in zip(got, decoder.finish_reason, strict=True)
-    ]
+    memory: dict[str, Any] = dict(capacity=capacity, prefill_chunk=prefill_chunk)
+    if slots is not None:
+        done = _in_slots(model, prompts, slots, **options, **memory)
+    else:
+        decoder, got = Decoder.begin(model, prompts, **options, **memory)
+        while decoder.active:
+            for (tokens, scores), (more, their) in zip(got, decoder.step(), strict=True):
+                tokens += more
+                scores += their
+        reasons = [reason or "length" for reason in decoder.finish_reason]
+        done = _generations(got, reasons)
+    return done if logprobs else [dataclasses.replace(g, logprobs=None) for g in done]
+
+
+def _in_slots(
+    model: HybridLM,
+    prompts: Sequence[Tokens],
+    slots: int,
+    *,
+    max_new_tokens: Any,
+    sampling: Any,
+    eos_ids: Any,
+    num_iter: Any,
+    capacity: int | None,
+    prefill_chunk: int,
+) -> list[Generation]:
+    """`generate` with at most `slots` rows at a time."""
+    if slots < 1:
+        raise ValueError(f"{slots=} must be at least 1.")
+    fed = check_prompts(prompts, model.config.vocab_size)
+    limits = _per_row("max_new_tokens", max_new_tokens, len(fed), 1)
+    settings = _settings(model.config, len(fed), sampling, eos_ids, num_iter)
+    longest = max(map(len, fed))
+    needed = max(len(p) + new for p, new in zip(fed, limits, strict=True))
+    capacity = capacity_for(model.config, needed, capacity)
+    if longest >= capacity:
+        raise ValueError(
+            f"Prompt {[len(p) for p in fed].index(longest)} has {longest} tokens, which leaves no "
+            f"room in a capacity of {capacity}; shorten it or pass a larger capacity."
+        )
+    sizes: dict[str, Any] = dict(capacity=capacity, prefill_chunk=prefill_chunk)
+    rows = Decoder(model, min(slots, len(fed)), round_up=False, **sizes)
+    owner: list[int | None] = [None] * rows.batch  # the prompt that a row continues
+    out: list[tuple[list[int], list[float]]] = [([], []) for _ in fed]
+    reasons = ["length"] * len(fed)
+    waiting = iter(range(len(fed)))
+    left = len(fed)
+    while left:
+        for row in range(rows.batch):
+            if owner[row] is not None or (i := next(waiting, None)) is None:
+                continue
+            one = Decoder(model, 1, **sizes)
+            ask = settings[i]
+            (out[i],) = one.start(
+                [fed[i]],
+                max_new_tokens=limits[i],
+                sampling=ask.sampling,
+                eos_ids=ask.eos,
+                num_iter=ask.num_iter,
+            )
+            owner[row] = i
+            rows.adopt(row, one)
+            del one  # its state makes room for that of the next prompt
+        more: Step = rows.step() if rows.active else [([], [])] * rows.batch
+        for row, (tokens, scores) in enumerate(more):
+            if (i := owner[row]) is None:
+                continue
+            out[i][0].extend(tokens)
+            out[i][1].extend(scores)
+            if (reason := rows.finish_reason[row]) is not None:
+                reasons[i], owner[row], left = reason, None, left - 1
+    return _generations(out, reasons)
+
+
+def _generations(out: Step, reasons: Sequence[str]) -> list[Generation]:
+    return [Generation(t, reason, s) for (t, s), reason in zip(out, reasons, strict=True)]
 
 
 def stream(
@@ -485,11 +598,10 @@ def check_prompts(prompts: Sequence[Tokens], vocab_size: int) -> list[list[int]]
     return checked
 
 
-def _request(
-    config: HybridConfig, batch: int, sampling, eos_ids: Any, num_iter
-) -> tuple[_Request, list[list[int]]]:
-    """Per-row settings as arrays (rows padded to the batch bucket), and the end tokens per row."""
-    pad = _power_of_two(batch) - batch
+def _settings(
+    config: HybridConfig, batch: int, sampling, eos_ids: Any, num_iter: Any
+) -> list[_Settings]:
+    """Arguments of `generate` as one setting per row."""
     params = [sampling] * batch if isinstance(sampling, SamplingParams) else list(sampling)
     if len(params) != batch:
         raise ValueError(f"Got {len(params)} sampling settings for {batch} prompts.")
@@ -501,19 +613,27 @@ def _request(
     eos = [[int(e) for e in row] for row in ([eos_ids] * batch if shared else eos_ids)]
     if len(eos) != batch:
         raise ValueError(f"Got {len(eos)} lists of end tokens for {batch} prompts.")
-    width = _power_of_two(max(map(len, eos)), 4)
-    table = np.full((batch + pad, width), -1, np.int32)
+    iterations = [None] * batch if num_iter is None else _per_row("num_iter", num_iter, batch, 0)
+    return [_Settings(*row) for row in zip(params, eos, iterations, strict=True)]
+
+
+def _request(config: HybridConfig, settings: Sequence[_Settings], size: int) -> _Request:
+    """Settings as arrays of `size` rows, the last ones unused."""
+    unused = [_Settings(GREEDY, [], None)] * (size - len(settings))
+    params, eos, num_iter = zip(*settings, *unused, strict=True)
+    table = np.full((size, _power_of_two(max(map(len, eos)), 4)), -1, np.int32)
     for row, ids in enumerate(eos):
         table[row, : len(ids)] = ids
 
     # Plain JAX on a GPU asks the host "once more?" in every iteration unless their number is known
     # when compiling, so the config's own is not passed as an array. (Kernels do not care.)
     iterations = None
-    if num_iter is not None:
-        chosen = _per_row("num_iter", num_iter, batch, 0)
-        if config.gka is not None and set(chosen) != {config.gka.num_iter}:
-            iterations = np.array(chosen + [0] * pad, np.int32)
-    return _Request(stack_params(params + [SamplingParams()] * pad), table, iterations), eos
+    if config.gka is not None:
+        own = config.gka.num_iter
+        chosen = [own if n is None else n for n in num_iter]
+        if set(chosen) != {own}:
+            iterations = np.array(chosen, np.int32)
+    return _Request(stack_params(params), table, iterations)
 
 
 def _per_row(name: str, value: int | Sequence[int], batch: int, least: int) -> list[int]:

@@ -1,0 +1,82 @@
+"""Many prompts in few rows: what each becomes does not depend on who shared the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hmf_jax import HybridConfig, HybridLM, make_mesh
+from hmf_jax.generation import Decoder, generate
+from hmf_jax.sampling import SamplingParams
+
+VOCAB = 64
+
+
+@pytest.fixture(scope="module")
+def model() -> HybridLM:
+    config = HybridConfig.preset(
+        "tiny", layer_kinds=("BMF", "*", "GKA"), vocab_size=VOCAB, hidden_size=32
+    )
+    return HybridLM.init(config, dtype=jnp.float32)
+
+
+def test_slots_change_nothing(model: HybridLM) -> None:
+    """Seven prompts of all lengths, limits, end tokens, num_iter and samplings in three rows."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, VOCAB, n).tolist() for n in (5, 40, 1, 60, 17, 3, 64)]
+    options: dict[str, Any] = dict(
+        max_new_tokens=[9, 1, 64, 20, 70, 2, 33],
+        sampling=[
+            SamplingParams(temperature=t, seed=s) for s, t in enumerate([0, 1, 0, 1, 2, 0, 1])
+        ],
+        eos_ids=[[], [3], [], list(range(8)), [], [], [1, 2]],
+        num_iter=[30, 30, 2, 30, 30, 5, 30],
+        capacity=128,
+        prefill_chunk=64,
+        logprobs=True,
+    )
+    together = generate(model, prompts, **options)
+    assert {g.finish_reason for g in together} == {"length", "eos"}
+    in_slots = generate(model, prompts, slots=3, **options)
+    assert [(g.tokens, g.finish_reason) for g in in_slots] == [
+        (g.tokens, g.finish_reason) for g in together
+    ]
+    for a, b in zip(in_slots, together, strict=True):
+        np.testing.assert_allclose(a.logprobs or [], b.logprobs or [], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [dict(tp=2), dict(dp=2)], ids=["tp2", "dp2"])
+def test_slots_of_a_mesh(model: HybridLM, sizes: dict[str, int]) -> None:
+    mesh = make_mesh(**sizes, devices=jax.devices()[:2])
+    spread = HybridLM.init(model.config, dtype=jnp.float32, mesh=mesh)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    options: dict[str, Any] = dict(max_new_tokens=8, capacity=128, prefill_chunk=64, eos_ids=())
+    assert generate(spread, prompts, slots=2, **options) == generate(model, prompts, **options)
+
+
+def test_more_slots_than_prompts(model: HybridLM) -> None:
+    (one,) = generate(model, [[1, 2, 3]], max_new_tokens=4, slots=100, capacity=256)
+    assert one == generate(model, [[1, 2, 3]], max_new_tokens=4, capacity=256)[0]
+
+
+def test_a_row_is_as_full_as_it_may_be(model: HybridLM) -> None:
+    (one,) = generate(model, [[1] * 250], max_new_tokens=50, slots=1, capacity=256, eos_ids=())
+    assert (len(one.tokens), one.finish_reason) == (6, "capacity")
+
+
+def test_bad_input(model: HybridLM) -> None:
+    with pytest.raises(ValueError, match="slots=0"):
+        generate(model, [[1]], slots=0)
+    with pytest.raises(ValueError, match="Prompt 1 has 300 tokens"):
+        generate(model, [[1], [1] * 300], slots=1, capacity=256)
+    rows = Decoder(model, 2, capacity=256)
+    with pytest.raises(ValueError, match="capacity of 256"):
+        rows.adopt(0, Decoder(model, 1, capacity=128))
+    rows.start([[1], [2]])
+    with pytest.raises(ValueError, match="Row 1 is still generating"):
+        rows.adopt(1, Decoder(model, 1, capacity=256))
