@@ -26,6 +26,7 @@ from benchmarks.rows import Row
 SETS = 3
 SAMPLE_S = 0.02
 BUDGET_S = 1.0
+LONG_S = 2.0  # calls that last longer are warm after two, and two more are timed
 
 
 def milliseconds(fn: Callable[[Any], Any], sets: Sequence[Any], *, queue: bool = True) -> float:
@@ -35,13 +36,13 @@ def milliseconds(fn: Callable[[Any], Any], sets: Sequence[Any], *, queue: bool =
     """
     once = 0.0
     for n, x in enumerate([sets[0], *sets]):
-        if n > 1 and once > BUDGET_S:  # warm enough: one call lasts longer than all samples should
+        if n > 1 and once > LONG_S:
             break
         start = time.perf_counter()
         jax.block_until_ready(fn(x))
         once = time.perf_counter() - start
     calls = max(1, min(1000, round(SAMPLE_S / once))) if queue else 1
-    fewest = 3 if once < BUDGET_S else 2
+    fewest = 3 if once < LONG_S else 2
     samples = max(fewest, min(50, round(BUDGET_S / (once * calls))))
     turn = itertools.cycle(sets)
     times = []

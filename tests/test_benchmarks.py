@@ -126,6 +126,13 @@ def test_milliseconds_rotates_and_waits() -> None:
     assert set(seen[4:]) == {1, 2, 3} and len(seen) >= 4 + timing.SETS
 
 
+def test_milliseconds_of_long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "LONG_S", 1e-3)
+    seen = []
+    timing.milliseconds(lambda x: (seen.append(x), time.sleep(2e-3)), [1, 2, 3])
+    assert seen == [1, 1, 1, 2]
+
+
 @pytest.mark.parametrize(
     "ops",
     [
