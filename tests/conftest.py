@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -18,6 +19,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+
+jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where an operation is from
+gc.set_threshold(100_000)  # traced programs are many objects that stay: going over them costs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -200,8 +201,10 @@ def test_num_iter_is_per_row_and_may_change_between_calls():
 
 
 def test_state_is_float32_in_a_bfloat16_model():
-    model = HybridLM(tiny_config(SIX), dtype=jnp.bfloat16)
-    _, state = jax.eval_shape(lambda: model(tokens_for(0), state=model.init_state(2, T)))
+    model = nnx.eval_shape(lambda: HybridLM(tiny_config(SIX), dtype=jnp.bfloat16))
+    _, state = jax.eval_shape(
+        lambda model: model(tokens_for(0), state=model.init_state(2, T)), model
+    )
     gka, gdn, bmf, m2 = state.layers[1], state.layers[3], state.layers[4], state.layers[5]
     for a in (gka.h_kk, gka.h_kv, gdn.s, m2.s, m2.log_decay, bmf.inner.h_kk):
         assert a.dtype == jnp.float32
@@ -232,7 +235,7 @@ def test_reset_and_gather():
 
 
 def test_bad_input():
-    model = HybridLM(tiny_config(("GKA",)), dtype=jnp.float32)
+    model = build(CASES["GKA"], jnp.float32)
     tokens = tokens_for(0)
     with pytest.raises(ValueError, match="num_iter=-1"):
         model(tokens, num_iter=-1)

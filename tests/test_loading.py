@@ -141,7 +141,14 @@ def test_config_overrides(source, tmp_path):
     assert HybridConfig.from_json(tmp_path / "long").rope.theta == 5e6
 
 
-@pytest.mark.parametrize("sizes", [{"tp": 2}, {"fsdp": 4, "tp": 2}, {"dp": 2, "tp": 4}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"tp": 2}, marks=pytest.mark.slow),
+        {"fsdp": 4, "tp": 2},
+        pytest.param({"dp": 2, "tp": 4}, marks=pytest.mark.slow),
+    ],
+)
 def test_loading_onto_a_mesh(source, model, sizes):
     count = int(np.prod(list(sizes.values())))
     mesh = make_mesh(**sizes, devices=jax.devices()[:count])

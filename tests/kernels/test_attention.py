@@ -85,8 +85,11 @@ def assert_close(actual, expected, limit=2e-6):
 
 @pytest.mark.parametrize(
     ("window", "keywords"),
-    [(None, "plain"), (1, "plain"), (9, "plain"), (100, "plain")]
-    + [(None, "lengths"), (5, "lengths"), (None, "packed"), (5, "packed")],
+    [(None, "plain"), (9, "plain"), (5, "lengths"), (5, "packed")]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in ((1, "plain"), (100, "plain"), (None, "lengths"), (None, "packed"))
+    ],
 )
 def test_chunked_equals_reference(window, keywords):
     def op(impl):
@@ -98,7 +101,11 @@ def test_chunked_equals_reference(window, keywords):
 
 @pytest.mark.parametrize(
     ("length", "heads", "kv_heads", "dim", "window"),
-    [(1, 2, 2, 4, None), (1, 2, 1, 4, 1), (7, 3, 3, 5, 7), (8, 6, 2, 16, 9), (17, 4, 1, 8, 16)],
+    [(1, 2, 1, 4, 1), (17, 4, 1, 8, 16)]
+    + [
+        pytest.param(*shape, marks=pytest.mark.slow)
+        for shape in ((1, 2, 2, 4, None), (7, 3, 3, 5, 7), (8, 6, 2, 16, 9))
+    ],
 )
 def test_shapes(length, heads, kv_heads, dim, window):
     def op(impl):
@@ -143,7 +150,7 @@ def test_float64_stays_float64():
         assert all(x.dtype == jnp.float64 for x in ours)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("reference", marks=pytest.mark.slow)])
 def test_bfloat16_in_and_out(impl):
     args = [jnp.asarray(x, jnp.bfloat16) for x in qkv()]
     ours = compiled(functools.partial(attention, window=20, impl=impl), *args)
@@ -208,7 +215,12 @@ def whole(window):
 
 
 @pytest.mark.parametrize(
-    ("past", "window"), [(None, None), (None, 6), (0, 6), (12, None), (12, 1), (12, 40)]
+    ("past", "window"),
+    [(None, 6), (12, 40)]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in ((None, None), (0, 6), (12, None), (12, 1))
+    ],
 )
 def test_rows_at_different_offsets(past, window):
     offset = jnp.array([0, 5, 21])
@@ -228,7 +240,7 @@ def test_rows_at_different_offsets(past, window):
 # Padding and packing
 
 
-@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 6])
 def test_packed_equals_separate(window):
     """Outputs and gradients, whatever surrounds a document."""
     args = qkv()
@@ -244,7 +256,12 @@ def test_packed_equals_separate(window):
 
 
 @pytest.mark.parametrize(
-    ("impl", "keywords"), [("chunked", "lengths"), ("chunked", "packed"), ("reference", "packed")]
+    ("impl", "keywords"),
+    [
+        ("chunked", "lengths"),
+        ("chunked", "packed"),
+        pytest.param("reference", "packed", marks=pytest.mark.slow),
+    ],
 )
 def test_padding_never_leaks(keywords, impl):
     kwargs = KEYWORDS[keywords]
@@ -322,7 +339,7 @@ def test_real_block_sizes(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("window", [None, pytest.param(64, marks=pytest.mark.slow)])
 def test_memory_is_linear(window, monkeypatch):
     monkeypatch.setattr(chunked, "QUERY_BLOCK", 256)
     monkeypatch.setattr(chunked, "SCORES_PER_BLOCK", 2**18)

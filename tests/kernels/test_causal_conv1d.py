@@ -79,7 +79,7 @@ class TestCausalConv1d(RecurrentLaws):
             self.run(arrays, state, impl="cudnn")
 
     @pytest.mark.parametrize(("K", "T"), [(1, 2), (3, 1), (4, 2), (4, 9)])
-    @pytest.mark.parametrize("impl", ["chunked", "reference"])
+    @pytest.mark.parametrize("impl", ["chunked", pytest.param("reference", marks=pytest.mark.slow)])
     def test_equals_direct_sum(self, impl, K, T):
         """Against numpy, T shorter and longer than the taps; the last tap is the current token."""
         rng = np.random.default_rng(K)

@@ -147,7 +147,9 @@ def exact(q, k, v, alpha, g, beta, h, u, *, starts, decay_kk, bp_lambda, ridge=0
     return o.swapaxes(0, 1), states
 
 
-@pytest.mark.parametrize(("bp_lambda", "decay_kk"), [(1, 1), (0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    ("bp_lambda", "decay_kk"), [(1, 1), (0, 1), pytest.param(1, 0, marks=pytest.mark.slow)]
+)
 def test_gradient_is_that_of_the_exact_solve(x64, bp_lambda, decay_kk):
     """Every input, both initial states and lambda through them, across chunks and documents."""
     arrays, states = inputs(B=2, T=11, H=2, K=2, D=4, dtype=jnp.float64)
@@ -248,7 +250,7 @@ def test_zero_iterations_is_gated_linear_attention(x64):
     assert rel(u[0, 0], decay[-1] * h_kv[0, 0] + (weight[-1, :, None] * k).T @ v) < 1e-12
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("reference", marks=pytest.mark.slow)])
 def test_zero_covariance_solves_to_zero(impl):
     """x = 0 where H is 0, without a NaN forward or backward, until the first key that is not 0."""
     (q, k, v, alpha, _, beta), (_, h_kv) = inputs(T=9)
@@ -337,10 +339,10 @@ def value_and_gradients(arrays, do, num_iter, *, decay_kk=True, bp_lambda=True):
     ("prefix", "num_iter", "options"),
     [
         ("g30", 30, {}),
-        ("g5", 5, {}),
-        ("g0", 0, {}),
-        ("g30_nobp", 30, {"bp_lambda": False}),
-        ("nogk30", 30, {"decay_kk": False}),
+        pytest.param("g5", 5, {}, marks=pytest.mark.slow),
+        pytest.param("g0", 0, {}, marks=pytest.mark.slow),
+        pytest.param("g30_nobp", 30, {"bp_lambda": False}, marks=pytest.mark.slow),
+        pytest.param("nogk30", 30, {"decay_kk": False}, marks=pytest.mark.slow),
         ("nogk30_nobp", 30, {"decay_kk": False, "bp_lambda": False}),
     ],
 )

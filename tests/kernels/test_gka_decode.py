@@ -73,8 +73,11 @@ def ints(*values):
     return jnp.asarray(values, jnp.int32)
 
 
-@pytest.mark.parametrize("early", [16, 64])
-@pytest.mark.parametrize("decay_kk", [True, False])
+@pytest.mark.parametrize(
+    ("decay_kk", "early"),
+    [(True, 16), (False, 64)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 64), (False, 16))],
+)
 def test_kernel_equals_reference(monkeypatch, decay_kk, early):
     """In the interpreter (which also looks for races): rows with their own num_iter, grouped kv."""
     monkeypatch.setattr(mosaic_decode, "_early_rows", lambda blocks, D: early)
@@ -175,7 +178,10 @@ def test_auto_picks_the_kernel_where_it_can_run(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("rows", "D"), [(1, 64), (1, 128), (40, 128)])
+@pytest.mark.parametrize(
+    ("rows", "D"),
+    [(40, 128)] + [pytest.param(1, D, marks=pytest.mark.slow) for D in (64, 128)],
+)
 @pytest.mark.parametrize("with_slots", [True, False])
 def test_lowers_for_cuda_and_updates_in_place(dtype, rows, D, with_slots):
     """Every variant, from a CPU host; the custom call writes into its own state operands."""

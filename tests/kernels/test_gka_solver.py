@@ -205,7 +205,7 @@ def test_size_of_the_right_hand_side_does_not_matter():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("decay_kk", [True, False])
+@pytest.mark.parametrize("decay_kk", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_chunked_equals_reference(decay_kk):
     """Before convergence, with a count per row, padding and two documents."""
     arrays, state = inputs(B=4, D=12, dtype=jnp.float64)
@@ -247,7 +247,7 @@ def test_steps_continue_a_prefill():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bp_lambda", [True, False])
 def test_gradient_is_that_of_the_exact_solve(impl, bp_lambda):
     arrays, states = inputs(B=2, T=11, H=2, K=2, D=4, dtype=jnp.float64)
@@ -274,7 +274,7 @@ def test_gradient_is_that_of_the_exact_solve(impl, bp_lambda):
         assert rel(a, b) < 1e-10
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("reference", marks=pytest.mark.slow)])
 def test_zero_covariance_solves_to_zero(impl):
     """x = 0 where H is 0; no NaN forward or backward, for zero queries and repeated keys too."""
     (q, k, v, alpha, g, beta), _ = inputs(T=9)

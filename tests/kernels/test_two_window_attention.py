@@ -77,8 +77,11 @@ def test_every_query_sees_the_union_of_its_windows(impl):
 
 @pytest.mark.parametrize(
     ("window", "keywords", "arrays"),
-    [(1, "plain", 6), (5, "plain", 6), (5, "plain", 5), (25, "plain", 6), (90, "plain", 6)]
-    + [(4, "packed", 6), (4, "packed", 5), (4, "lengths", 6)],
+    [(5, "plain", 5), (4, "packed", 6), (4, "lengths", 6)]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [(w, "plain", 6) for w in (1, 5, 25, 90)] + [(4, "packed", 5)]
+    ],
 )
 def test_chunked_equals_reference(window, keywords, arrays):
     """Six arrays, or five: tied weights."""
@@ -100,8 +103,14 @@ def test_keeps_the_dtype_of_the_values():
     assert o.dtype == jnp.bfloat16 and rel(o, exact) < 2e-2
 
 
-@pytest.mark.parametrize("blocks", ["small", "real"])
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize(
+    ("impl", "blocks"),
+    [("chunked", "small")]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("chunked", "real"), ("reference", "small"), ("reference", "real"))
+    ],
+)
 def test_golden(impl, blocks, monkeypatch):
     """Outputs and gradients of the original's kernels. Its fading stream is cut to what it uses:
     queries W.., keys ..L-W."""
@@ -255,7 +264,7 @@ def ring_decode(arrays, q_fading, start, window, impl):
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("window", [1, 5])
+@pytest.mark.parametrize("window", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_ring_decode_equals_forward_past_two_windows(window, tied, impl):
     args = tuple(jnp.asarray(x) for x in streams(3, 26))
     q_fading = None if tied else args[5]
@@ -323,8 +332,14 @@ def dense_pass_backward(q, k, v, lse, o, do, window, scale):
     return dq, dk, jnp.einsum("bkgts,btkgd->bskd", p, groups[2])
 
 
-@pytest.mark.parametrize("window", [5, 37, 90])
-@pytest.mark.parametrize("lengths", [None, (37, 20)])
+@pytest.mark.parametrize(
+    ("lengths", "window"),
+    [((37, 20), 5)]
+    + [
+        pytest.param(lengths, window, marks=pytest.mark.slow)
+        for lengths, window in [(None, 5)] + [(n, w) for n in (None, (37, 20)) for w in (37, 90)]
+    ],
+)
 def test_merged_passes_equal_reference(monkeypatch, window, lengths):
     """Outputs and gradients of two passes that know nothing of each other, merged."""
     monkeypatch.setattr(cudnn, "_pass", lambda *args: dense_pass(*args)[0])

@@ -64,7 +64,7 @@ def save_base(directory: Path, recorded: dict) -> None:
 
 
 @pytest.mark.parametrize("case", cases("priming"))
-@pytest.mark.parametrize("kind", ["fused", "pure"])
+@pytest.mark.parametrize("kind", ["fused", pytest.param("pure", marks=pytest.mark.slow)])
 def test_parameters_equal_the_recorded_ones(kind, case, tmp_path):
     directory = golden(case)
     recorded = json.loads((directory / "case.json").read_text())[kind]
@@ -100,7 +100,7 @@ def test_parameters_equal_the_recorded_ones(kind, case, tmp_path):
     assert unfused.config.to_dict()["layer_types"] == recorded["unfused_layer_types"]
 
 
-@pytest.mark.parametrize("repeat", ["rows", "heads"])
+@pytest.mark.parametrize("repeat", ["rows", pytest.param("heads", marks=pytest.mark.slow)])
 def test_gates_start_from_o_and_v(base, repeat):
     """(W_O^T + R(W_V)) / 2 in the [out, in] layout, entry by entry."""
     model = prime(base, ALL, repeat=repeat, swa={"window_size": 5})

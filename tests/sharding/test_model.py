@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -35,7 +36,7 @@ def mesh_of(sizes: dict[str, int]):
 
 def place(model: HybridLM, config, mesh) -> HybridLM:
     """The parameters of a model on a mesh."""
-    target = HybridLM.init(config, dtype=model.dtype, mesh=mesh)
+    target = jax.eval_shape(lambda: HybridLM(config, dtype=model.dtype, mesh=mesh))
     moved = jax.device_put(jax.tree.leaves(model), jax.tree.leaves(target.shardings()))
     return jax.tree.unflatten(jax.tree.structure(target), moved)
 
@@ -46,28 +47,30 @@ def single():
         config = tiny_config(SIX, **HEADS)
         model = random_model(config, jnp.float64, seed=1)
         tokens = jax.random.randint(jax.random.key(0), (4, 10), 0, 64)
-        yield config, model, tokens, decode(model, tokens)
+        yield config, model, tokens, functools.cache(lambda cuts: decode(model, tokens, cuts))
 
 
-def decode(model, tokens):
-    """Logits of a padded prefill, a continued prefill and two single tokens."""
+def decode(model, tokens, cuts):
+    """Logits of a padded prefill of four tokens and of calls that continue it, up to each cut."""
     call = jax.jit(lambda m, t, s, ids: m(t, state=s, segment_ids=ids))
     mask = jnp.ones((4, 4), jnp.int32).at[0, :2].set(0)
     first, state = call(model, tokens[:, :4], model.init_state(4, 16), mask)
     out = [first[0, 2:], first[1:]]
-    for a, b in ((4, 8), (8, 9), (9, 10)):
+    for a, b in zip((4, *cuts), cuts, strict=False):
         logits, state = call(model, tokens[:, a:b], state, jnp.ones((4, b - a), jnp.int32))
         out.append(logits)
     return out
 
 
 @pytest.mark.parametrize(
-    "name", [m if "fsdp2 x tp4" == m else pytest.param(m, marks=pytest.mark.slow) for m in MESHES]
+    ("name", "cuts"),
+    [("fsdp2 x tp4", (5, 6))]  # single tokens; the others also continue with several
+    + [pytest.param(name, (8, 9, 10), marks=pytest.mark.slow) for name in MESHES],
 )
-def test_every_mesh_gives_the_single_device_logits(single, name):
+def test_every_mesh_gives_the_single_device_logits(single, name, cuts):
     config, model, tokens, expected = single
-    got = decode(place(model, config, mesh_of(MESHES[name])), tokens)
-    for a, b in zip(got, expected, strict=True):
+    got = decode(place(model, config, mesh_of(MESHES[name])), tokens, cuts)
+    for a, b in zip(got, expected(cuts), strict=True):
         assert rel(a, b) < 1e-9
 
 
@@ -78,7 +81,7 @@ def collectives(kinds, mesh, T=1, **changes) -> tuple[collections.Counter, str]:
     read yet): a merged one returns a tuple and counts as many as that holds.
     """
     config = tiny_config(kinds, **{**HEADS, **changes})
-    model = HybridLM.init(config, dtype=jnp.float32, mesh=mesh)
+    model = place(random_model(config, jnp.float32), config, mesh)
     state = dataclasses.replace(model.init_state(4, 32), fresh=T > 1)
     step = jax.jit(lambda m, t, s: m(t, state=s))
     text = step.lower(model, jnp.zeros((4, T), jnp.int32), state).compile().as_text()
@@ -93,7 +96,9 @@ def collectives(kinds, mesh, T=1, **changes) -> tuple[collections.Counter, str]:
 REDUCES = {"*": 1, "SWA": 1, "GKA": 1, "GDN": 1, "M2": 1, "BMF": 2}
 
 
-@pytest.mark.parametrize(("tp", "kv_heads", "T"), [(8, 2, 1), (4, 4, 6)])
+@pytest.mark.parametrize(
+    ("tp", "kv_heads", "T"), [(8, 2, 1), pytest.param(4, 4, 6, marks=pytest.mark.slow)]
+)
 def test_collectives_of_a_model(tp, kv_heads, T):
     """One all-reduce per output projection and per MLP, one for the split embedding; no more."""
     mesh = make_mesh(tp=tp, devices=jax.devices()[:tp])
@@ -102,7 +107,7 @@ def test_collectives_of_a_model(tp, kv_heads, T):
     assert found == {"all-reduce": expected}, f"{found}\n{text}"
 
 
-@pytest.mark.parametrize("inner", ["GDN", "M2"])
+@pytest.mark.parametrize("inner", [pytest.param("GDN", marks=pytest.mark.slow), "M2"])
 def test_collectives_of_other_inner_mixers(inner):
     bmojo = BMojoConfig(4, False, inner)
     found, text = collectives(("BMF",), make_mesh(tp=8), bmojo=bmojo)
@@ -117,8 +122,8 @@ def test_only_the_low_rank_input_is_gathered():
 
 
 def test_states_and_weights_are_split():
-    kinds = ("GKA", "*", "BMF")
-    model = HybridLM.init(tiny_config(kinds, **HEADS), mesh=make_mesh(fsdp=2, tp=4))
+    config = tiny_config(("GKA", "*", "BMF"), **HEADS)
+    model = place(random_model(config, jnp.bfloat16), config, make_mesh(fsdp=2, tp=4))
 
     def shard(x):
         return x.sharding.shard_shape(x.shape)

@@ -36,7 +36,8 @@ from tests.util import rel
 # b batch, t tokens, h heads, k key/value heads, d and e head_dim, s cache, w taps, z = w - 1.
 TINY = SHAPES["tiny"]
 SIZES = dict(b=4, t=6, h=TINY.heads, k=TINY.kv_heads, d=8, e=8, s=16, w=4, z=3)
-MESHES = {"dp2 fsdp2 tp2": (2, 2, 2, 1), "tp2 rep4": (1, 1, 2, 4)}
+DP, REP = "dp2 fsdp2 tp2", "tp2 rep4"
+MESHES = {DP: (2, 2, 2, 1), REP: (1, 1, 2, 4)}
 COLLECTIVE = re.compile(
     r" = (\(.*?\)|\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
     r"(?:-start)?\(.*?(?:replica_groups=(.*?), \w+=|$)"
@@ -159,7 +160,7 @@ def _group_size(groups: str) -> int:
     return 2
 
 
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize("mesh_name", [DP, pytest.param(REP, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_forward_needs_no_communication(name: str, mesh_name: str) -> None:
     case, mesh = CASES[name], _mesh(mesh_name)
@@ -177,7 +178,7 @@ def test_forward_needs_no_communication(name: str, mesh_name: str) -> None:
     jax.tree.map(same, got, want, case.out)
 
 
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize("mesh_name", [pytest.param(DP, marks=pytest.mark.slow), REP])
 @pytest.mark.parametrize("name", [name for name in CASES if name not in FORWARD_ONLY])
 def test_backward_sums_only_what_is_shared(name: str, mesh_name: str) -> None:
     """One all-reduce for each input of which several devices hold a copy, nothing else."""

@@ -304,7 +304,7 @@ def test_selection_and_bad_arguments():
 
 
 def test_bad_files(tmp_path: Path):
-    plain = HybridLM(tiny_config(("*",), **ODD))
+    plain = random_model(tiny_config(("*",), **ODD), jnp.bfloat16)
     model, good = adapted(plain, modules="q_proj"), tmp_path / "good"
     save_lora(model, good)
     with pytest.raises(FileExistsError, match="not empty"):
@@ -316,9 +316,9 @@ def test_bad_files(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
         load_lora(plain, tmp_path)
     with pytest.raises(ValueError, match=r"q_proj: lora_A \(3, 32\), lora_B \(64, 3\)"):
-        load_lora(HybridLM(tiny_config(("*",), hidden_size=48)), good)
+        load_lora(random_model(tiny_config(("*",), hidden_size=48), jnp.bfloat16), good)
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.lora_A.weight: no such proj"):
-        load_lora(HybridLM(tiny_config(("GKA",))), good)
+        load_lora(random_model(tiny_config(("GKA",)), jnp.bfloat16), good)
     file = good / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
     with pytest.raises(ValueError, match="not use_dora=True"):
