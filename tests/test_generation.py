@@ -295,6 +295,7 @@ def test_bad_input(model, monkeypatch, prompts, settings, message):
         stream(model, prompts, **settings)  # at the call, not at the first next()
 
 
+@pytest.mark.slow
 def test_compilation_cache_serves_the_next_process(tmp_path):
     code = (
         "import jax, jax.numpy as jnp, hmf_jax.generation as g\n"

@@ -113,16 +113,17 @@ def with_nan(arrays: dict[str, jax.Array], valid: jax.Array) -> dict[str, jax.Ar
 # -- two windows ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "window", "T", "options"),
     [
         (TWO[:-1], 40, 128, {"H": 4, "K": 2}),
-        pytest.param(TWO, 64, 200, {"H": 1}, marks=pytest.mark.slow),
-        pytest.param(TWO, 64, 260, {"H": 6, "K": 2}, marks=pytest.mark.slow),
-        pytest.param(TWO[:-1], 1, 129, {"D": 128, "B": 2}, marks=pytest.mark.slow),
-        pytest.param(TWO, 128, 700, {"H": 4, "K": 2}, marks=pytest.mark.slow),
-        pytest.param(TWO[:-1], 192, 512, {"D": 128}, marks=pytest.mark.slow),
-        pytest.param(TWO, 300, 150, {}, marks=pytest.mark.slow),
+        (TWO, 64, 200, {"H": 1}),
+        (TWO, 64, 260, {"H": 6, "K": 2}),
+        (TWO[:-1], 1, 129, {"D": 128, "B": 2}),
+        (TWO, 128, 700, {"H": 4, "K": 2}),
+        (TWO[:-1], 192, 512, {"D": 128}),
+        (TWO, 300, 150, {}),
     ],
 )
 def test_two_windows(names, window, T, options):

@@ -182,6 +182,7 @@ def test_gka_starts_from_gated_delta_net():
     np.testing.assert_array_equal(teacher(fused)(tokens())[0], base(tokens())[0])
 
 
+@pytest.mark.slow
 def test_on_a_mesh(tmp_path):
     save_pretrained(base_model(2), tmp_path / "base", progress=False)
     mesh = make_mesh(fsdp=2, tp=2, devices=jax.devices()[:4])

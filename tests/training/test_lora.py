@@ -45,7 +45,7 @@ def named(model: HybridLM) -> dict[str, jax.Array]:
     return dict(zip(select_parameters(model), jax.tree.leaves(model), strict=True))
 
 
-@pytest.mark.parametrize("kinds", [SIX[:3], SIX[3:]])
+@pytest.mark.parametrize("kinds", [pytest.param(SIX[:3], marks=pytest.mark.slow), SIX[3:]])
 def test_merged_is_unmerged_in_every_layer_kind(kinds):
     gdn = GDNConfig(kv_proj_rank=4)
     config = tiny_config(kinds, gdn=gdn, bmojo=BMojoConfig(4, False, "GKA"), **ODD)

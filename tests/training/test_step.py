@@ -178,11 +178,11 @@ def test_accumulated_is_one_large_batch():
 
 @pytest.mark.parametrize(
     "remat",
-    [*(pytest.param(r, marks=pytest.mark.slow) for r in ("block", "dots")), {"GKA": "block"}],
+    [*(pytest.param(r, marks=pytest.mark.slow) for r in ("block", "dots")), {"SWA": "block"}],
 )
 def test_remat_changes_nothing_but_memory(remat):
     with jax.enable_x64(True):
-        model, batch = random_model(tiny_config(("GKA",), **ODD), jnp.float64), uneven()
+        model, batch = random_model(tiny_config(("SWA",), **ODD), jnp.float64), uneven()
         optimizer = optax.sgd(1.0)
         close(
             one_step(model, optimizer, batch, remat=remat)[0].params,
