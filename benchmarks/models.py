@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import logging
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,21 +15,24 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 import hmf_jax.model
 from benchmarks.rows import Row
 from benchmarks.timing import SETS, device_time, milliseconds
 from hmf_jax.config import HybridConfig
 from hmf_jax.layers import rope_table
-from hmf_jax.memory import plan_memory
+from hmf_jax.memory import abstract_state, device_bytes, plan_memory
 from hmf_jax.mixers import Context, Mixer
 from hmf_jax.model import HybridLM
+from hmf_jax.sharding import constrain, make_mesh, named_sharding
 from hmf_jax.state import AttentionState, ModelState
 from pallas_kernels import dispatch
 
 Array = jax.Array
 MODELS = ("model", "ttft", "decode_throughput", "train_step", "mixer", "mixer_decode")
 COMPILE = "compile"
+ON_A_MESH = ("model", "ttft", "decode_throughput")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Settings:
       steps: tokens decoded per timed call, which is one dispatch.
       num_iter: Chebyshev iterations of GKA layers; None where there are none, or the config's.
       impl: see `pallas_kernels.dispatch`; "auto" picks per operator.
+      axes: of the mesh that the model lives on, {"tp": 2}; empty: one device.
     """
 
     preset: str
@@ -56,6 +61,21 @@ class Settings:
     steps: int = 64
     num_iter: int | None = None
     impl: str = "auto"
+    axes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.axes.values())
+
+    def mesh(self) -> Mesh | None:
+        return make_mesh(**self.axes, devices=jax.devices()[: self.devices]) if self.axes else None
+
+    def tokens(self, mesh: Mesh | None) -> list[Array]:
+        """`SETS` sets of random tokens [batch, length], their rows split over the mesh."""
+        shape, vocab = (self.batch, self.length), self.config.vocab_size
+        split = named_sharding(mesh, ("batch", None), shape)
+        keys = jax.random.split(jax.random.key(0), SETS)
+        return [jax.device_put(jax.random.randint(key, shape, 0, vocab), split) for key in keys]
 
     @property
     def config(self) -> HybridConfig:
@@ -76,13 +96,16 @@ class Settings:
             head_dim=c.head_dim,
         )
         case = f"{self.preset} {self.mixer} {len(c.layer_kinds)} layers"
+        if self.axes:
+            case += ", mesh " + " ".join(f"{axis}={n}" for axis, n in self.axes.items())
+            extra = extra | {"mesh": self.axes}
         return Row(
             op, self.impl, self.dtype, dims, self.num_iter, pass_, ms, None, case, extra, **env
         )
 
 
 def filling(settings: Settings, memory: float | None) -> Settings:
-    """As many rows as fit into `memory` GB beside the weights, see `plan_memory`.
+    """As many rows as fit into `memory` GB (of each device) beside the weights, see `plan_memory`.
 
     Raises:
       ValueError: none fits; or nobody says how much memory there is.
@@ -94,18 +117,21 @@ def filling(settings: Settings, memory: float | None) -> Settings:
     s = settings
     context, chunk = s.length + s.steps, s.chunk or 2048
     dtype = jnp.dtype(s.dtype)
-    plan = plan_memory(s.config, context, limit, fraction=1, prefill_chunk=chunk, dtype=dtype)
+    plan = plan_memory(
+        s.config, context, limit, fraction=1, prefill_chunk=chunk, dtype=dtype, mesh=s.mesh()
+    )
     return dataclasses.replace(s, batch=plan.sequences)
 
 
 class Bench:
-    """A model with random weights on the default device, and the measurements on it."""
+    """A model with random weights on the devices of its mesh, and the measurements on it."""
 
     def __init__(self, settings: Settings, env: dict[str, Any]):
         self.s, self.env = settings, env
         self.ran: dict[str, str] = {}
         jax.clear_caches()  # choices are seen when blocks are traced
-        self.model = HybridLM.init(settings.config, dtype=jnp.dtype(settings.dtype))
+        dtype = jnp.dtype(settings.dtype)
+        self.model = HybridLM.init(settings.config, dtype=dtype, mesh=settings.mesh())
         jax.block_until_ready(self.model)
         self.loaded_peak = _peak_bytes()
 
@@ -122,7 +148,8 @@ class Bench:
         * mixer: one layer of the kind `mixer` alone (projections and operator, no MLP), without a
           state; mixer_decode: the same on one token per row, `length` tokens in the state.
 
-        Extra numbers: bytes of the weights, of the state, of everything the timed program needs
+        Extra numbers, all of one device: tokens per second (of all devices together, over their
+        number); bytes of the weights, of the state, of everything the timed program needs
         (arguments, results and temporaries as the compiler planned them), and the largest number
         in use so far in this process where the device counts it (that of loading the weights, in
         peak_bytes_loading, is part of it). On GPUs also what the profiler saw, see
@@ -131,20 +158,15 @@ class Bench:
         with _watch_dispatch() as ran:
             pass_, ms, program, extra = getattr(self, f"_{op}")()
         self.ran |= ran
-        extra.setdefault("weight_bytes", _nbytes(self.model))
+        extra.setdefault("weight_bytes", device_bytes(self.model))
         extra["program_bytes"] = _program_bytes(program)
         if (peak := _peak_bytes()) is not None:
             extra |= {"peak_bytes": peak, "peak_bytes_loading": self.loaded_peak}
         extra["ran"] = dict(sorted(self.ran.items()))
         return self.s.row(op, pass_, ms, extra, self.env)
 
-    def _tokens(self) -> list[Array]:
-        shape, high = (self.s.batch, self.s.length), self.s.config.vocab_size
-        keys = jax.random.split(jax.random.key(0), SETS)
-        return [jax.random.randint(key, shape, 0, high) for key in keys]
-
     def _model(self):
-        sets = self._tokens()
+        sets = self.s.tokens(self.model.mesh)
         program = jax.jit(self._forward).lower(self.model, sets[0]).compile()
         return "fwd", milliseconds(lambda t: program(self.model, t), sets), program, {}
 
@@ -159,9 +181,11 @@ class Bench:
                 tokens, state=state, num_iter=self.s.num_iter, last_only=True, impl=self.s.impl
             )
             assert new is not None
-            return jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32), new
+            return self._greedy(logits), new
 
-        make = jax.jit(lambda: self.model.init_state(self.s.batch, capacity))
+        empty = abstract_state(self.model, self.s.batch, capacity)
+        fresh, used = (_split(dataclasses.replace(empty, fresh=fresh)) for fresh in (True, False))
+        make = jax.jit(lambda: self.model.init_state(self.s.batch, capacity), out_shardings=fresh)
         step = self.s.chunk or self.s.length
         programs: dict[Any, Any] = {}
 
@@ -171,27 +195,36 @@ class Bench:
                 part = tokens[:, at : at + step]
                 key = part.shape[1], state.fresh
                 if key not in programs:
-                    jitted = jax.jit(chunk, donate_argnums=2)
+                    jitted = jax.jit(chunk, donate_argnums=2, out_shardings=(None, used))
                     programs[key] = jitted.lower(self.model, part, state).compile()
                 first, state = programs[key](self.model, part, state)
             return first, state
 
         return programs, prefill
 
+    def _greedy(self, logits: Array) -> Array:
+        """The next tokens [B] after logits [B, T, V], int32."""
+        token = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
+        return constrain(token, self.model.mesh, "batch")
+
+    def _rate(self, tokens: int, ms: float) -> float:
+        """Tokens per second and device."""
+        return 1e3 * tokens / ms / self.s.devices
+
     def _ttft(self):
         programs, prefill = self._prefill_program(self.s.length)
-        sets = self._tokens()
+        sets = self.s.tokens(self.model.mesh)
         ms = milliseconds(lambda tokens: prefill(tokens)[0], sets, queue=False)
         largest = max(programs.values(), key=_program_bytes)
-        state = jax.eval_shape(lambda: self.model.init_state(self.s.batch, self.s.length))
-        extra: dict[str, Any] = {"state_bytes": state.nbytes()}
-        extra["tokens_per_s"] = 1e3 * self.s.batch * self.s.length / ms
+        state = abstract_state(self.model, self.s.batch, self.s.length)
+        extra: dict[str, Any] = {"state_bytes": device_bytes(state)}
+        extra["tokens_per_s"] = self._rate(self.s.batch * self.s.length, ms)
         if profile := device_time(lambda: prefill(sets[0])[0]):
             extra |= profile.per(1)
         return "fwd", ms, largest, extra
 
-    def _decode_throughput(self):
-        capacity = self.s.length + self.s.steps
+    def _decode_program(self):
+        """(compiled program, tokens to start from, state to start from)."""
 
         def decode(model: HybridLM, token: Array, state: ModelState) -> tuple[Array, ModelState]:
             # Every timed call starts at `length` again: the cache holds room for one call.
@@ -203,18 +236,25 @@ class Bench:
                     token[:, None], state=state, num_iter=self.s.num_iter, impl=self.s.impl
                 )
                 assert new is not None
-                return (jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32), new), token
+                return (self._greedy(logits), new), token
 
             (token, state), _ = jax.lax.scan(one, (token, state), None, self.s.steps)
             return token, state
 
-        token, state = self._tokens()[0][:, 0], random_state(self.model, self.s.batch, capacity)
-        moved = _nbytes(self.model) - _nbytes(self.model.embed_tokens)
-        if self.s.config.tie_word_embeddings:
-            moved = _nbytes(self.model)
-        moved += step_bytes(state, self.s.length)
-        state_bytes = state.nbytes()
-        program = jax.jit(decode, donate_argnums=2).lower(self.model, token, state).compile()
+        mesh = self.model.mesh
+        token = self.s.tokens(mesh)[0][:, 0]
+        split = named_sharding(mesh, ("batch",), token.shape)
+        token = jax.device_put(token, split)
+        state = random_state(self.model, self.s.batch, self.s.length + self.s.steps)
+        jitted = jax.jit(decode, donate_argnums=2, out_shardings=(split, _split(state)))
+        return jitted.lower(self.model, token, state).compile(), token, state
+
+    def _decode_throughput(self):
+        program, token, state = self._decode_program()
+        moved = device_bytes(self.model) + step_bytes(state, self.s.length)
+        if not self.s.config.tie_word_embeddings:
+            moved -= device_bytes(self.model.embed_tokens)
+        state_bytes = device_bytes(state)
 
         def call(_: None) -> Array:
             nonlocal token, state
@@ -222,7 +262,7 @@ class Bench:
             return token
 
         ms = milliseconds(call, [None]) / self.s.steps
-        extra: dict[str, Any] = {"tokens_per_s": 1e3 * self.s.batch / ms}
+        extra: dict[str, Any] = {"tokens_per_s": self._rate(self.s.batch, ms)}
         extra |= {"state_bytes": state_bytes, "step_bytes": moved, "gb_per_s": moved / ms / 1e6}
         if profile := device_time(lambda: call(None)):
             extra |= profile.per(self.s.steps)
@@ -236,7 +276,7 @@ class Bench:
         def loss_fn(model: HybridLM, tokens: Array) -> Array:
             return next_token_loss(self._forward(model, tokens), tokens)
 
-        sets = self._tokens()
+        sets = self.s.tokens(None)
         program = jax.jit(step, donate_argnums=0).lower(self.model, sets[0]).compile()
 
         def call(tokens: Array) -> Array:
@@ -272,7 +312,7 @@ class Bench:
         mixer, sets = self._first_mixer(), self._hidden(self.s.length)
         program = jax.jit(run).lower(mixer, sets[0]).compile()
         ms = milliseconds(lambda x: program(mixer, x), sets)
-        extra: dict[str, Any] = {"weight_bytes": _nbytes(mixer)}
+        extra: dict[str, Any] = {"weight_bytes": device_bytes(mixer)}
         if profile := device_time(lambda: program(mixer, sets[0])):
             extra |= profile.per(1)
         return "fwd", ms, program, extra
@@ -299,7 +339,7 @@ class Bench:
             return y
 
         ms = milliseconds(call, sets) / self.s.steps
-        extra: dict[str, Any] = {"weight_bytes": _nbytes(mixer)}
+        extra: dict[str, Any] = {"weight_bytes": device_bytes(mixer)}
         if profile := device_time(lambda: call(sets[0])):
             extra |= profile.per(self.s.steps)
         return "decode", ms, program, extra
@@ -310,10 +350,14 @@ def random_state(model: HybridLM, batch: int, capacity: int) -> ModelState:
 
     Keys, values and states are between -1 and 1, H of GKA is the identity.
     """
-    fresh = jax.eval_shape(lambda: model.init_state(batch, capacity))
+    fresh = abstract_state(model, batch, capacity)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def make(shape: tuple[int, ...], dtype: Any, eye: bool) -> Array:
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+    def make(shape: tuple[int, ...], dtype: Any, split: Any, eye: bool) -> Array:
+        x = values(shape, dtype, eye)
+        return x if split is None else jax.lax.with_sharding_constraint(x, split)
+
+    def values(shape: tuple[int, ...], dtype: Any, eye: bool) -> Array:
         if eye:
             return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
         # Fused into one loop that writes: a random generator's bits would need room for themselves.
@@ -323,15 +367,15 @@ def random_state(model: HybridLM, batch: int, capacity: int) -> ModelState:
 
     def fill(path: Any, x: jax.ShapeDtypeStruct) -> Array:
         if jnp.issubdtype(x.dtype, jnp.integer):
-            return jnp.zeros(x.shape, x.dtype)
-        return make(x.shape, x.dtype, jax.tree_util.keystr(path).endswith("h_kk"))
+            return jnp.zeros(x.shape, x.dtype, device=x.sharding)
+        return make(x.shape, x.dtype, x.sharding, jax.tree_util.keystr(path).endswith("h_kk"))
 
     state = jax.tree_util.tree_map_with_path(fill, fresh)
     return dataclasses.replace(state, fresh=False)
 
 
 def step_bytes(state: ModelState, length: int) -> int:
-    """Bytes of a state that decoding one token of every row has to move.
+    """Bytes of a state that decoding one token of every row has to move, on one device.
 
     Caches are read as far as they are filled, windows as a whole, except entries that nobody can
     see yet; float32 states are read and written.
@@ -339,7 +383,7 @@ def step_bytes(state: ModelState, length: int) -> int:
     total = 0
     for layer in state.layers:
         for path, x in jax.tree_util.tree_leaves_with_path(layer):
-            size = x.size * x.dtype.itemsize
+            size = device_bytes(x)
             if x.dtype == jnp.float32:
                 total += 2 * size
             elif isinstance(layer, AttentionState):
@@ -447,8 +491,11 @@ def _watch_dispatch() -> Iterator[dict[str, str]]:
         logger.setLevel(level)
 
 
-def _nbytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _split(state: ModelState) -> ModelState | None:
+    """How each array of a state is split over the mesh; None without one."""
+    if not isinstance(state.length.sharding, NamedSharding):
+        return None
+    return jax.tree.map(lambda x: x.sharding, state)
 
 
 def _peak_bytes() -> int | None:

@@ -19,7 +19,8 @@ class Row:
 
     Attributes:
       op: an operator (gka, gated_delta_rule, ssd, two_window_attention, attention), a program of
-        the whole model (model, ttft, decode_throughput, train_step, lora_step, mixers_step),
+        the whole model (model, ttft, decode_throughput, train_step, lora_step, mixers_step,
+        full_step, load),
         "compile" (time to compile a model program), or a ceiling of the device (ceiling_copy,
         ceiling_matmul).
       impl: implementation that ran, or a peer's name; "auto" for whole models, where `extra` says
@@ -32,8 +33,9 @@ class Row:
       ms: median wall time of one call, of one token per row for "decode", milliseconds.
       relative_error: ||a - b|| / ||b|| of the result, see `benchmarks.operators`; None where there
         is nothing to compare with.
-      case: what else tells two measurements apart (named shape, layer kinds).
-      extra: further numbers (tokens per second, bytes, seconds to compile).
+      case: what else tells two measurements apart (named shape, layer kinds, mesh).
+      extra: further numbers (tokens per second, bytes, seconds to compile), all of one device; and
+        on several devices their mesh, {"tp": 2}.
       device, jax_version, commit, date: where, with what and when; date is UTC.
     """
 

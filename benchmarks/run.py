@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from pallas_kernels.shapes import SHAPES, TP
 
 PASSES = ("fwd", "fwd_bwd", "decode")
 OPS = (*operators.OPERATORS, *models.MODELS, *training.STEPS, models.COMPILE)
+ON_A_MESH = (*models.ON_A_MESH, *training.STEPS)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,6 +83,7 @@ def _model_rows(args: argparse.Namespace, env: dict[str, Any]) -> Iterator[Row]:
                 steps=args.steps,
                 num_iter=num_iter,
                 impl=impl,
+                axes=args.mesh or {},
             )
             try:
                 settings = settings if batch else models.filling(settings, args.memory)
@@ -154,7 +158,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     many("--ops", ",".join(operators.OPERATORS), str, f"of {', '.join(OPS)}", OPS)
     many("--impls", None, str, "implementations; default: chunked, for models auto", IMPLS)
     parser.add_argument("--shape", choices=[*SHAPES], default="8B" if on_gpu else "tiny")
-    many("--tp", "1", int, "measure one device's part of this many", TP)
+    many("--tp", "1", int, "operators: measure one device's part of this many", TP)
+    parser.add_argument(
+        "--mesh", type=_mesh,
+        help="models: devices to spread over, such as tp=2 or fsdp=2,tp=4 (hmf_jax.make_mesh); "
+        f"for {', '.join(ON_A_MESH)}. Numbers in rows are those of one device",
+    )  # fmt: skip
     many(
         "--batches", "1", lambda n: 0 if n == "full" else int(n),
         "rows; full: as many sequences of `length` + `steps` tokens as fit, for models",
@@ -168,11 +177,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, help="models: tokens per prefill call")
     parser.add_argument("--steps", type=int, default=64, help="models: tokens per decode call")
     parser.add_argument(
-        "--memory", type=float, help="GB that --batches full may use; default: 95%% of JAX's pool"
+        "--memory",
+        type=float,
+        help="GB per device that --batches full may use; default: 95%% of JAX's pool",
     )
-    parser.add_argument(
-        "--remat", choices=[*REMAT], default="block", help="of lora_step and mixers_step"
-    )
+    parser.add_argument("--remat", choices=[*REMAT], default="block", help="of training steps")
     parser.add_argument(
         "--ceilings", action=argparse.BooleanOptionalAction, default=on_gpu,
         help="measure copy bandwidth and matrix product rate first",
@@ -182,7 +191,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="compare operators with a reference, which takes longer to compile than to time them",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="append rows to this file (JSON lines)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.mesh and (single := [op for op in args.ops if op not in ON_A_MESH]):
+        parser.error(f"{single[0]} runs on one device: leave --mesh out, or choose --ops")
+    if args.mesh and math.prod(args.mesh.values()) > jax.device_count():
+        needs = math.prod(args.mesh.values())
+        parser.error(f"--mesh needs {needs} devices, but there are {jax.device_count()}")
+    return args
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """ "fsdp=2,tp=4" -> {"fsdp": 2, "tp": 4}"""
+    axis = r"(dp|fsdp|tp)=[1-9]\d*"
+    if not re.fullmatch(f"{axis}(,{axis})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give some of dp, fsdp and tp, as in tp=2")
+    return {axis: int(n) for axis, n in (part.split("=") for part in text.split(","))}
 
 
 if __name__ == "__main__":

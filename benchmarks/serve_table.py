@@ -4,7 +4,8 @@ For every model and context: decode throughput with the memory of the device ful
 `context` tokens each, the last ones being decoded), and the time to the first token of one prompt
 of that length. One process per row; rows that the file already holds are not measured again, so the
 same command goes on where it was stopped. Beside it, rows.md and rows.png: throughput and time of
-every model as ratios to the Transformer, and how close each comes to what the device can copy.
+every model as ratios to the Transformer on as many devices, and how close each comes to what a
+device can copy. Throughput is that of all devices over their number.
 
 The method is that of the cards (random tokens, all requests decoding, chunked prefill), but for
 three things: prompts are prefilled one after the other, so that a mean over N of them is
@@ -40,19 +41,22 @@ CARDS: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 OPS = {"decode": "decode_throughput", "ttft": "ttft"}
-Key = tuple[str, str, int, int | None]  # what, model, context, num_iter
+Line = tuple[str, int | None, int]  # model, num_iter, devices (tensor parallel)
+Key = tuple[str, int, Line]  # what, context
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    for what, model, context, num_iter in wanted(args.models, args.contexts, args.num_iter):
-        if (what, model, context, num_iter) in read(args.out, args.steps):
+    for key in wanted(args.models, args.contexts, args.num_iter, args.tp):
+        if key in read(args.out, args.steps):
             continue
+        what, context, (model, num_iter, tp) = key
         # A decoded row ends with the context full; see `Settings.length`.
         length = context - args.steps if what == "decode" else context
         command = f"--shape {args.shape} --ops {OPS[what]} --lengths {length} --steps {args.steps}"
-        command += f" --chunk {args.chunk} --batches {'full' if what == 'decode' else 1}"
+        command += " --batches full" if what == "decode" else f" --batches 1 --chunk {args.chunk}"
         command += "" if num_iter is None else f" --num-iter {num_iter}"
+        command += "" if tp == 1 else f" --mesh tp={tp}"
         command += "" if args.memory is None else f" --memory {args.memory}"
         first = not args.out.is_file() and args.ceilings
         command += " --ceilings" if first else " --no-ceilings"
@@ -68,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def wanted(
-    models: Iterable[str], contexts: Sequence[int], num_iters: Sequence[int]
+    models: Iterable[str], contexts: Sequence[int], num_iters: Sequence[int], tp: int
 ) -> Iterable[Key]:
     """Every row of the tables; only models with a GKA solver have several num_iter."""
     for model in models:
@@ -77,7 +81,7 @@ def wanted(
         ):
             for context in contexts:
                 for what in OPS:
-                    yield what, model, context, num_iter
+                    yield what, context, (model, num_iter, tp)
 
 
 def read(file: Path, steps: int) -> dict[Key, dict[str, Any]]:
@@ -90,7 +94,8 @@ def read(file: Path, steps: int) -> dict[Key, dict[str, Any]]:
             continue
         _, model, *_ = row["case"].split()
         context = row["shape"]["length"] + (steps if what == "decode" else 0)
-        found[what, model, context, row["num_iter"]] = row
+        tp = row["extra"].get("mesh", {}).get("tp", 1)
+        found[what, context, (model, row["num_iter"], tp)] = row
     return found
 
 
@@ -100,30 +105,32 @@ def copy_rate(file: Path) -> float | None:
     return next((r["extra"]["gb_per_s"] for r in rows if r["op"] == "ceiling_copy"), None)
 
 
-def ratios(rows: Mapping[Key, Mapping[str, Any]], what: str) -> dict[tuple[str, int | None], dict]:
-    """(model, num_iter) -> context -> throughput or time over that of the Transformer."""
-    out: dict[tuple[str, int | None], dict[int, float]] = {}
-    for (kind, model, context, num_iter), row in rows.items():
-        base = rows.get((what, "*", context, None))
+def ratios(rows: Mapping[Key, Mapping[str, Any]], what: str) -> dict[Line, dict[int, float]]:
+    """Line -> context -> throughput or time over that of the Transformer on as many devices."""
+    out: dict[Line, dict[int, float]] = {}
+    for (kind, context, line), row in rows.items():
+        model, _, tp = line
+        base = rows.get((what, context, ("*", None, tp)))
         if kind != what or model == "*" or base is None:
             continue
         a, b = ((r["extra"]["tokens_per_s"] if what == "decode" else r["ms"]) for r in (row, base))
-        out.setdefault((model, num_iter), {})[context] = a / b
+        out.setdefault(line, {})[context] = a / b
     return out
 
 
 def table(rows: Mapping[Key, Mapping[str, Any]], copy: float | None) -> str:
-    """Markdown: one line per model and num_iter, absolute numbers and ratios per context."""
-    contexts = sorted({context for _, _, context, _ in rows})
+    """Markdown: one line per `Line`, absolute numbers and ratios per context."""
+    contexts = sorted({context for _, context, _ in rows})
     lines = []
     for what, title in (
         (
             "decode",
-            "Decode, memory full: tokens/s (sequences; of the copy rate; x Transformer; card)",
+            "Decode, memory full: tokens/s per device "
+            "(sequences; of the copy rate; x Transformer; card)",
         ),
         ("ttft", "Time to first token, ms (x Transformer; card)"),
     ):
-        names = list(dict.fromkeys((m, n) for w, m, _, n in rows if w == what))
+        names = list(dict.fromkeys(line for kind, _, line in rows if kind == what))
         if not names:
             continue
         relative = ratios(rows, what)
@@ -132,13 +139,14 @@ def table(rows: Mapping[Key, Mapping[str, Any]], copy: float | None) -> str:
             "",
             f"{title}:",
             "",
-            f"| model | num_iter |{heads}",
-            "|---" * (2 + len(contexts)) + "|",
+            f"| model | num_iter | devices |{heads}",
+            "|---" * (3 + len(contexts)) + "|",
         ]
-        for model, num_iter in names:
+        for line in names:
+            model, num_iter, tp = line
             cells = []
             for context in contexts:
-                row = rows.get((what, model, context, num_iter))
+                row = rows.get((what, context, line))
                 if row is None:
                     cells.append("–")
                     continue
@@ -148,13 +156,13 @@ def table(rows: Mapping[Key, Mapping[str, Any]], copy: float | None) -> str:
                     notes += [f"{extra['gb_per_s'] / copy:.0%}"] if copy else []
                 else:
                     notes = []
-                if (ratio := relative.get((model, num_iter), {}).get(context)) is not None:
+                if (ratio := relative.get(line, {}).get(context)) is not None:
                     notes.append(f"{ratio:.2f}x")
                 if context in CONTEXTS and model in CARDS[what] and num_iter in (None, 30):
                     notes.append(f"card {CARDS[what][model][CONTEXTS.index(context)]:.2f}x")
                 value = extra["tokens_per_s"] if what == "decode" else row["ms"]
                 cells.append(f"{value:,.0f}" + (f" ({', '.join(notes)})" if notes else ""))
-            lines.append(f"| {model} | {num_iter or ''} | " + " | ".join(cells) + " |")
+            lines.append(f"| {model} | {num_iter or ''} | {tp} | " + " | ".join(cells) + " |")
     return "\n".join(lines).strip()
 
 
@@ -168,13 +176,14 @@ def plot(rows: Mapping[Key, Mapping[str, Any]], file: Path) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(11, 4))
     titles = {"decode": "decode throughput, memory full", "ttft": "time to first token"}
     for ax, (what, title) in zip(axes, titles.items(), strict=True):
-        for n, ((model, num_iter), line) in enumerate(ratios(rows, what).items()):
+        for n, ((model, num_iter, tp), line) in enumerate(ratios(rows, what).items()):
             name = model if num_iter in (None, 30) else f"{model}, num_iter {num_iter}"
+            name += "" if tp == 1 else f", {tp} devices"
             ax.plot(list(line), list(line.values()), "o-", color=f"C{n}", label=name)
             if model in CARDS[what] and num_iter in (None, 30):
                 ax.plot(CONTEXTS, CARDS[what][model], "x--", color=f"C{n}", alpha=0.6)
         ax.axhline(1, color="grey", linewidth=0.8)
-        contexts = sorted({context for _, _, context, _ in rows})
+        contexts = sorted({context for _, context, _ in rows})
         ax.set(xscale="log", xlabel="context (tokens)", ylabel="x Transformer", title=title)
         ax.set_xticks(contexts, [_short(c) for c in contexts])
         ax.minorticks_off()
@@ -207,9 +216,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=lambda text: text.split(","), default=",".join(MODELS))
     parser.add_argument("--contexts", type=numbers, default=",".join(map(str, CONTEXTS)))
     parser.add_argument("--num-iter", type=numbers, default="30,10,5,1", help="of GKA")
+    parser.add_argument("--tp", type=int, default=1, help="devices to split each model over")
     parser.add_argument("--steps", type=int, default=64, help="tokens per decode call")
-    parser.add_argument("--chunk", type=int, default=16384, help="tokens per prefill call")
-    parser.add_argument("--memory", type=float, help="GB; default: 95%% of JAX's pool")
+    parser.add_argument("--chunk", type=int, default=32768, help="tokens per prefill call of ttft")
+    parser.add_argument("--memory", type=float, help="GB per device; default: 95%% of JAX's pool")
     parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args(argv)
     if unknown := [m for m in args.models if m not in MODELS]:

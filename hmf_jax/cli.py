@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import importlib
 import itertools
 import os
 import sys
@@ -29,6 +30,11 @@ _prime = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(_prime, name="prime")
+_bench = typer.Typer(
+    help="Measure speed and memory; needs the repository, not only the installed package.",
+    no_args_is_help=True,
+)
+app.add_typer(_bench, name="bench")
 _settings = {"debug": False}
 
 
@@ -546,6 +552,32 @@ def demo(
     typer.echo(f"Took {time.perf_counter() - start:.0f} s.")
     if not passed:
         raise typer.Exit(1)
+
+
+def _benchmark(name: str, help: str) -> None:
+    """Register `hmf-jax bench NAME`, which leaves all its arguments to benchmarks/NAME.py."""
+
+    def run(ctx: typer.Context) -> None:
+        module = name.replace("-", "_")
+        try:
+            program = importlib.import_module(f"benchmarks.{module}")
+        except ModuleNotFoundError as e:
+            if not (e.name or "").startswith("benchmarks"):
+                raise
+            raise ValueError(
+                "the benchmarks are not part of the installed package: get the repository and run "
+                f"`python -m benchmarks.{module}` in it, or install it with `pip install -e .`"
+            ) from None
+        program.main(ctx.args)
+
+    settings = dict(allow_extra_args=True, ignore_unknown_options=True, help_option_names=[])
+    _bench.command(name, help=help, context_settings=settings)(_guarded(run))
+
+
+_benchmark("serve-table", "Decoding with the memory full and time to first token, as a table.")
+_benchmark("run", "Operators, models and training steps, one row per measurement.")
+_benchmark("full-size", "A full-size checkpoint: loading, first token, memory.")
+_benchmark("compare", "Two files of rows, or two commits.")
 
 
 def main() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert.mapping import num_parameters
 from hmf_jax.config import HybridConfig, streams
 from hmf_jax.model import HybridLM
+from hmf_jax.sharding import row_parts
+from hmf_jax.state import ModelState
 
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -55,15 +59,48 @@ def state_memory(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS, *, 
     return out
 
 
+def abstract_state(model: HybridLM, batch: int, capacity: int) -> ModelState:
+    """`model.init_state(batch, capacity)` as shapes, dtypes and shardings; needs hardly any memory.
+
+    Without a mesh, shardings are None. The split depends on heads, and on whether the mesh divides
+    the batch: it is read off a state with room for one token, of as few rows as are split alike.
+    """
+    state = jax.eval_shape(lambda: model.init_state(batch, capacity))
+    mesh = model.mesh
+    if mesh is None:
+        return state
+    parts = row_parts(mesh)
+    small = model.init_state(1 if batch % parts else parts, 1)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(x: jax.ShapeDtypeStruct, like: jax.Array) -> jax.ShapeDtypeStruct:
+        split = like.sharding if isinstance(like.sharding, NamedSharding) else whole
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
+
+    leaves = map(place, jax.tree.leaves(state), jax.tree.leaves(small))
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of these arrays (or `jax.ShapeDtypeStruct`s)."""
+
+    def one(x: Any) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """What the memory of a device is for while sequences decode together; bytes.
+    """What the memory of a device is for while sequences decode together; bytes of one device.
 
     Attributes:
       weights: the parameters.
       sequence: state of one sequence at its longest, and its logits.
       workspace: activations of one prefill chunk.
-      sequences: how many sequences fit beside weights and workspace.
+      sequences: how many sequences fit beside weights and workspace; on a mesh, on all devices
+        together.
     """
 
     weights: int
@@ -80,37 +117,50 @@ def plan_memory(
     fraction: float = 0.9,
     prefill_chunk: int = 2048,
     dtype: Any = None,
+    mesh: Mesh | None = None,
 ) -> MemoryPlan:
-    """How many sequences of `context` tokens a device can hold.
+    """How many sequences of `context` tokens a device, or a mesh of them, can hold.
 
     The workspace is reckoned as 64 arrays [prefill_chunk, hidden_size], an upper bound of what
-    prefills of the 8B shapes were seen to take; the rest is exact.
+    prefills of the 8B shapes were seen to take. On a mesh, that and the logits count as whole on
+    every device (sampling gathers logits). The rest is exact.
 
     Args:
       config: architecture.
       context: most tokens of a sequence, prompt and answer together.
-      memory: bytes of the device; fraction: the part of them to use.
+      memory: bytes of one device; fraction: the part of them to use.
       prefill_chunk: tokens per prefill call.
       dtype: dtype of the model, default bfloat16.
+      mesh: the devices, see `hmf_jax.make_mesh`; None: one.
 
     Raises:
       ValueError: not even one sequence fits; says what is needed.
     """
-    size = jnp.dtype(dtype or jnp.bfloat16).itemsize
-    weights = num_parameters(config) * size
-    state = state_memory(config, (context,), dtype=dtype)[context].total
-    sequence = state + config.vocab_size * (size + 8)  # logits, and float32 copies of them
-    workspace = 64 * prefill_chunk * config.hidden_size * size
-    sequences = int((fraction * memory - weights - workspace) // sequence)
+    dtype = jnp.dtype(dtype or jnp.bfloat16)
+    model = nnx.eval_shape(lambda: HybridLM(config, dtype=dtype, mesh=mesh))
+    parts = 1 if model.mesh is None else row_parts(model.mesh)
+    state = device_bytes(abstract_state(model, parts, context).layers)  # a sequence per device
+    sequence = state + config.vocab_size * (dtype.itemsize + 8)  # logits and float32 copies of them
+    weights = device_bytes(_placed(model))
+    workspace = 64 * prefill_chunk * config.hidden_size * dtype.itemsize
+    sequences = parts * int((fraction * memory - weights - workspace) // sequence)
     if sequences < 1:
         raise ValueError(
             f"one sequence of {context} tokens needs {size_text(weights + workspace + sequence)} "
             f"(weights {size_text(weights)}, a prefill chunk of {prefill_chunk} tokens "
             f"{size_text(workspace)}, its state {size_text(sequence)}); {fraction:.0%} of the "
-            f"memory are {size_text(fraction * memory)}: use a larger device, a shorter context or "
-            "smaller prefill chunks"
+            f"memory are {size_text(fraction * memory)}: use larger or more devices, a shorter "
+            "context or smaller prefill chunks"
         )
     return MemoryPlan(weights, sequence, workspace, sequences)
+
+
+def _placed(model: HybridLM) -> Any:
+    """An abstract model whose parameters say how they are split."""
+    if model.mesh is None:
+        return model
+    place = lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)  # noqa: E731
+    return jax.tree.map(place, model, model.shardings())
 
 
 def memory_table(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from hmf_jax.config import HybridConfig, streams
@@ -63,6 +64,21 @@ def _run_block(block: Block, x: Array, ctx: Context, state: Any) -> tuple[Array,
     return block(x, ctx, state)
 
 
+def _shardings(module: nnx.Module, mesh: Mesh) -> Any:
+    """A pytree like the module with the sharding of each parameter."""
+    is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    leaves = jax.tree.leaves(module, is_leaf=is_param)
+    split = [named_sharding(mesh, p.get_metadata()["dims"], p.shape) for p in leaves]
+    return jax.tree.unflatten(jax.tree.structure(module), split)
+
+
+def _split[M: nnx.Module](module: M, mesh: Mesh | None) -> M:
+    """The module with its parameters on their shards; as it is without a mesh or in a trace."""
+    if mesh is None or any(isinstance(x, Tracer) for x in jax.tree.leaves(module)):
+        return module
+    return jax.block_until_ready(jax.device_put(module, _shardings(module, mesh)))
+
+
 class HybridLM(nnx.Module):
     """A decoder-only language model whose layers mix tokens in any mix of kinds.
 
@@ -72,9 +88,9 @@ class HybridLM(nnx.Module):
     Args:
       config: architecture.
       dtype: dtype of parameters and activations (recurrent states, gates and decays are float32).
-      mesh: device mesh (see `hmf_jax.make_mesh`), or None. Building a model on a mesh this way
-        leaves the parameters where they are made; `HybridLM.init` puts them on their shards.
-      rngs: seeds of the random initial parameters.
+      mesh: device mesh (see `hmf_jax.make_mesh`), or None. The random parameters of a layer are
+        made on one device and then split; no more than one layer is ever whole.
+      rngs: their seeds; the same ones on every mesh.
     """
 
     def __init__(
@@ -87,7 +103,9 @@ class HybridLM(nnx.Module):
     ):
         rngs = nnx.Rngs(0) if rngs is None else rngs
         d, V = config.hidden_size, config.vocab_size
-        self.embed_tokens = nnx.Embed(
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.mesh = for_model(mesh, config)
+        embed = nnx.Embed(
             V,
             d,
             dtype=dtype,
@@ -96,40 +114,25 @@ class HybridLM(nnx.Module):
             rngs=rngs,
             embedding_metadata={"dims": ("vocab", "embed")},
         )
-        self.layers: Sequence[Block] = nnx.List(
-            [Block(symbol, config, dtype=dtype, rngs=rngs) for symbol in config.layer_kinds]
-        )
-        self.norm = RMSNorm(d, config.rms_norm_eps, dtype)
+        self.embed_tokens = _split(embed, self.mesh)
+        layers = (Block(symbol, config, dtype=dtype, rngs=rngs) for symbol in config.layer_kinds)
+        self.layers: Sequence[Block] = nnx.List([_split(layer, self.mesh) for layer in layers])
+        self.norm = _split(RMSNorm(d, config.rms_norm_eps, dtype), self.mesh)
+        head = ("embed", "vocab"), config, dtype, rngs
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else linear(d, V, ("embed", "vocab"), config, dtype, rngs)
-        self.config, self.dtype = config, jnp.dtype(dtype)
-        self.mesh = for_model(mesh, config)
+        self.lm_head = None if tied else _split(linear(d, V, *head), self.mesh)
         self.source: str | None = None  # the directory it was loaded from; has the tokenizer
 
     @classmethod
     def init(
         cls, config: HybridConfig, *, dtype=jnp.bfloat16, mesh: Mesh | None = None, seed: int = 0
     ) -> HybridLM:
-        """A model with random parameters, each made on its own shards."""
-
-        def build() -> HybridLM:
-            return cls(config, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(seed))
-
-        if mesh is None:
-            return build()
-        return jax.jit(build, out_shardings=jax.eval_shape(build).shardings())()
+        """A model with random parameters."""
+        return cls(config, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(seed))
 
     def shardings(self) -> Any:
         """A pytree like the model with the sharding of each parameter (None without a mesh)."""
-
-        def one(p: nnx.Variable) -> Any:
-            return named_sharding(self.mesh, p.get_metadata()["dims"], p.shape)
-
-        is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-        leaves, tree = jax.tree.flatten(self, is_leaf=is_param)
-        if self.mesh is None:
-            return None
-        return jax.tree.unflatten(jax.tree.structure(self), [one(p) for p in leaves])
+        return None if self.mesh is None else _shardings(self, self.mesh)
 
     def init_state(self, batch: int, capacity: int) -> ModelState:
         """An empty state for `batch` rows of at most `capacity` tokens each.

@@ -95,6 +95,11 @@ def for_model(mesh: Mesh | None, config: HybridConfig) -> Mesh | None:
     return Mesh(devices.reshape(size["dp"], size["fsdp"], kv, tp // kv), names)
 
 
+def row_parts(mesh: Mesh) -> int:
+    """How many parts the mesh splits the rows of a batch into: dp x fsdp."""
+    return math.prod(n for axis, n in mesh.shape.items() if axis in BATCH_AXES)
+
+
 def spec(mesh: Mesh, dims: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
     """PartitionSpec of an array whose axes carry these dimension names (see `TABLE`).
 

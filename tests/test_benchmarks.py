@@ -5,20 +5,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from benchmarks import compare, models, operators, rows, run, serve_table, timing, tune
+from benchmarks import compare, full_size, models, operators, rows, run, serve_table, timing, tune
 from benchmarks.rows import Row
+from hmf_jax.cli import app
 from hmf_jax.config import HybridConfig
-from hmf_jax.memory import plan_memory
+from hmf_jax.loading import flat_params, from_pretrained
+from hmf_jax.memory import abstract_state, device_bytes, plan_memory
+from hmf_jax.model import HybridLM
+from hmf_jax.sharding import make_mesh
 from hmf_jax.training import trainer
 from pallas_kernels import tuning
 from pallas_kernels.shapes import SHAPES, TP
+from tests.util import rel
 
 FIELDS = {
     "op", "impl", "dtype", "shape", "num_iter", "pass", "ms", "relative_error", "case", "extra",
@@ -159,18 +168,101 @@ def test_models(tmp_path: Path, ops: str) -> None:
         assert decode["extra"]["tokens_per_s"] == pytest.approx(2e3 / decode["ms"])
 
 
+@pytest.mark.parametrize("axes", [{"tp": 2}, pytest.param({"tp": 4}, marks=pytest.mark.slow)])
+def test_a_mesh_gives_the_tokens_and_states_of_one_device(axes: dict[str, int]) -> None:
+    def run(axes: dict[str, int]):
+        bench = models.Bench(
+            models.Settings(
+                "tiny", "GKA", 2, 12, "float32", layers=2, chunk=8, steps=4, num_iter=4, axes=axes
+            ),
+            {},
+        )
+        program, token, state = bench._decode_program()
+        bytes_ = device_bytes((bench.model, state))
+        first, filled = bench._prefill_program(12)[1](bench.s.tokens(bench.model.mesh)[0])
+        return (first, program(bench.model, token, state)[0]), filled.layers, bytes_
+
+    tokens, state, bytes_ = run({})
+    got_tokens, got_state, got_bytes = run(axes)
+    for a, b in zip(got_tokens, tokens, strict=True):
+        assert a.tolist() == b.tolist()
+    for a, b in zip(jax.tree.leaves(got_state), jax.tree.leaves(state), strict=True):
+        assert rel(a, b) < 1e-5
+    assert got_bytes < bytes_ * (0.51 if axes["tp"] == 2 else 0.36)  # two copies of 2 kv heads
+
+
+def test_rows_of_a_mesh(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As many rows as the memory of two devices holds; rates and bytes are those of one."""
+    out = tmp_path / "rows.jsonl"
+    argv = "--ops decode_throughput --mixers * --layers 1 --lengths 60 --steps 4 --memory 0.02"
+    run.main([*argv.split(), "--batches", "full", "--mesh", "tp=2", "--out", str(out)])
+    (r,) = read(out)
+    plan = plan_memory(
+        models.Settings("tiny", "*", layers=1).config,
+        64,
+        0.02e9,
+        fraction=1,
+        mesh=make_mesh(tp=2, devices=jax.devices()[:2]),
+    )
+    rows, extra = r["shape"]["batch"], r["extra"]
+    assert rows == plan.sequences and r["case"] == "tiny * 1 layers, mesh tp=2"
+    assert extra["mesh"] == {"tp": 2} and extra["weight_bytes"] == plan.weights
+    assert extra["tokens_per_s"] == pytest.approx(1e3 * rows / r["ms"] / 2)
+    for argv, error in {
+        "--mesh tp=2": "gka runs on one device",
+        "--ops ttft --mesh tp=0": "as in tp=2",
+        "--ops ttft --mesh tp=16": "needs 16 devices, but there are 8",
+    }.items():
+        with pytest.raises(SystemExit):
+            run.main(argv.split())
+        assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("axes", [{}, {"tp": 4}, {"fsdp": 2, "tp": 2}])
+def test_plan_memory_is_what_devices_hold(axes: dict[str, int]) -> None:
+    config = models.Settings("tiny", "BMF", layers=2).config
+    mesh = make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())]) if axes else None
+    plan = plan_memory(config, 64, 0.02e9, fraction=1, mesh=mesh)
+    model = HybridLM.init(config, mesh=mesh)
+
+    def held(tree: Any) -> int:
+        arrays = jax.tree.leaves(tree)
+        return sum(a.addressable_shards[0].data.nbytes for a in arrays)
+
+    state = model.init_state(plan.sequences, 64)
+    assert plan.weights == held(model)
+    per_device = plan.sequences // axes.get("fsdp", 1)
+    logits = 10 * config.vocab_size
+    assert per_device * (plan.sequence - logits) == held(state.layers)
+    free = 0.02e9 - plan.weights - plan.workspace
+    assert 0 <= free - per_device * plan.sequence < plan.sequence
+    found = abstract_state(model, plan.sequences, 64)
+    if mesh is not None:
+        for a, b in zip(jax.tree.leaves(found.layers), jax.tree.leaves(state.layers), strict=True):
+            assert a.sharding == b.sharding and a.shape == b.shape
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["lora_step", "mixers_step"])
-def test_training_steps(tmp_path: Path, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mesh", ["", "--mesh fsdp=2", "--mesh tp=2"])
+@pytest.mark.parametrize("op", ["lora_step", "mixers_step", "full_step"])
+def test_training_steps(
+    tmp_path: Path, op: str, mesh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "rows.jsonl"
     monkeypatch.setattr(trainer, "PEAK_FLOPS", {jax.devices()[0].device_kind: 1e9})
-    argv = f"--ops {op} --mixers GDN --layers 2 --lengths 24 --batches 2"
+    argv = f"--ops {op} --mixers GDN --layers 2 --lengths 24 --batches 2 {mesh}"
     run.main([*argv.split(), "--out", str(out)])
     (r,) = read(out)
     assert set(r) == FIELDS and r["ms"] > 0 and r["op"] == op and r["pass"] == "fwd_bwd"
-    assert r["case"] == "tiny GDN 2 layers, remat block"
-    assert r["extra"]["program_bytes"] > r["extra"]["state_bytes"] > 12 * r["extra"]["trained"] > 0
-    assert r["extra"]["tokens_per_s"] == pytest.approx(48e3 / r["ms"])
+    n = 2 if mesh else 1
+    assert (
+        r["case"] == f"tiny GDN 2 layers, {mesh.replace('--', '') + ', ' * bool(mesh)}remat block"
+    )
+    assert r["extra"]["program_bytes"] > r["extra"]["state_bytes"]
+    assert n * r["extra"]["state_bytes"] > 12 * r["extra"]["trained"] > 0
+    if op == "full_step":  # all of it split: norms and gates, which tp keeps whole, are small
+        assert n * r["extra"]["state_bytes"] < 12.1 * r["extra"]["trained"]
+    assert r["extra"]["tokens_per_s"] == pytest.approx(48e3 / n / r["ms"])
     assert r["extra"]["mfu"] > 0 and r["extra"]["ran"]["gated_delta_rule"] == "chunked"
 
 
@@ -320,7 +412,7 @@ def test_serve_table(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     shape = {"batch": 50, "length": 16384 - 64}
 
-    def row(op: str, model: str, ms: float, num_iter: int | None, **extra: float) -> str:
+    def row(op: str, model: str, ms: float, num_iter: int | None, **extra: Any) -> str:
         length = 16384 if op == "ttft" else shape["length"]
         found = {"op": op, "case": f"8B {model} 36 layers", "num_iter": num_iter, "ms": ms}
         return json.dumps(found | {"shape": shape | {"length": length}, "extra": extra})
@@ -330,18 +422,74 @@ def test_serve_table(tmp_path: Path) -> None:
         row("decode_throughput", "*", 9.0, None, tokens_per_s=1, gb_per_s=1),  # superseded
         row("decode_throughput", "*", 40.0, None, tokens_per_s=1000, gb_per_s=2400),
         row("decode_throughput", "GKA", 40.0, 30, tokens_per_s=1500, gb_per_s=2700),
+        row("decode_throughput", "GKA", 40.0, 30, tokens_per_s=2000, gb_per_s=2400, mesh={"tp": 2}),
         row("ttft", "*", 500.0, None),
         row("ttft", "GKA", 600.0, 30),
     ]
     out.write_text("\n".join(lines))
     found = serve_table.read(out, 64)
     text = serve_table.table(found, serve_table.copy_rate(out))
-    assert "| * |  | 1,000 (50, 80%) |" in text
-    assert "| GKA | 30 | 1,500 (50, 90%, 1.50x, card 1.78x) |" in text
-    assert "| GKA | 30 | 600 (1.20x, card 1.26x) |" in text
-    assert serve_table.ratios(found, "ttft") == {("GKA", 30): {16384: 1.2}}
-    keys = list(serve_table.wanted(["*", "GKA", "BMF"], [16384], [30, 1]))
-    assert len(keys) == 8 and set(found) <= set(keys)
+    assert "| * |  | 1 | 1,000 (50, 80%) |" in text
+    assert "| GKA | 30 | 1 | 1,500 (50, 90%, 1.50x, card 1.78x) |" in text
+    assert "| GKA | 30 | 1 | 600 (1.20x, card 1.26x) |" in text
+    assert "| GKA | 30 | 2 | 2,000 (50, 80%, card 1.78x) |" in text  # no Transformer on 2
+    assert serve_table.ratios(found, "ttft") == {("GKA", 30, 1): {16384: 1.2}}
+    wanted = [serve_table.wanted(["*", "GKA", "BMF"], [16384], [30, 1], tp) for tp in (1, 2)]
+    one, two = map(set, wanted)
+    assert len(one) == 8 and one.isdisjoint(two) and {k in one for k in found} == {True, False}
+    assert set(found) <= one | two
+
+
+def test_checkpoint_as_from_a_new_model(tmp_path: Path) -> None:
+    config = HybridConfig.preset("tiny", layer_kinds=("GKA", "M2", "GKA"))
+    full_size.write_checkpoint(config, tmp_path / "model")
+    got = flat_params(from_pretrained(tmp_path / "model", dtype="auto", progress=False))
+    like = flat_params(HybridLM(config))
+    assert got.keys() == like.keys()
+    for path, x in got.items():
+        assert x.dtype == like[path].dtype
+        a, b = (np.asarray(y, np.float32) for y in (x, like[path]))
+        if a.size > 4096:
+            assert abs(a.mean()) < 0.1 * a.std() and a.std() == pytest.approx(b.std(), rel=0.05)
+        elif "conv1d" not in path and "proj.kernel" not in path:
+            np.testing.assert_array_equal(a.min() > 0, b.min() > 0, path)
+    one, other = (got[f"layers.{i}.mixer.q_proj.kernel"] for i in (0, 2))
+    assert (one != other).mean() > 0.9
+    with pytest.raises(FileExistsError):
+        full_size.write_checkpoint(config, tmp_path / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
+def test_full_size(tmp_path: Path, tp: int) -> None:
+    out, model = tmp_path / "rows.jsonl", tmp_path / "model"
+    argv = f"--shape tiny --length 12 --layers 2 --tp {tp} --directory {model} --out {out}".split()
+    full_size.main(argv)
+    load, first, decode = read(out)
+    assert [r["op"] for r in (load, first, decode)] == ["load", "ttft", "decode_throughput"]
+    case = "tiny GKA 2 layers" + (", mesh tp=2" if tp == 2 else "") + " through generate"
+    assert {load["case"], first["case"], decode["case"]} == {case}
+    extra = load["extra"]
+    assert load["ms"] / 1e3 >= extra["load_s"] + extra["first_token_s"] > first["ms"] / 1e3 > 0
+    assert extra["peak_host_bytes"] >= extra["peak_host_bytes_before"] > 1e8
+    stored = (model / "model.safetensors").stat()
+    assert extra["checkpoint_bytes"] == stored.st_size
+    full_size.main(argv)  # it is there already
+    assert (model / "model.safetensors").stat().st_mtime == stored.st_mtime
+    with pytest.raises(SystemExit):
+        full_size.main([*argv, "--mixer", "GDN"])
+
+
+def test_the_command_line_passes_arguments_on(tmp_path: Path, monkeypatch, capsys) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{ROW.to_json()}\n")
+    result = CliRunner().invoke(app, ["bench", "compare", str(file), str(file)])
+    assert result.exit_code == 0 and "gka bfloat16 b1 l8 h2/1 d4 iter30" in result.stdout
+    result = CliRunner().invoke(app, ["bench", "serve-table", "--help"])
+    assert result.exit_code == 0 and "--contexts" in result.stdout
+    monkeypatch.setitem(sys.modules, "benchmarks.serve_table", None)
+    result = CliRunner().invoke(app, ["bench", "serve-table", "--out", "x"])
+    assert result.exit_code == 1 and "get the repository and run `python -m" in result.stderr
 
 
 @pytest.mark.slow
@@ -353,4 +501,7 @@ def test_serve_table_goes_on_where_it_was(tmp_path: Path, capfd) -> None:
     serve_table.main([*argv, "--models", "*,GKA"])
     assert len(out.read_text().splitlines()) == 4
     assert (tmp_path / "rows.png").stat().st_size > 1000
-    assert (tmp_path / "rows.md").read_text().count("| GKA | 2 |") == 2
+    assert (tmp_path / "rows.md").read_text().count("| GKA | 2 | 1 |") == 2
+    serve_table.main([*argv, "--models", "GKA", "--tp", "2"])  # another row, of two devices
+    assert len(out.read_text().splitlines()) == 6
+    assert (tmp_path / "rows.md").read_text().count("| GKA | 2 | 2 |") == 2

@@ -24,7 +24,7 @@ from hmf_jax.memory import memory_table, size_text, state_memory
 from hmf_jax.sampling import SamplingParams
 from tests.goldens import golden
 
-COMMANDS = ("generate", "chat", "convert", "verify", "info", "train", "prime", "demo")
+COMMANDS = ("generate", "chat", "convert", "verify", "info", "train", "prime", "demo", "bench")
 
 
 @pytest.fixture(autouse=True)

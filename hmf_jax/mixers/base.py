@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hmf_jax.sharding import named_sharding
+from hmf_jax.sharding import constrain, named_sharding
 
 Array = jax.Array
 
@@ -77,4 +77,5 @@ class Mixer(nnx.Module):
 
 def zeros(shape: Sequence[int], dims: Sequence[str | None], dtype, mesh: Mesh | None) -> Array:
     """An array of zeros, laid out on the mesh by its dimension names."""
-    return jnp.zeros(shape, dtype, device=named_sharding(mesh, dims, shape))
+    made = jnp.zeros(shape, dtype, device=named_sharding(mesh, dims, shape))
+    return constrain(made, mesh, *dims)  # in a trace, `device` is no constraint

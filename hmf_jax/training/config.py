@@ -29,7 +29,7 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.loading import from_pretrained, resolve, save_pretrained
 from hmf_jax.memory import size_text
 from hmf_jax.model import HybridLM
-from hmf_jax.sharding import BATCH_AXES, for_model, make_mesh
+from hmf_jax.sharding import BATCH_AXES, for_model, make_mesh, row_parts
 from hmf_jax.training.checkpoint import Checkpoints
 from hmf_jax.training.data import Batches
 from hmf_jax.training.optimizer import RECIPES, Recipe
@@ -38,7 +38,6 @@ from hmf_jax.training.trainer import (
     data_shard,
     find_not_finite,
     peak_flops,
-    row_parts,
     train,
     training_flops,
 )

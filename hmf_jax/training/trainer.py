@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.model import HybridLM
-from hmf_jax.sharding import BATCH_AXES
+from hmf_jax.sharding import BATCH_AXES, row_parts
 from hmf_jax.training.checkpoint import Checkpoints
 from hmf_jax.training.loss import next_token_loss
 from hmf_jax.training.step import Loss, Remat, TrainState
@@ -188,11 +188,6 @@ def train[S](
         if checkpoints is not None and done >= first and checkpoints.latest != done:
             checkpoints.save(done, state, batches)
     return state
-
-
-def row_parts(mesh: Mesh) -> int:
-    """How many parts the mesh splits the rows of a batch into: dp x fsdp."""
-    return math.prod(n for axis, n in mesh.shape.items() if axis in BATCH_AXES)
 
 
 def data_shard(mesh: Mesh | None) -> tuple[int, int]:

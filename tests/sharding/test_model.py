@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hmf_jax.config import BMojoConfig, GKAConfig
@@ -151,3 +152,38 @@ def test_bad_meshes():
         for_model(make_mesh(tp=2, devices=jax.devices()[:2]), odd)
     with pytest.raises(ValueError, match="axes"):
         for_model(jax.make_mesh((8,), ("model",)), config)
+
+
+@pytest.mark.parametrize("kinds", [("*", "GKA"), pytest.param(SIX, marks=pytest.mark.slow)])
+def test_generation_agrees_token_by_token(kinds):
+    """Greedy, float32, prompts of different lengths, chunked prefill: 2 and 4 devices as one."""
+    config = tiny_config(kinds, **HEADS)
+    model = random_model(config, jnp.float32, seed=2)
+    prompts = [list(range(3, 14)), [7, 1, 60, 5]]
+
+    def tokens(model: HybridLM) -> list[list[int]]:
+        found = model.generate(prompts, max_new_tokens=8, prefill_chunk=8, eos_ids=())
+        return [list(g.tokens) for g in found]
+
+    expected = tokens(model)
+    assert len(set(expected[0] + expected[1])) > 4  # not one token over and over
+    for tp in (2, 4):
+        assert tokens(place(model, config, mesh_of(dict(tp=tp)))) == expected, f"tp={tp}"
+
+
+def test_the_same_random_model_on_every_mesh():
+    config = tiny_config(("M2", "*"), **HEADS)
+    mesh = make_mesh(fsdp=2, tp=4)
+    one, split = (HybridLM.init(config, dtype=jnp.float32, mesh=m, seed=3) for m in (None, mesh))
+    leaves = map(jax.tree.leaves, (one, split, split.shardings()))
+    for a, b, sharding in zip(*leaves, strict=True):
+        assert b.sharding == sharding
+        np.testing.assert_array_equal(a, b)
+
+
+def test_states_made_in_a_program_are_split_too():
+    config = tiny_config(("*", "BMF"), **HEADS)
+    model = place(random_model(config, jnp.float32), config, make_mesh(fsdp=2, tp=4))
+    made = jax.jit(lambda: model.init_state(2, 8).layers)()
+    for a, b in zip(*map(jax.tree.leaves, (model.init_state(2, 8).layers, made)), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim) and not b.is_fully_replicated
