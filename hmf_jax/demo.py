@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hmf_jax import embedded
-from hmf_jax.chat import ChatSession
 from hmf_jax.config import HybridConfig
 from hmf_jax.embedded import corpus
 from hmf_jax.embedded.train import NUM_ITER, accuracy
@@ -134,19 +133,18 @@ def run_demo(say: Callable[[str], None], name: str = "gka", seed: int = 0) -> bo
     say(f"\n1. It reads {len(text) + 1} tokens: {len(facts)} facts, then something else")
     say(_indent(textwrap.fill(text, 92)))
     say(f"\n2. Questions. Its windows hold {window} tokens; what is older is in its states only")
-    chat = ChatSession(model, system=text, max_new_tokens=16, capacity=512)
-    for fact in rng.sample(facts, 4):
-        said, expected = chat.send(f"{fact[0]}?").text.strip(), " ".join(fact) + "."
-        say(
-            f"   you: {fact[0]}?   model: {said}{'' if said == expected else f'  (no: {expected})'}"
-        )
-        chat.reset()
+    asked = rng.sample(facts, 4)
+    prompts = [corpus.encode(f"{text}\n{corpus.ask(fact)[0]}") for fact in asked]
+    for fact, answer in zip(asked, generate(model, prompts, max_new_tokens=16), strict=True):
+        said = f"{fact[0]} {corpus.decode(answer.tokens)}"  # the name is given
+        right = said == f"{' '.join(fact)}."
+        say(f"   you: {fact[0]}?   model: {said}{'' if right else f'  (no: {fact[2]})'}")
 
     count, length = 64, 256
-    asked = corpus.questions(rng, count, length, length // 32, length // 3)
+    others = corpus.questions(rng, count, length, length // 32, length // 3)
     say(f"\n3. {count} other contexts of {length} tokens: right answers by Chebyshev iterations")
-    found = {n: accuracy(model, asked, num_iter=n) for n in NUM_ITER}
-    zeroed = accuracy(model, asked, forgetful=True)
+    found = {n: accuracy(model, others, num_iter=n) for n in NUM_ITER}
+    zeroed = accuracy(model, others, forgetful=True)
     for n, right in found.items():
         say(f"   num_iter {n:2d}: {right:4.0%}  {'#' * round(40 * right)}")
     say(f"   states zeroed before the question: {zeroed:.0%} (guessing: 1%)")

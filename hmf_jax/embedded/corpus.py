@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,6 +109,12 @@ def encode(text: str) -> np.ndarray:
     return np.where(tokens == ord(_END_BYTE), END_ID, tokens)
 
 
+def decode(tokens: Sequence[int]) -> str:
+    """The text of tokens up to the first one that is no byte, the end of an answer."""
+    end = next((i for i, t in enumerate(tokens) if t > 255), len(tokens))
+    return bytes(tokens[:end]).decode("latin-1")
+
+
 def rows(rng: random.Random, count: int, length: int, level: int) -> Rows:
     """Training rows of `length` tokens (at least 64).
 
@@ -133,7 +140,7 @@ def questions(rng: random.Random, count: int, length: int, facts: int, gap: int)
     for _ in range(count):
         text, known = context(rng, length, facts, gap)
         contexts.append(text + "\n")
-        asked.append("".join(_ask(rng.choice(known))))
+        asked.append("".join(ask(rng.choice(known))))
     question = encode("".join(asked)).reshape(count, -1)
     answer = np.zeros(question.shape[1], bool)
     first = asked[0].index(" has ") + len(" has ")
@@ -214,7 +221,7 @@ def _recall(rng: random.Random, length: int) -> tuple[str, list[int]]:
     known = [0] * len(text)
     while len(text) < length:
         for fact in rng.sample(facts, len(facts)):
-            before, answer, after = _ask(fact)
+            before, answer, after = ask(fact)
             text += before + answer + after
             known += [0] * len(before) + [1] * len(answer) + [0] * len(after)
     return text, known
@@ -224,7 +231,7 @@ def _sentence(fact: tuple[str, str, str]) -> str:
     return "{} {} {}. ".format(*fact)
 
 
-def _ask(fact: tuple[str, str, str]) -> tuple[str, str, str]:
+def ask(fact: tuple[str, str, str]) -> tuple[str, str, str]:
     """The question, with the name that the answer begins with, what is to be recalled, the end."""
     name, relation, value = fact
     return f"Q: {name}?\nA: {name} ", f"{relation} {value}", f".{_END_BYTE}\n"

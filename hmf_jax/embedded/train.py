@@ -3,8 +3,8 @@
     python -m hmf_jax.embedded.train --seed 0 --out DIR
 
 trains the Transformer on `hmf_jax.embedded.corpus`, makes each hybrid of `HYBRIDS` from it (stage
-0), distils (stage 1), fine-tunes (stage 2), and, to compare, trains the same hybrid without stage
-1. DIR/seed0 gets the models (Hugging Face format, hybrids in bfloat16) and
+0), distils (stage 1), fine-tunes (stage 2), and, to compare, trains the same hybrid for as many
+steps without stage 1. DIR/seed0 gets the models (Hugging Face format, hybrids in bfloat16) and
 metrics.json, DIR/results.json and results.md the tables over all seeds that DIR holds, all of them
 as soon as there is something to write; the same command goes on where a run was cut off. Runs of
 different seeds may share DIR and a GPU.
@@ -45,18 +45,21 @@ from hmf_jax.loading import (
 )
 from hmf_jax.model import HybridLM
 from hmf_jax.priming import make_distill_step, prime, unfuse
+from hmf_jax.priming.selection import swa_variant
 from hmf_jax.state import AttentionState, BMojoState, ModelState, WindowState
 from hmf_jax.training import TrainState, make_train_step
 
 WINDOW = 16  # tokens that sliding windows see; a question is about facts far behind them
 
 # Name -> pattern. No layer keeps full attention: what is older than the windows is in the states.
+# The Transformers recall in their layer 2, seed 2's in layer 3 too: with a window there they forget
+# (the rows "window in layer .."). So these are the layers that get a state.
 HYBRIDS = {
-    "GKA": "SWA-GKA-SWA-GKA",
-    "B'MOJO-F": "SWA-BMF-SWA-BMF",
+    "GKA": "SWA-SWA-GKA-GKA",
+    "B'MOJO-F": "SWA-SWA-BMF-BMF",
     "GKA only": "GKA-GKA-GKA-GKA",
-    "GDN": "SWA-GDN-SWA-GDN",
-    "Mamba2": "SWA-M2-SWA-M2",
+    "GDN": "SWA-SWA-GDN-GDN",
+    "Mamba2": "SWA-SWA-M2-M2",
     "SWA": "SWA-SWA-SWA-SWA",
 }
 # B'MOJO-F reads what its inner mixer made of a token a window later. "Gove has 47": the inner mixer
@@ -65,8 +68,7 @@ MIXERS: dict[str, Any] = dict(
     swa={"window_size": WINDOW}, bmojo={"window_size": 4, "ssm_mixer": "GKA"}
 )
 TARGET = "none"  # what stage 1 compares beside the states before the output head
-# Without stage 1: as many steps of fine-tuning, and as many steps in all (tested last).
-EQUAL_TUNING, EQUAL_STEPS = "not distilled", "not distilled, tuned longer"
+PRIMED, PLAIN = "primed", "not distilled"  # stages 1 and 2; as many steps without a teacher
 NUM_ITER = (30, 10, 5, 1, 0)
 
 
@@ -87,7 +89,8 @@ class Plan:
       base, distill, tune: phases of the Transformer, of stage 1 and of stage 2; the steps of a
         phase are a multiple of `block`.
       tokens, hybrid_tokens: per batch, of the Transformer and of hybrids.
-      row: tokens per row of a batch, a multiple of every phase's length.
+      row: tokens per row of a batch, a multiple of every phase's length; new states start with a
+        memory of as many tokens.
       block: steps per call of the device.
       learning_rate, hybrid_rate: of Muon, for matrices; a quarter of it is Adam's, for all else.
       contexts: lengths of tested contexts; one fact per 32 tokens, then filler.
@@ -104,9 +107,9 @@ class Plan:
     )
     distill: tuple[Phase, ...] = (Phase(40, 64, 1), Phase(60, 128))
     tune: tuple[Phase, ...] = (
-        Phase(120, 64, 1),
-        Phase(200, 128),
-        Phase(160, 256),
+        Phase(80, 64, 1),
+        Phase(120, 128),
+        Phase(120, 256),
         Phase(80, 512),
     )
     tokens: int = 8192
@@ -145,7 +148,7 @@ class Plan:
 SMALL = Plan(
     base=(Phase(4, 64, 0), Phase(4, 128)),
     distill=(Phase(4, 64),),
-    tune=(Phase(4, 128),),
+    tune=(Phase(4, 64), Phase(4, 128)),
     tokens=256,
     hybrid_tokens=256,
     row=128,
@@ -212,6 +215,21 @@ def optimizer() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: inner.init(stack(params)), update)
 
 
+def start(base: HybridLM, kinds: Sequence[str], seed: int, memory: int) -> HybridLM:
+    """Stage 0, and states that start with a memory of `memory` tokens in every head.
+
+    As drawn (A ~ U(0, 16)), most heads forget within some tens of tokens. Of many heads some
+    remember long; of two it would be luck. The decay per token, exp(A_log) softplus(dt_bias),
+    becomes 1 / memory.
+    """
+    model = prime(base, kinds, seed=seed, **MIXERS)
+    params = dict(flat_params(model))
+    for name in [name for name in params if name.endswith(".A_log")]:
+        dt_bias = params[name.removesuffix("A_log") + "dt_bias"]
+        params[name] = -jnp.log(memory * jax.nn.softplus(dt_bias))
+    return with_params(model, params)
+
+
 def fit(
     model: HybridLM,
     make_step: Callable[..., Any],
@@ -221,11 +239,13 @@ def fit(
     trainable: str | None = None,
     seed: int,
     say: Callable[[str], None],
+    after: Callable[[HybridLM, int], None] = lambda model, steps: None,
 ) -> tuple[HybridLM, list[float]]:
     """Train through the phases: the model and the loss of every step.
 
     Documents of all lengths are packed into rows of plan.row tokens, and blocks of steps run on the
-    device in one call, so that a stage is one program.
+    device in one call, so that a stage is one program. `after` is called after each phase but the
+    last, with the model and the steps done; training goes on with the model's arrays.
     """
     opt = optimizer()
     state = TrainState.create(model, opt, trainable=trainable)
@@ -264,6 +284,8 @@ def fit(
             f"  {phase.steps} steps, documents of {phase.length}: "
             f"loss {losses[start]:.3f} -> {statistics.mean(losses[-20:]):.3f}"
         )
+        if phase is not phases[-1]:
+            after(state.model(), len(losses))
     return state.model(), losses
 
 
@@ -295,11 +317,10 @@ def answers(
 ) -> jax.Array:
     """What the model would say next at each token of the question but the last, [B, Q - 1].
 
-    context [B, T] may hold padding; forgetful: zero the recurrent states before the question.
+    context [B, T]; forgetful: zero the recurrent states before the question.
     """
     state = model.init_state(len(context), context.shape[1] + question.shape[1])
-    valid = (context != corpus.PAD_ID).astype(jnp.int32)
-    _, state = model(context, segment_ids=valid, state=state, num_iter=num_iter, last_only=True)
+    _, state = model(context, state=state, num_iter=num_iter, last_only=True)
     assert state is not None
     logits, _ = model(question, state=forget(state, forgetful), num_iter=num_iter)
     return jnp.argmax(logits[:, :-1], axis=-1)
@@ -311,17 +332,11 @@ def accuracy(
     *,
     num_iter: int | None = None,
     forgetful: bool = False,
-    pad_to: int = 0,
 ) -> float:
-    """Fraction of questions answered right in all digits (chance: 1 / 90).
-
-    Contexts are padded to pad_to tokens: then all lengths share one compiled program.
-    """
-    padding = [(0, 0), (max(0, pad_to - asked.context.shape[1]), 0)]
-    context = np.pad(asked.context, padding, constant_values=corpus.PAD_ID)
+    """Fraction of questions answered right in all digits (chance: 1 / 90)."""
     if num_iter is None and model.config.gka is not None:
         num_iter = model.config.gka.num_iter
-    said = answers(model, context, asked.question, num_iter, jnp.array(forgetful))
+    said = answers(model, asked.context, asked.question, num_iter, jnp.array(forgetful))
     right = np.asarray(said) == asked.question[:, 1:]
     return float(right[:, asked.answer[1:]].all(axis=1).mean())
 
@@ -341,10 +356,10 @@ def run(seed: int, out: Path, plan: Plan, hybrids: Sequence[str], dtype: Any = j
 
     Raises ValueError if there are results of other settings.
     """
-    start = time.monotonic()
+    started = time.monotonic()
 
     def say(text: str) -> None:
-        print(f"[seed {seed} {time.monotonic() - start:6.1f} s] {text}", flush=True)
+        print(f"[seed {seed} {time.monotonic() - started:6.1f} s] {text}", flush=True)
 
     directory = out / f"seed{seed}"
     directory.mkdir(parents=True, exist_ok=True)
@@ -359,6 +374,7 @@ def run(seed: int, out: Path, plan: Plan, hybrids: Sequence[str], dtype: Any = j
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "dtype": jnp.dtype(dtype).name,
+        "finished": [],
         "rows": [],
         "losses": {},
         "seconds": {},
@@ -368,9 +384,20 @@ def run(seed: int, out: Path, plan: Plan, hybrids: Sequence[str], dtype: Any = j
         earlier = json.loads(metrics.read_text(encoding="utf-8"))
         if any(earlier[key] != report[key] for key in ("plan", "dtype")):
             raise ValueError(f"{metrics} is of other settings; choose another --out or remove it.")
-        report |= {key: earlier[key] for key in ("rows", "losses", "seconds")}
-    finished = {row["model"] for row in report["rows"] if row["stage"] in ("trained", EQUAL_STEPS)}
-    report["rows"] = [row for row in report["rows"] if row["model"] in finished]
+        report |= {key: earlier[key] for key in ("finished", "rows", "losses", "seconds")}
+
+    def todo(name: str, stage: str) -> bool:
+        """Whether it is to be done; then what an earlier run left of it is dropped."""
+        if [name, stage] in report["finished"]:
+            return False
+        stages = ("stage 0", "distilled", PRIMED) if stage == PRIMED else (stage,)
+        rows = report["rows"]
+        report["rows"] = [r for r in rows if r["model"] != name or r["stage"] not in stages]
+        return True
+
+    def done(name: str, stage: str) -> None:
+        report["finished"].append([name, stage])
+        replace(metrics, json.dumps(report, indent=1))
 
     def train(model: HybridLM, phases: Sequence[Phase], label: str, **options: Any) -> HybridLM:
         say(f"{label}: {model.config.hybrid_override_pattern}")
@@ -381,23 +408,30 @@ def run(seed: int, out: Path, plan: Plan, hybrids: Sequence[str], dtype: Any = j
         report["seconds"][label] = round(time.monotonic() - began, 1)
         return model
 
-    def test(model: HybridLM, name: str, stage: str) -> None:
-        """The accuracy for each length; of what is written also by num_iter and without states."""
+    def test(
+        model: HybridLM, steps: int | None = None, *, name: str, stage: str, before: int = 0
+    ) -> None:
+        """The accuracy for each length; of primed models also by num_iter and without states.
+
+        Of a model that has only been trained for before + steps: for the first length.
+        """
         model = in_dtype(model, jnp.float32)
-        final = stage == "primed"
+        steps = None if steps is None else before + steps
+        final = stage == PRIMED and steps is None
         settings: list[tuple[int | None, bool]] = [(None, False)]
         if final and model.config.gka is not None:
             settings = [(n, False) for n in NUM_ITER]
         if final:
             settings.append((None, True))
+        lengths = plan.contexts if steps is None else plan.contexts[:1]
         for num_iter, zeroed in settings:
             found = []
-            for length, asked in zip(plan.contexts, tests, strict=True):
-                options: Any = dict(num_iter=num_iter, forgetful=zeroed)
-                found.append(accuracy(model, asked, **options, pad_to=max(plan.contexts)))
-                row = dict(model=name, stage=stage, num_iter=num_iter, zeroed=zeroed)
+            for length, asked in zip(lengths, tests, strict=False):
+                found.append(accuracy(model, asked, num_iter=num_iter, forgetful=zeroed))
+                row = dict(model=name, stage=stage, steps=steps, num_iter=num_iter, zeroed=zeroed)
                 report["rows"].append(row | dict(context=length, accuracy=found[-1]))
             what = f"{name}, {stage}" + ("" if num_iter is None else f", num_iter {num_iter}")
+            what += f", {steps} steps" if steps is not None else ""
             what += ", states zeroed" if zeroed else ""
             say(f"  {what}: {', '.join(f'{x:.3f}' for x in found)}")
         replace(metrics, json.dumps(report, indent=1))
@@ -410,27 +444,37 @@ def run(seed: int, out: Path, plan: Plan, hybrids: Sequence[str], dtype: Any = j
         corpus.build_tokenizer().save_pretrained(str(target))
         return from_pretrained(target, dtype=jnp.float32, progress=False)
 
-    if "Transformer" in finished:
-        base = from_pretrained(directory / slug("Transformer"), dtype=dtype, progress=False)
-    else:
+    if todo("Transformer", "trained"):
         base = HybridLM.init(base_config(plan), dtype=dtype, seed=seed)
         base = train(base, plan.base, "Transformer", plan=plan)
-        test(save(base, "Transformer", jnp.float32), "Transformer", "trained")
+        test(save(base, "Transformer", jnp.float32), name="Transformer", stage="trained")
+        done("Transformer", "trained")
+    else:
+        base = from_pretrained(directory / slug("Transformer"), dtype=dtype, progress=False)
+    for i in range(plan.layers):
+        if todo("Transformer", stage := f"window in layer {i}"):
+            test(swa_variant(base, i, WINDOW), name="Transformer", stage=stage)
+            done("Transformer", stage)
+    distilled = sum(phase.steps for phase in plan.distill)
     for name in hybrids:
-        if name in finished:
-            continue
         kinds = HYBRIDS[name].split("-")
-        fused = prime(base, [f"{kind}*" for kind in kinds], seed=seed, **MIXERS)
-        test(unfuse(fused), name, "stage 0")
-        distill: Any = functools.partial(make_distill_step, target=TARGET)
-        options: Any = dict(make_step=distill, trainable="mixer")
-        hybrid = unfuse(train(fused, plan.distill, f"{name}, stage 1", **options))
-        test(hybrid, name, "distilled")
-        hybrid = train(hybrid, plan.tune, f"{name}, stage 2")
-        test(save(hybrid, name), name, "primed")
-        for stage, phases in ((EQUAL_STEPS, plan.distill + plan.tune), (EQUAL_TUNING, plan.tune)):
-            plain = prime(base, kinds, seed=seed, **MIXERS)
-            test(train(plain, phases, f"{name}, {stage}"), name, stage)
+        if todo(name, PRIMED):
+            fused = start(base, [f"{kind}*" for kind in kinds], seed, plan.row)
+            test(unfuse(fused), name=name, stage="stage 0")
+            distill: Any = functools.partial(make_distill_step, target=TARGET)
+            options: Any = dict(make_step=distill, trainable="mixer")
+            hybrid = unfuse(train(fused, plan.distill, f"{name}, stage 1", **options))
+            test(hybrid, name=name, stage="distilled")
+            after = functools.partial(test, name=name, stage=PRIMED, before=distilled)
+            hybrid = train(hybrid, plan.tune, f"{name}, stage 2", after=after)
+            test(save(hybrid, name), name=name, stage=PRIMED)
+            done(name, PRIMED)
+        if todo(name, PLAIN):
+            plain = start(base, kinds, seed, plan.row)
+            after = functools.partial(test, name=name, stage=PLAIN)
+            plain = train(plain, plan.distill + plan.tune, f"{name}, {PLAIN}", after=after)
+            test(plain, name=name, stage=PLAIN)
+            done(name, PLAIN)
     say("done")
 
 
@@ -479,6 +523,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for r in rows:
         std = "" if r["std"] is None else f" ± {100 * r['std']:.1f}"
         what = r["stage"] + (", states zeroed" if r["zeroed"] else "")
+        what += "" if r["steps"] is None else f", {r['steps']} steps"
         lines[r["model"], what, r["num_iter"]][r["context"]] = f"{100 * r['mean']:.1f}{std}"
     head = ["model", "", "num_iter", *(f"{n} tokens" for n in lengths)]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
