@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -233,11 +233,8 @@ class Decoder:
         **settings: Any,
     ) -> tuple[Decoder, Step]:
         """A decoder that fits these prompts, started with them. Arguments as in `generate`."""
-        lengths = [len(p) for p in check_prompts(prompts, model.config.vocab_size)]
-        limits = _per_row("max_new_tokens", max_new_tokens, len(lengths), 1)
-        needed = max(n + new for n, new in zip(lengths, limits, strict=True))
-        capacity = capacity_for(model.config, needed, capacity)
-        decoder = cls(model, len(lengths), capacity=capacity, prefill_chunk=prefill_chunk)
+        fed, _, capacity = _fitting(model.config, prompts, max_new_tokens, capacity)
+        decoder = cls(model, len(fed), capacity=capacity, prefill_chunk=prefill_chunk)
         return decoder, decoder.start(prompts, max_new_tokens=max_new_tokens, **settings)
 
     @property
@@ -266,14 +263,7 @@ class Decoder:
         fed = check_prompts(prompts, config.vocab_size)
         if len(fed) != self.batch:
             raise ValueError(f"Got {len(fed)} prompts for {self.batch} rows; pass one per row.")
-        for i, (context, prompt) in enumerate(zip(self.context, fed, strict=True)):
-            if len(context) + len(prompt) >= self.capacity:
-                held = f" after {len(context)} tokens already held" if context else ""
-                raise ValueError(
-                    f"Prompt {i} has {len(prompt)} tokens{held}, which leaves no room in a "
-                    f"capacity of {self.capacity}; shorten it or pass a larger capacity (at most "
-                    f"max_position_embeddings={config.max_position_embeddings})."
-                )
+        _check_room(config, fed, [len(c) for c in self.context], self.capacity)
         limits = _per_row("max_new_tokens", max_new_tokens, self.batch, 1)
         self._settings = _settings(config, self.batch, sampling, eos_ids, num_iter)
         self._request = _request(config, self._settings, self._size)
@@ -440,17 +430,9 @@ def _in_slots(
     """`generate` with at most `slots` rows at a time."""
     if slots < 1:
         raise ValueError(f"{slots=} must be at least 1.")
-    fed = check_prompts(prompts, model.config.vocab_size)
-    limits = _per_row("max_new_tokens", max_new_tokens, len(fed), 1)
+    fed, limits, capacity = _fitting(model.config, prompts, max_new_tokens, capacity)
+    _check_room(model.config, fed, [0] * len(fed), capacity)
     settings = _settings(model.config, len(fed), sampling, eos_ids, num_iter)
-    longest = max(map(len, fed))
-    needed = max(len(p) + new for p, new in zip(fed, limits, strict=True))
-    capacity = capacity_for(model.config, needed, capacity)
-    if longest >= capacity:
-        raise ValueError(
-            f"Prompt {[len(p) for p in fed].index(longest)} has {longest} tokens, which leaves no "
-            f"room in a capacity of {capacity}; shorten it or pass a larger capacity."
-        )
     sizes: dict[str, Any] = dict(capacity=capacity, prefill_chunk=prefill_chunk)
     rows = Decoder(model, min(slots, len(fed)), round_up=False, **sizes)
     owner: list[int | None] = [None] * rows.batch  # the prompt that a row continues
@@ -568,6 +550,30 @@ def capacity_for(config: HybridConfig, needed: int, capacity: int | None = None)
     if capacity is not None:
         return capacity
     return min(_power_of_two(needed, SMALLEST_CAPACITY), config.max_position_embeddings)
+
+
+def _fitting(
+    config: HybridConfig, prompts: Sequence[Tokens], max_new_tokens: Any, capacity: int | None
+) -> tuple[list[list[int]], list[int], int]:
+    """The checked prompts, the most new tokens of each, and the capacity that they need."""
+    fed = check_prompts(prompts, config.vocab_size)
+    limits = _per_row("max_new_tokens", max_new_tokens, len(fed), 1)
+    needed = max(len(p) + new for p, new in zip(fed, limits, strict=True))
+    return fed, limits, capacity_for(config, needed, capacity)
+
+
+def _check_room(
+    config: HybridConfig, prompts: Sequence[Sized], held: Sequence[int], capacity: int
+) -> None:
+    """Raise ValueError unless every prompt leaves room after the tokens that its row holds."""
+    for i, (prompt, n) in enumerate(zip(prompts, held, strict=True)):
+        if n + len(prompt) >= capacity:
+            after = f" after {n} tokens already held" if n else ""
+            raise ValueError(
+                f"Prompt {i} has {len(prompt)} tokens{after}, which leaves no room in a capacity "
+                f"of {capacity}; shorten it or pass a larger capacity (at most "
+                f"max_position_embeddings={config.max_position_embeddings})."
+            )
 
 
 def check_prompts(prompts: Sequence[Tokens], vocab_size: int) -> list[list[int]]:

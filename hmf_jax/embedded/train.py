@@ -386,7 +386,7 @@ def run(seed: int, out: Path, plan: Plan, hybrids: Sequence[str], dtype: Any = j
             raise ValueError(f"{metrics} is of other settings; choose another --out or remove it.")
         report |= {key: earlier[key] for key in ("finished", "rows", "losses", "seconds")}
 
-    def todo(name: str, stage: str) -> bool:
+    def missing(name: str, stage: str) -> bool:
         """Whether it is to be done; then what an earlier run left of it is dropped."""
         if [name, stage] in report["finished"]:
             return False
@@ -444,7 +444,7 @@ def run(seed: int, out: Path, plan: Plan, hybrids: Sequence[str], dtype: Any = j
         corpus.build_tokenizer().save_pretrained(str(target))
         return from_pretrained(target, dtype=jnp.float32, progress=False)
 
-    if todo("Transformer", "trained"):
+    if missing("Transformer", "trained"):
         base = HybridLM.init(base_config(plan), dtype=dtype, seed=seed)
         base = train(base, plan.base, "Transformer", plan=plan)
         test(save(base, "Transformer", jnp.float32), name="Transformer", stage="trained")
@@ -452,13 +452,13 @@ def run(seed: int, out: Path, plan: Plan, hybrids: Sequence[str], dtype: Any = j
     else:
         base = from_pretrained(directory / slug("Transformer"), dtype=dtype, progress=False)
     for i in range(plan.layers):
-        if todo("Transformer", stage := f"window in layer {i}"):
+        if missing("Transformer", stage := f"window in layer {i}"):
             test(swa_variant(base, i, WINDOW), name="Transformer", stage=stage)
             done("Transformer", stage)
     distilled = sum(phase.steps for phase in plan.distill)
     for name in hybrids:
         kinds = HYBRIDS[name].split("-")
-        if todo(name, PRIMED):
+        if missing(name, PRIMED):
             fused = start(base, [f"{kind}*" for kind in kinds], seed, plan.row)
             test(unfuse(fused), name=name, stage="stage 0")
             distill: Any = functools.partial(make_distill_step, target=TARGET)
@@ -469,7 +469,7 @@ def run(seed: int, out: Path, plan: Plan, hybrids: Sequence[str], dtype: Any = j
             hybrid = train(hybrid, plan.tune, f"{name}, stage 2", after=after)
             test(save(hybrid, name), name=name, stage=PRIMED)
             done(name, PRIMED)
-        if todo(name, PLAIN):
+        if missing(name, PLAIN):
             plain = start(base, kinds, seed, plan.row)
             after = functools.partial(test, name=name, stage=PLAIN)
             plain = train(plain, plan.distill + plan.tune, f"{name}, {PLAIN}", after=after)
