@@ -36,9 +36,12 @@ def next_token_targets(
             raise ValueError(f"{name} has shape {a.shape}, but tokens have {tokens.shape}.")
     B, T = tokens.shape
     index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    valid = jnp.ones((B, T), bool) if segment_ids is None else segment_ids != 0
-    here_or_later = jax.lax.cummin(jnp.where(valid, index, T), axis=1, reverse=True)
-    following = jnp.pad(here_or_later[:, 1:], ((0, 0), (0, 1)), constant_values=T)
+    if segment_ids is None:  # a scan over constants would be XLA's to fold, in O(T^2)
+        valid, following = jnp.ones((B, T), bool), index + 1
+    else:
+        valid = segment_ids != 0
+        here_or_later = jax.lax.cummin(jnp.where(valid, index, T), axis=1, reverse=True)
+        following = jnp.pad(here_or_later[:, 1:], ((0, 0), (0, 1)), constant_values=T)
 
     def at_target(a: Array) -> Array:
         return jnp.take_along_axis(a, jnp.minimum(following, T - 1), axis=1)
