@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax import HybridConfig, HybridLM
+from hmf_jax import HybridConfig, HybridLM, make_mesh
 from pallas_kernels.dispatch import _said
+from tests.sharding.test_model import place
 from tests.util import rel
 
 pytestmark = pytest.mark.gpu
@@ -84,3 +85,33 @@ def test_training_step_agrees_with_plain_jax(model):
     print(plain, fast)
     # As in every flash attention, probabilities and their gradients are rounded to bfloat16.
     assert fast < 1.5 * plain
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_several_gpus_agree_with_one(tp):
+    """Full-width layers: float32 generates the same tokens, bfloat16 is as near to float32."""
+    if jax.device_count() < tp:
+        pytest.skip(f"needs {tp} GPUs")
+    config = HybridConfig.preset("8b", layer_kinds=("GKA", "*", "BMF", "GDN", "M2", "SWA"))
+    config = dataclasses.replace(config, vocab_size=32768)
+    mesh = make_mesh(tp=tp, devices=jax.devices()[:tp])
+    half = HybridLM.init(config, dtype=jnp.bfloat16)
+    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (2, 300))
+
+    def logits(model: HybridLM) -> np.ndarray:
+        call = jax.jit(lambda m, t: m(t)[0].astype(jnp.float32))
+        return np.asarray(call(model, jnp.asarray(prompts)))
+
+    def tokens(model: HybridLM) -> list[list[int]]:
+        found = model.generate(list(prompts), max_new_tokens=64, eos_ids=())
+        return [list(g.tokens) for g in found]
+
+    one, several = logits(half), logits(place(half, config, mesh))
+    with jax.default_matmul_precision("highest"):
+        exact = in_float32(half)
+        del half
+        want, expected = logits(exact), tokens(exact)
+        assert len(set(expected[0])) > 4  # not one token over and over
+        assert tokens(place(exact, config, mesh)) == expected
+    print(rel(one, want), rel(several, want))
+    assert rel(several, want) < 1.5 * rel(one, want)  # partial sums are rounded, too
