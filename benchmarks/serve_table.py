@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,16 +42,17 @@ CARDS: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 OPS = {"decode": "decode_throughput", "ttft": "ttft"}
-Line = tuple[str, int | None, int]  # model, num_iter, devices (tensor parallel)
+Line = tuple[str, str, int | None, int]  # shape, model, num_iter, devices (tensor parallel)
 Key = tuple[str, int, Line]  # what, context
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    for key in wanted(args.models, args.contexts, args.num_iter, args.tp):
+    missing = wanted(args.shape, args.models, args.contexts, args.num_iter, args.tp)
+    for key in missing if args.measure else ():
         if key in read(args.out, args.steps):
             continue
-        what, context, (model, num_iter, tp) = key
+        what, context, (_, model, num_iter, tp) = key
         # A decoded row ends with the context full; see `Settings.length`.
         length = context - args.steps if what == "decode" else context
         command = f"--shape {args.shape} --ops {OPS[what]} --lengths {length} --steps {args.steps}"
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command += " --ceilings" if first else " --no-ceilings"
         run = [sys.executable, "-m", "benchmarks.run", *command.split(), "--mixers", model]
         subprocess.run([*run, "--out", str(args.out)], check=False)  # what cannot run is skipped
-    rows = read(args.out, args.steps)
+    rows = {key: row for key, row in read(args.out, args.steps).items() if key[1] in args.contexts}
     if not rows:
         sys.exit("Nothing was measured: nothing that was asked for could run here.")
     copy = copy_rate(args.out)
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def wanted(
-    models: Iterable[str], contexts: Sequence[int], num_iters: Sequence[int], tp: int
+    shape: str, models: Iterable[str], contexts: Sequence[int], num_iters: Sequence[int], tp: int
 ) -> Iterable[Key]:
     """Every row of the tables; only models with a GKA solver have several num_iter."""
     for model in models:
@@ -81,7 +83,7 @@ def wanted(
         ):
             for context in contexts:
                 for what in OPS:
-                    yield what, context, (model, num_iter, tp)
+                    yield what, context, (shape, model, num_iter, tp)
 
 
 def read(file: Path, steps: int) -> dict[Key, dict[str, Any]]:
@@ -90,12 +92,12 @@ def read(file: Path, steps: int) -> dict[Key, dict[str, Any]]:
     ops = {op: what for what, op in OPS.items()}
     for line in file.read_text().splitlines() if file.is_file() else ():
         row = json.loads(line)
-        if (what := ops.get(row["op"])) is None:
+        case = re.fullmatch(r"(\S+) (\S+) \d+ layers(, mesh tp=\d+)?", row["case"])
+        if case is None or (what := ops.get(row["op"])) is None:
             continue
-        _, model, *_ = row["case"].split()
         context = row["shape"]["length"] + (steps if what == "decode" else 0)
         tp = row["extra"].get("mesh", {}).get("tp", 1)
-        found[what, context, (model, row["num_iter"], tp)] = row
+        found[what, context, (case[1], case[2], row["num_iter"], tp)] = row
     return found
 
 
@@ -109,8 +111,8 @@ def ratios(rows: Mapping[Key, Mapping[str, Any]], what: str) -> dict[Line, dict[
     """Line -> context -> throughput or time over that of the Transformer on as many devices."""
     out: dict[Line, dict[int, float]] = {}
     for (kind, context, line), row in rows.items():
-        model, _, tp = line
-        base = rows.get((what, context, ("*", None, tp)))
+        shape, model, _, tp = line
+        base = rows.get((what, context, (shape, "*", None, tp)))
         if kind != what or model == "*" or base is None:
             continue
         a, b = ((r["extra"]["tokens_per_s"] if what == "decode" else r["ms"]) for r in (row, base))
@@ -130,7 +132,8 @@ def table(rows: Mapping[Key, Mapping[str, Any]], copy: float | None) -> str:
         ),
         ("ttft", "Time to first token, ms (x Transformer; card)"),
     ):
-        names = list(dict.fromkeys(line for kind, _, line in rows if kind == what))
+        found = {line for kind, _, line in rows if kind == what}
+        names = sorted(found, key=lambda x: (x[3], *_place(x)))
         if not names:
             continue
         relative = ratios(rows, what)
@@ -139,11 +142,11 @@ def table(rows: Mapping[Key, Mapping[str, Any]], copy: float | None) -> str:
             "",
             f"{title}:",
             "",
-            f"| model | num_iter | devices |{heads}",
-            "|---" * (3 + len(contexts)) + "|",
+            f"| shape | model | num_iter | devices |{heads}",
+            "|---" * (4 + len(contexts)) + "|",
         ]
         for line in names:
-            model, num_iter, tp = line
+            shape, model, num_iter, tp = line
             cells = []
             for context in contexts:
                 row = rows.get((what, context, line))
@@ -158,11 +161,12 @@ def table(rows: Mapping[Key, Mapping[str, Any]], copy: float | None) -> str:
                     notes = []
                 if (ratio := relative.get(line, {}).get(context)) is not None:
                     notes.append(f"{ratio:.2f}x")
-                if context in CONTEXTS and model in CARDS[what] and num_iter in (None, 30):
+                if context in CONTEXTS and _on_card(what, line):
                     notes.append(f"card {CARDS[what][model][CONTEXTS.index(context)]:.2f}x")
                 value = extra["tokens_per_s"] if what == "decode" else row["ms"]
                 cells.append(f"{value:,.0f}" + (f" ({', '.join(notes)})" if notes else ""))
-            lines.append(f"| {model} | {num_iter or ''} | {tp} | " + " | ".join(cells) + " |")
+            heads = f"| {shape} | {model} | {num_iter or ''} | {tp} | "
+            lines.append(heads + " | ".join(cells) + " |")
     return "\n".join(lines).strip()
 
 
@@ -176,12 +180,16 @@ def plot(rows: Mapping[Key, Mapping[str, Any]], file: Path) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(11, 4))
     titles = {"decode": "decode throughput, memory full", "ttft": "time to first token"}
     for ax, (what, title) in zip(axes, titles.items(), strict=True):
-        for n, ((model, num_iter, tp), line) in enumerate(ratios(rows, what).items()):
-            name = model if num_iter in (None, 30) else f"{model}, num_iter {num_iter}"
-            name += "" if tp == 1 else f", {tp} devices"
-            ax.plot(list(line), list(line.values()), "o-", color=f"C{n}", label=name)
-            if model in CARDS[what] and num_iter in (None, 30):
-                ax.plot(CONTEXTS, CARDS[what][model], "x--", color=f"C{n}", alpha=0.6)
+        for line, values in sorted(ratios(rows, what).items(), key=lambda x: _place(x[0])):
+            shape, model, num_iter, tp = line
+            if num_iter not in (None, 30):  # hardly apart from 30: in the table
+                continue
+            name = f"{shape} {model}" + ("" if tp == 1 else f", {tp} devices")
+            color = f"C{MODELS.index(model)}"
+            style = {"8B": "o-", "32B": "s:"}.get(shape, "o-") if tp == 1 else "^-."
+            ax.plot(*zip(*sorted(values.items()), strict=True), style, color=color, label=name)
+            if tp == 1 and _on_card(what, line):
+                ax.plot(CONTEXTS, CARDS[what][model], "x--", color=color, alpha=0.6)
         ax.axhline(1, color="grey", linewidth=0.8)
         contexts = sorted({context for _, context, _ in rows})
         ax.set(xscale="log", xlabel="context (tokens)", ylabel="x Transformer", title=title)
@@ -193,6 +201,17 @@ def plot(rows: Mapping[Key, Mapping[str, Any]], file: Path) -> None:
     fig.tight_layout(rect=(0, 0.03, 1, 1))
     fig.savefig(file, dpi=120)
     plt.close(fig)
+
+
+def _place(line: Line) -> tuple[Any, ...]:
+    """Where a line stands: by shape, then as in `MODELS`, then by num_iter, the largest first."""
+    shape, model, num_iter, tp = line
+    return len(shape), shape, MODELS.index(model), -(num_iter or 0), tp
+
+
+def _on_card(what: str, line: Line) -> bool:
+    shape, model, num_iter, _ = line
+    return shape == "8B" and model in CARDS[what] and num_iter in (None, 30)
 
 
 def _short(context: int) -> str:
@@ -221,6 +240,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=32768, help="tokens per prefill call of ttft")
     parser.add_argument("--memory", type=float, help="GB per device; default: 95%% of JAX's pool")
     parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--measure", action=argparse.BooleanOptionalAction, default=True,
+        help="--no-measure: tables and plot of the rows that are there",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if unknown := [m for m in args.models if m not in MODELS]:
         parser.error(f"model {unknown[0]!r} is unknown; choose from {', '.join(MODELS)}")

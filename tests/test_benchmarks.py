@@ -425,19 +425,22 @@ def test_serve_table(tmp_path: Path) -> None:
         row("decode_throughput", "GKA", 40.0, 30, tokens_per_s=2000, gb_per_s=2400, mesh={"tp": 2}),
         row("ttft", "*", 500.0, None),
         row("ttft", "GKA", 600.0, 30),
+        row("ttft", "GKA", 900.0, 30).replace("layers", "layers through generate"),  # not of these
+        row("ttft", "GKA", 9000.0, 30).replace("8B", "32B"),
     ]
     out.write_text("\n".join(lines))
     found = serve_table.read(out, 64)
     text = serve_table.table(found, serve_table.copy_rate(out))
-    assert "| * |  | 1 | 1,000 (50, 80%) |" in text
-    assert "| GKA | 30 | 1 | 1,500 (50, 90%, 1.50x, card 1.78x) |" in text
-    assert "| GKA | 30 | 1 | 600 (1.20x, card 1.26x) |" in text
-    assert "| GKA | 30 | 2 | 2,000 (50, 80%, card 1.78x) |" in text  # no Transformer on 2
-    assert serve_table.ratios(found, "ttft") == {("GKA", 30, 1): {16384: 1.2}}
-    wanted = [serve_table.wanted(["*", "GKA", "BMF"], [16384], [30, 1], tp) for tp in (1, 2)]
+    assert "| 8B | * |  | 1 | 1,000 (50, 80%) |" in text
+    assert "| 8B | GKA | 30 | 1 | 1,500 (50, 90%, 1.50x, card 1.78x) |" in text
+    assert "| 32B | GKA | 30 | 1 | 9,000 |" in text
+    assert "| 8B | GKA | 30 | 1 | 600 (1.20x, card 1.26x) |" in text
+    assert "| 8B | GKA | 30 | 2 | 2,000 (50, 80%, card 1.78x) |" in text  # no Transformer on 2
+    assert serve_table.ratios(found, "ttft") == {("8B", "GKA", 30, 1): {16384: 1.2}}
+    wanted = [serve_table.wanted("8B", ["*", "GKA", "BMF"], [16384], [30, 1], tp) for tp in (1, 2)]
     one, two = map(set, wanted)
     assert len(one) == 8 and one.isdisjoint(two) and {k in one for k in found} == {True, False}
-    assert set(found) <= one | two
+    assert {key for key in found if key[2][0] == "8B"} <= one | two
 
 
 def test_checkpoint_as_from_a_new_model(tmp_path: Path) -> None:
@@ -501,7 +504,7 @@ def test_serve_table_goes_on_where_it_was(tmp_path: Path, capfd) -> None:
     serve_table.main([*argv, "--models", "*,GKA"])
     assert len(out.read_text().splitlines()) == 4
     assert (tmp_path / "rows.png").stat().st_size > 1000
-    assert (tmp_path / "rows.md").read_text().count("| GKA | 2 | 1 |") == 2
+    assert (tmp_path / "rows.md").read_text().count("| tiny | GKA | 2 | 1 |") == 2
     serve_table.main([*argv, "--models", "GKA", "--tp", "2"])  # another row, of two devices
     assert len(out.read_text().splitlines()) == 6
-    assert (tmp_path / "rows.md").read_text().count("| GKA | 2 | 2 |") == 2
+    assert (tmp_path / "rows.md").read_text().count("| tiny | GKA | 2 | 2 |") == 2
