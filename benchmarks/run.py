@@ -202,9 +202,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _mesh(text: str) -> dict[str, int]:
     """ "fsdp=2,tp=4" -> {"fsdp": 2, "tp": 4}"""
-    axis = r"(dp|fsdp|tp)=[1-9]\d*"
+    axis = r"(dp|fsdp|sp|tp)=[1-9]\d*"
     if not re.fullmatch(f"{axis}(,{axis})*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: give some of dp, fsdp and tp, as in tp=2")
+        raise argparse.ArgumentTypeError(f"{text!r}: give some of dp, fsdp, sp and tp, as in tp=2")
     return {axis: int(n) for axis, n in (part.split("=") for part in text.split(","))}
 
 

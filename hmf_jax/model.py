@@ -53,9 +53,9 @@ class Block(nnx.Module):
     ) -> tuple[Array, Array, Array, Any]:
         """The block with this mixer: (residual stream, mixer's output, MLP's output, new state)."""
         mixed, state = mixer(self.input_layernorm(x), ctx, state)
-        x = constrain(x + mixed, ctx.mesh, "batch", None, None)
+        x = constrain(x + mixed, ctx.mesh, "batch", "tokens", None)
         fed = self.mlp(self.post_attention_layernorm(x))
-        return constrain(x + fed, ctx.mesh, "batch", None, None), mixed, fed, state
+        return constrain(x + fed, ctx.mesh, "batch", "tokens", None), mixed, fed, state
 
 
 @jax.jit
@@ -140,6 +140,11 @@ class HybridLM(nnx.Module):
         Memory: full attention layers take capacity entries per row, all other kinds a size that
         does not depend on capacity.
         """
+        if self.mesh is not None and self.mesh.shape["sp"] > 1:
+            raise ValueError(
+                "the mesh splits sequences (sp), which is for training; states live on meshes of "
+                "dp, fsdp and tp."
+            )
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch={batch} and capacity={capacity} must be at least 1.")
         layers = tuple(
@@ -232,6 +237,10 @@ class HybridLM(nnx.Module):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{tokens.shape}.")
         B, T = tokens.shape
+        if self.mesh is not None and T % self.mesh.shape["sp"]:
+            raise ValueError(
+                f"sp={self.mesh.shape['sp']} does not divide {T} tokens; pad rows to a multiple."
+            )
         for name, a in (("positions", positions), ("segment_ids", segment_ids)):
             if a is not None and a.shape != tokens.shape:
                 raise ValueError(f"{name} has shape {a.shape}, but tokens have {tokens.shape}.")
@@ -272,7 +281,9 @@ class HybridLM(nnx.Module):
             impl=impl,
             mesh=self.mesh,
         )
-        x = constrain(self.embed_tokens(tokens), self.mesh, "batch", None, None)
+        # The table is split along d over sp x fsdp; the compiler moves one axis at a time well.
+        x = constrain(self.embed_tokens(tokens), self.mesh, "batch", None, "tokens")
+        x = constrain(x, self.mesh, "batch", "tokens", None)
         return x, order, ctx
 
     def _run(self, x: Array, ctx: Context, state: ModelState | None):
@@ -290,7 +301,7 @@ class HybridLM(nnx.Module):
             logits = x @ self.embed_tokens.embedding[...].astype(x.dtype).T
         else:
             logits = self.lm_head(x)
-        return constrain(logits, self.mesh, "batch", None, "vocab")
+        return constrain(logits, self.mesh, "batch", "tokens", "vocab")
 
 
 def _restore(x: Array, order: Array | None) -> Array:

@@ -1,8 +1,8 @@
 """Device meshes, and the one table that says which dimension of a tensor lives on which mesh axis.
 
-A user's mesh has the axes "dp" (data parallel), "fsdp" (data parallel, parameters split too) and
-"tp" (tensor parallel: heads, MLP columns, vocabulary). A model runs on a mesh with a fourth axis,
-"rep": where there are more tensor parallel devices than key/value heads, "tp" is split into
+A user's mesh has the axes "dp" (data parallel), "fsdp" (data parallel, parameters split too), "sp"
+(sequence parallel: tokens of a row, parameters split too) and "tp" (tensor parallel: heads, MLP
+columns, vocabulary). A model runs on a mesh with one more axis, "rep": where there are more tensor parallel devices than key/value heads, "tp" is split into
 tp x rep, and key/value heads (projections, convolution channels, caches) are replicated over "rep".
 """
 
@@ -17,12 +17,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hmf_jax.config import HybridConfig
-from pallas_kernels.sharded import BATCH_AXES, HEAD_AXES, KV_HEAD_AXES, batch_axes
+from pallas_kernels.sharded import (
+    BATCH_AXES,
+    EMBED_AXES,
+    HEAD_AXES,
+    KV_HEAD_AXES,
+    TOKEN_AXES,
+    batch_axes,
+)
 
 # Dimension name -> mesh axes. Dimensions without a name stay whole.
 TABLE: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
-    "embed": ("fsdp",),
+    "tokens": TOKEN_AXES,
+    "embed": EMBED_AXES,
     "heads": HEAD_AXES,
     "kv_heads": KV_HEAD_AXES,
     "mlp": HEAD_AXES,
@@ -31,34 +39,36 @@ TABLE: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(
-    *, dp: int = 1, fsdp: int = 1, tp: int = 1, devices: Sequence[Any] | None = None
+    *, dp: int = 1, fsdp: int = 1, sp: int = 1, tp: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """Build a device mesh with the axes ("dp", "fsdp", "tp").
+    """Build a device mesh with the axes ("dp", "fsdp", "sp", "tp").
 
     Args:
       dp: data parallel groups; each holds a copy of what the other axes leave.
       fsdp: data parallel devices that also split the parameters.
+      sp: sequence parallel devices, for training on rows too long for one: they split the tokens of
+        each row, and the parameters; sp x tp must divide the key/value heads.
       tp: tensor parallel devices; must divide the attention heads of the model.
-      devices: the devices to use, default all; their number must be dp * fsdp * tp.
+      devices: the devices to use, default all; their number must be dp * fsdp * sp * tp.
 
     Raises:
       ValueError: the product does not match the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = (dp, fsdp, tp)
+    shape = (dp, fsdp, sp, tp)
     if min(shape) < 1 or math.prod(shape) != len(devices):
         raise ValueError(
-            f"dp={dp} x fsdp={fsdp} x tp={tp} needs {math.prod(shape)} devices, but there are "
-            f"{len(devices)}; pass devices=jax.devices()[:{max(math.prod(shape), 1)}] to use fewer."
+            f"dp={dp} x fsdp={fsdp} x sp={sp} x tp={tp} needs {math.prod(shape)} devices, but there "
+            f"are {len(devices)}; pass devices=jax.devices()[:{max(math.prod(shape), 1)}] to use fewer."
         )
-    return Mesh(np.asarray(devices).reshape(shape), ("dp", "fsdp", "tp"))
+    return Mesh(np.asarray(devices).reshape(shape), ("dp", "fsdp", "sp", "tp"))
 
 
 def for_model(mesh: Mesh | None, config: HybridConfig) -> Mesh | None:
-    """The mesh a model of this config runs on: axes ("dp", "fsdp", "tp", "rep").
+    """The mesh a model of this config runs on: axes ("dp", "fsdp", "sp", "tp", "rep").
 
     Args:
-      mesh: any mesh whose axes are among dp, fsdp, tp and rep (absent ones count as 1), or None.
+      mesh: any mesh whose axes are among these (absent ones count as 1), or None.
       config: gives the numbers of heads that "tp" must divide.
 
     Raises:
@@ -66,11 +76,11 @@ def for_model(mesh: Mesh | None, config: HybridConfig) -> Mesh | None:
     """
     if mesh is None:
         return None
-    names = ("dp", "fsdp", "tp", "rep")
+    names = ("dp", "fsdp", "sp", "tp", "rep")
     foreign = set(mesh.axis_names) - set(names)
     if foreign:
         raise ValueError(
-            f"Mesh axes {sorted(foreign)} are unknown; use make_mesh(dp=, fsdp=, tp=)."
+            f"Mesh axes {sorted(foreign)} are unknown; use make_mesh(dp=, fsdp=, sp=, tp=)."
         )
     order = [a for a in names if a in mesh.axis_names]
     devices = np.transpose(mesh.devices, [mesh.axis_names.index(a) for a in order])
@@ -89,10 +99,18 @@ def for_model(mesh: Mesh | None, config: HybridConfig) -> Mesh | None:
             f"tp={tp} neither divides num_key_value_heads={kv_heads} nor is a multiple of it; "
             f"choose a tp that is."
         )
-    if config.hidden_size % size["fsdp"]:
-        raise ValueError(f"fsdp={size['fsdp']} does not divide hidden_size={config.hidden_size}.")
+    sp, parts = size["sp"], size["fsdp"] * size["sp"]
+    if config.hidden_size % parts:
+        raise ValueError(
+            f"fsdp={size['fsdp']} x sp={sp} does not divide hidden_size={config.hidden_size}."
+        )
+    if sp > 1 and kv_heads % (sp * tp):
+        raise ValueError(
+            f"sp={sp} x tp={tp} does not divide num_key_value_heads={kv_heads}: operators exchange "
+            f"tokens for heads. Use fsdp for more devices."
+        )
     kv = min(tp, kv_heads)
-    return Mesh(devices.reshape(size["dp"], size["fsdp"], kv, tp // kv), names)
+    return Mesh(devices.reshape(size["dp"], size["fsdp"], sp, kv, tp // kv), names)
 
 
 def row_parts(mesh: Mesh) -> int:

@@ -3,7 +3,9 @@
 Kernels are opaque to the compiler's partitioner, and a recurrence gives it little to work with, so
 every operator call names its split. Mesh axes (see `hmf_jax.sharding`): "dp" and "fsdp" split the
 batch; "tp" splits heads of every kind; "rep" splits query heads further where there are more tensor
-parallel devices than key/value heads, which are then replicated over it.
+parallel devices than key/value heads, which are then replicated over it. "sp" splits tokens
+everywhere but in here, where it splits heads, too: on the way in and out of an operator, devices
+exchange tokens for heads (all-to-all; DeepSpeed-Ulysses, arXiv 2309.14509).
 """
 
 from __future__ import annotations
@@ -15,10 +17,18 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 BATCH_AXES = ("dp", "fsdp")
-HEAD_AXES = ("tp", "rep")
+TOKEN_AXES = ("sp",)
+HEAD_AXES = ("tp", "rep")  # of weights; also their columns for the MLP and the vocabulary
 KV_HEAD_AXES = ("tp",)
-EMBED_AXES = ("fsdp",)
-_LETTERS = {"b": BATCH_AXES, "f": EMBED_AXES, "h": HEAD_AXES, "k": KV_HEAD_AXES}
+EMBED_AXES = ("sp", "fsdp")
+_LETTERS = {
+    "b": BATCH_AXES,
+    "f": EMBED_AXES,
+    "h": ("tp", "sp", "rep"),
+    "k": ("tp", "sp"),
+    "T": TOKEN_AXES,
+    "V": HEAD_AXES,
+}
 
 
 def batch_axes(mesh: Mesh, batch: int) -> tuple[str, ...]:
@@ -30,10 +40,14 @@ def batch_axes(mesh: Mesh, batch: int) -> tuple[str, ...]:
 
 
 def spec(mesh: Mesh, dims: str, batch: int) -> PartitionSpec:
-    """PartitionSpec of an array described by letters: b batch, h heads, k kv heads, f the hidden
-    dimension of stored weights, other whole."""
-    table = {**_LETTERS, "b": batch_axes(mesh, batch)}
-    return PartitionSpec(*(table.get(letter) or None for letter in dims))
+    """PartitionSpec of an array described by letters: b batch, h heads, k kv heads, T tokens,
+    V vocabulary, f the hidden dimension of stored weights, other whole."""
+
+    def axes(letter: str) -> tuple[str, ...] | None:
+        names = batch_axes(mesh, batch) if letter == "b" else _LETTERS.get(letter, ())
+        return tuple(name for name in names if name in mesh.shape) or None
+
+    return PartitionSpec(*map(axes, dims))
 
 
 def call(

@@ -47,7 +47,7 @@ def refill(tokens: Array, offset: Array, lengths: Array, skip: int, size: int, l
 
 def project(x: Array, proj: nnx.Linear, norm: RMSNorm | None, ctx: Context, D: int) -> Array:
     """Project x to heads [B, T, H, D]; queries and keys are normalised, then rotated."""
-    heads = split_heads(proj(x), D)
+    heads = split_heads(ctx.over_tokens(proj(x)), D)
     return heads if norm is None else apply_rope(norm(heads), ctx.rope)
 
 
@@ -78,7 +78,7 @@ class Attention(Mixer):
         v = project(x, self.v_proj, None, ctx, self.head_dim)
         attend = self._full if self.window is None else self._windowed
         o, state = attend(q, k, v, ctx, state)
-        return self.o_proj(merge_heads(o)), state
+        return self.o_proj(merge_heads(ctx.over_tokens(o))), state
 
     def _own_tokens(self, q: Array, k: Array, v: Array, ctx: Context, packed=None) -> Array:
         """Attention among the tokens of this call, which are whole sequences."""

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hmf_jax.sharding import constrain, named_sharding
+from hmf_jax.sharding import constrain, named_sharding, spec
 
 Array = jax.Array
 
@@ -57,6 +57,15 @@ class Context:
             return x
         valid = (self.segment_ids != 0).reshape(*x.shape[:2], *([1] * (x.ndim - 2)))
         return jnp.where(valid, x, 0)
+
+    def over_tokens(self, x: Array) -> Array:
+        """x [B, T, ...] with its tokens split over the mesh's "sp", as between operators."""
+        if self.mesh is None or self.mesh.shape["sp"] == 1:
+            return x
+        rows, tokens = spec(self.mesh, ("batch", "tokens"), x.shape[:2])
+        others = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
+        split = NamedSharding(self.mesh, PartitionSpec(rows, tokens, *others))
+        return jax.lax.with_sharding_constraint(x, split)
 
 
 class Mixer(nnx.Module):

@@ -61,7 +61,7 @@ class TwoWindowAttention(nnx.Module):
             v_fading = project(fading, self.v_proj if tied else self.v_proj_, None, ctx, D)
         attend = self._step if state is not None and x.shape[1] == 1 else self._prefill
         o, state = attend(q, k, v, q_fading, k_fading, v_fading, ctx, state, inner)
-        return self.o_proj(merge_heads(o)), state
+        return self.o_proj(merge_heads(ctx.over_tokens(o))), state
 
     def _prefill(self, q, k, v, q_fading, k_fading, v_fading, ctx: Context, state, inner):
         W = self.window

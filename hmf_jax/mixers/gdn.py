@@ -41,10 +41,10 @@ class GatedDeltaNet(GatedLinearMixer):
         k = l2_normalize(self.expand(k, self.proj_k, self.k_rep), 1e-6, under_root=True)
         v = self.expand(v, self.proj_v, self.v_rep)
         q, k = q.astype(v.dtype), k.astype(v.dtype)
-        beta = jax.nn.sigmoid(exact(self.b_proj(x)))
+        beta = jax.nn.sigmoid(exact(ctx.over_tokens(self.b_proj(x))))
         if self.c.allow_neg_eigval:
             beta = 2.0 * beta
-        g = log_decay(self.A_log[...], self.gk_proj(x), self.dt_bias[...])[1]
+        g = log_decay(self.A_log[...], ctx.over_tokens(self.gk_proj(x)), self.dt_bias[...])[1]
 
         if state is not None and x.shape[1] == 1:
             q, k, v, g, beta = (ctx.mask(a)[:, 0] for a in (q, k, v, g, beta))
@@ -61,7 +61,7 @@ class GatedDeltaNet(GatedLinearMixer):
                 segment_ids=ctx.segment_ids,
                 **ctx.options,
             )
-        y = self.output(o, x)
+        y = self.output(o, x, ctx)
         return y, None if state is None else GDNState(conv_q, conv_k, conv_v, matrix)
 
     def init_state(self, batch: int, capacity: int, dtype, mesh) -> GDNState:

@@ -50,11 +50,11 @@ class GatedKalmaNet(GatedLinearMixer):
 
         alpha = beta = g = None
         if self.alpha_proj is not None:
-            alpha = jax.nn.sigmoid(exact(self.alpha_proj(x)))
+            alpha = jax.nn.sigmoid(exact(ctx.over_tokens(self.alpha_proj(x))))
         if self.b_proj is not None:
-            beta = jax.nn.sigmoid(exact(self.b_proj(x))) + 1e-6
+            beta = jax.nn.sigmoid(exact(ctx.over_tokens(self.b_proj(x)))) + 1e-6
         if c.use_forgetting_gate:
-            g = log_decay(self.A_log[...], self.a_proj(x), self.dt_bias[...])[1]
+            g = log_decay(self.A_log[...], ctx.over_tokens(self.a_proj(x)), self.dt_bias[...])[1]
 
         options = {
             "num_iter": c.num_iter if ctx.num_iter is None else ctx.num_iter,
@@ -82,7 +82,7 @@ class GatedKalmaNet(GatedLinearMixer):
                 chunk_size=c.chunk_size,
                 **options,
             )
-        y = self.output(o, x)
+        y = self.output(o, x, ctx)
         return y, None if state is None else GKAState(conv_q, conv_k, conv_v, *h)
 
     def init_state(self, batch: int, capacity: int, dtype, mesh) -> GKAState:

@@ -45,7 +45,7 @@ class ShortConv(nnx.Module):
     def __call__(self, x: Array, ctx: Context, state: Array | None) -> tuple[Array, Array]:
         """x [B, T, C], state [B, K-1, C] or None -> (y [B, T, C], the last K-1 inputs)."""
         return causal_conv1d(
-            x,
+            ctx.over_tokens(x),
             self.weight[...],
             None if self.bias is None else self.bias[...],
             initial_state=state,
@@ -143,10 +143,10 @@ class GatedLinearMixer(Mixer):
             residual = jnp.einsum("btkd,hk->bthd", heads, rep[...].astype(x.dtype))
         return split_heads(low_rank(x), self.head_dim) + residual
 
-    def output(self, o: Array, x: Array) -> Array:
+    def output(self, o: Array, x: Array, ctx: Context) -> Array:
         """Norm, gate and output projection of o [B, T, H, D]; x is the mixer's input."""
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.head_dim)
-        return self.o_proj(merge_heads(self.o_norm(o, gate)))
+        return self.o_proj(merge_heads(self.o_norm(ctx.over_tokens(o), gate)))
 
     def conv_states(
         self, batch: int, dtype, mesh

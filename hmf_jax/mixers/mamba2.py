@@ -73,7 +73,7 @@ class Mamba2(Mixer):
         C, conv_C = self.C_conv1d(key_like(self.C_proj, self.C_norm), ctx, s and s.conv_C)
         u, B, C = heads(u), heads(B), heads(C)
         A = -jnp.exp(self.A_log[...])
-        dt, _ = log_decay(self.A_log[...], self.dt_proj(x), self.dt_bias[...])
+        dt, _ = log_decay(self.A_log[...], ctx.over_tokens(self.dt_proj(x)), self.dt_bias[...])
         dt = ctx.mask(dt)
 
         if state is not None and x.shape[1] == 1:
@@ -92,7 +92,7 @@ class Mamba2(Mixer):
                 segment_ids=ctx.segment_ids,
                 **ctx.options,
             )
-        y = self.out_proj(merge_heads(self.norm(y, heads(self.z_proj(x)))))
+        y = self.out_proj(merge_heads(self.norm(ctx.over_tokens(y), heads(self.z_proj(x)))))
         if state is None:
             return y, None
         total = state.log_decay + jnp.sum(dt, axis=1) * A

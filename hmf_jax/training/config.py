@@ -70,7 +70,7 @@ class TrainConfig(Recipe):
       column, template_options, packing, on_bad, padding_side, shuffle, seed: of
         `Batches`.
       remat, num_iter, impl, chunk_size: of `make_train_step`.
-      dp, fsdp, tp: the mesh, see `make_mesh`; fsdp None: all devices that the others leave.
+      dp, fsdp, sp, tp: the mesh, see `make_mesh`; fsdp None: all devices that the others leave.
       distributed: join the other processes of the run (`jax.distributed`): found by itself under
         SLURM, Open MPI and Kubernetes, else described by the variables JAX_COORDINATOR_ADDRESS
         (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
@@ -104,6 +104,7 @@ class TrainConfig(Recipe):
     chunk_size: int = 512
     dp: int = 1
     fsdp: int | None = None
+    sp: int = 1
     tp: int = 1
     distributed: bool = False
     save_every: int = 500
@@ -409,17 +410,18 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 def _mesh(config: TrainConfig) -> Mesh | None:
     """The mesh of the config on the devices there are; None for a single device."""
     there = jax.device_count()
-    others = config.dp * config.tp
+    others = config.dp * config.sp * config.tp
     fsdp = max(1, there // others) if config.fsdp is None else config.fsdp
     wanted = others * fsdp
     if wanted > there or (config.fsdp is None and there % others):
         raise ValueError(
-            f"dp={config.dp} x fsdp={fsdp} x tp={config.tp} does not fit the {there} device(s)"
+            f"dp={config.dp} x fsdp={fsdp} x sp={config.sp} x tp={config.tp} does not fit the "
+            f"{there} device(s)"
         )
     if wanted == 1:
         return None
     devices = jax.devices()[:wanted] if jax.process_count() == 1 else jax.devices()
-    return make_mesh(dp=config.dp, fsdp=fsdp, tp=config.tp, devices=devices)
+    return make_mesh(dp=config.dp, fsdp=fsdp, sp=config.sp, tp=config.tp, devices=devices)
 
 
 def _loggers(config: TrainConfig, output: Path) -> list[Any]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from hmf_jax.layers import exact_dtype
 from hmf_jax.model import HybridLM
-from pallas_kernels.sharded import EMBED_AXES, HEAD_AXES, batch_axes, call
+from pallas_kernels.sharded import EMBED_AXES, HEAD_AXES, TOKEN_AXES, batch_axes, call
 
 Array = jax.Array
 
@@ -99,7 +99,7 @@ def cross_entropy(
 
 
 def _forward(hidden, kernel, targets, weights, mesh, chunk_size):
-    rows, vocab = _axes(mesh, hidden.shape[0])
+    positions, vocab = _axes(mesh, len(hidden))
 
     def local(hidden, kernel, targets, weights):
         def piece(total, xs):
@@ -114,16 +114,18 @@ def _forward(hidden, kernel, targets, weights, mesh, chunk_size):
         zero = jnp.zeros((), exact_dtype(hidden.dtype))
         xs = [_pieces(a, chunk_size) for a in (hidden, targets, weights)]
         total, lse = jax.lax.scan(piece, zero, xs)
-        return _over(jax.lax.psum, total, rows), lse
+        return _over(jax.lax.psum, total, positions), lse
 
     args = (hidden, kernel, targets, weights)
-    total, lse = call(local, mesh, len(hidden), args, ("b--", "-h", "b-", "b-"), ("", "-b-"))
+    total, lse = call(local, mesh, len(hidden), args, ("bT-", "-V", "bT", "bT"), ("", "-bT"))
     return total, (*args, lse)
 
 
 def _backward(mesh, chunk_size, saved, g):
-    rows, vocab = _axes(mesh, saved[0].shape[0])
-    split = tuple(a for a in rows if a in EMBED_AXES)
+    positions, vocab = _axes(mesh, len(saved[0]))
+    split = tuple(a for a in EMBED_AXES if a in positions)
+    if mesh is not None and any(mesh.shape.get(a, 1) > 1 and a not in positions for a in EMBED_AXES):
+        split = ()  # a batch that stays whole
 
     def local(hidden, kernel, targets, weights, lse, g):
         def piece(d_kernel, xs):
@@ -141,11 +143,11 @@ def _backward(mesh, chunk_size, saved, g):
         d_x = jnp.moveaxis(d_x, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
         if split:  # each device keeps that part of the sum that it keeps of the kernel
             d_kernel = jax.lax.psum_scatter(d_kernel, split, scatter_dimension=0, tiled=True)
-        d_kernel = _over(jax.lax.psum, d_kernel, tuple(a for a in rows if a not in split))
+        d_kernel = _over(jax.lax.psum, d_kernel, tuple(a for a in positions if a not in split))
         return d_x[:, : hidden.shape[1]], d_kernel.astype(kernel.dtype)
 
-    in_dims = ("b--", "-h", "b-", "b-", "-b-", "")
-    out_dims = ("b--", "fh" if split else "-h")
+    in_dims = ("bT-", "-V", "bT", "bT", "-bT", "")
+    out_dims = ("bT-", "fV" if split else "-V")
     d_x, d_kernel = call(local, mesh, len(saved[0]), (*saved, g), in_dims, out_dims)
     return d_x, d_kernel, None, None
 
@@ -154,12 +156,12 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _axes(mesh: Mesh | None, batch: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The mesh axes that split the rows and the vocabulary inside `call`."""
+    """The mesh axes that split positions and the vocabulary inside `call`."""
     if mesh is None:
         return (), ()
     several = [axis for axis, size in mesh.shape.items() if size > 1]
-    rows, vocab = batch_axes(mesh, batch), HEAD_AXES
-    return tuple(a for a in rows if a in several), tuple(a for a in vocab if a in several)
+    positions, vocab = batch_axes(mesh, batch) + TOKEN_AXES, HEAD_AXES
+    return tuple(a for a in positions if a in several), tuple(a for a in vocab if a in several)
 
 
 def _over(reduce, x: Array, axes: tuple[str, ...]) -> Array:

@@ -187,3 +187,26 @@ def test_states_made_in_a_program_are_split_too():
     made = jax.jit(lambda: model.init_state(2, 8).layers)()
     for a, b in zip(*map(jax.tree.leaves, (model.init_state(2, 8).layers, made)), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim) and not b.is_fully_replicated
+
+
+@pytest.mark.parametrize("kinds", [("GKA", "SWA"), pytest.param(SIX, marks=pytest.mark.slow)])
+def test_split_sequences(kinds):
+    """Logits of packed, padded rows whose tokens are split over sp; no residual stream is whole."""
+    with jax.enable_x64(True):
+        config = tiny_config(kinds, **{**HEADS, "num_key_value_heads": 4})
+        model = random_model(config, jnp.float64, seed=1)
+        split = place(model, config, make_mesh(fsdp=2, sp=4))
+        tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 64)
+        ids = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], 6, axis=1))
+        call = jax.jit(lambda m, t, ids=None: m(t, segment_ids=ids)[0])
+        np.testing.assert_allclose(call(split, tokens, ids), call(model, tokens, ids), atol=1e-9)
+        text = call.lower(split, tokens).compile().as_text()
+        assert " all-to-all" in text and not re.search(r"f64\[\d,24,32\]\S* all-gather", text)
+    with pytest.raises(ValueError, match="does not divide 10 tokens; pad"):
+        split(tokens[:, :10])
+    with pytest.raises(ValueError, match="sp.*for training"):
+        split.init_state(2, 24)
+    with pytest.raises(ValueError, match="sp=8 x tp=1 does not divide num_key_value_heads=4"):
+        for_model(make_mesh(sp=8), config)
+    with pytest.raises(ValueError, match="fsdp=2 x sp=4 does not divide hidden_size=36"):
+        for_model(make_mesh(fsdp=2, sp=4), dataclasses.replace(config, hidden_size=36))

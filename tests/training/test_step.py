@@ -340,6 +340,9 @@ MESHES = {
     "tp8": dict(tp=8),
     "fsdp2 x tp2": dict(fsdp=2, tp=2),
     "dp2 x fsdp2 x tp2": dict(dp=2, fsdp=2, tp=2),
+    "sp4": dict(sp=4),
+    "fsdp2 x sp2": dict(fsdp=2, sp=2),
+    "sp2 x tp2": dict(sp=2, tp=2),
 }
 
 
@@ -370,13 +373,18 @@ def test_every_mesh_makes_the_same_step(name):
     program(got, uneven())
 
     # Nothing is gathered but token ids and, over fsdp, parameters and the gradient of the embedded
-    # tokens, whose table is split along the hidden dimension: no states, no logits.
-    fsdp = MESHES[name].get("fsdp", 1)
+    # tokens, whose table is split along the hidden dimension: no states, no logits. Over sp also
+    # gradients of channels and numbers per head and token, and the last residual stream, from which
+    # padding has to move.
+    sp = MESHES[name].get("sp", 1)
+    fsdp = MESHES[name].get("fsdp", 1) * sp
     weights = {tuple(sorted(p.sharding.shard_shape(p.shape))) for p in got.params.values()}
     for shape in gathered(program.as_text()):
         parts = [(*shape[:i], n // fsdp, *shape[i + 1 :]) for i, n in enumerate(shape)]
         known = any(tuple(sorted(part)) in weights for part in parts)
-        assert fsdp > 1 and (known or shape[1:] in ((T, 32), (T, 32 // fsdp))), shape
+        known |= shape[1:] in ((T, 32), (T, 32 // fsdp))
+        known |= sp > 1 and (len(shape) < 3 or (shape[1] == T and shape[2] <= 8))
+        assert fsdp > 1 and known, shape
     if fsdp > 1:  # nor does the gradient of the output head exist as a whole
         head = list(got.params["lm_head.kernel"].sharding.shard_shape((32, 96)))
         assert tuple(head) in gathered(program.as_text(), "reduce-scatter")
