@@ -2,8 +2,9 @@
 
 A user's mesh has the axes "dp" (data parallel), "fsdp" (data parallel, parameters split too), "sp"
 (sequence parallel: tokens of a row, parameters split too) and "tp" (tensor parallel: heads, MLP
-columns, vocabulary). A model runs on a mesh with one more axis, "rep": where there are more tensor parallel devices than key/value heads, "tp" is split into
-tp x rep, and key/value heads (projections, convolution channels, caches) are replicated over "rep".
+columns, vocabulary). A model runs on a mesh with one more axis, "rep": where there are more tensor
+parallel devices than key/value heads, "tp" is split into tp x rep, and key/value heads
+(projections, convolution channels, caches) are replicated over "rep".
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def make_mesh(
     shape = (dp, fsdp, sp, tp)
     if min(shape) < 1 or math.prod(shape) != len(devices):
         raise ValueError(
-            f"dp={dp} x fsdp={fsdp} x sp={sp} x tp={tp} needs {math.prod(shape)} devices, but there "
-            f"are {len(devices)}; pass devices=jax.devices()[:{max(math.prod(shape), 1)}] to use fewer."
+            f"dp={dp} x fsdp={fsdp} x sp={sp} x tp={tp} needs {math.prod(shape)} devices, but "
+            f"there are {len(devices)}; pass devices=jax.devices()[:{max(math.prod(shape), 1)}] to "
+            f"use fewer."
         )
     return Mesh(np.asarray(devices).reshape(shape), ("dp", "fsdp", "sp", "tp"))
 

@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 
     Attributes:
       tokens: [N, T] int32.
-      weights: [N, T] float32: 1 for what is to be recalled from earlier in the row, else 0.1.
+      weights: [N, T] float32: 1 for what is to be recalled from earlier in the row, else less.
     """
 
     tokens: np.ndarray
@@ -120,7 +120,10 @@ def rows(rng: random.Random, count: int, length: int, level: int) -> Rows:
 
     Args:
       rng: where they come from; equal states give equal rows.
-      level: 0: pairs of one letter and one digit; 1: pairs of every kind; 2: everything.
+      level: 0: pairs of one letter and one digit; 1: pairs of every kind; 2: everything. Where a
+        value comes later than its key, so that B'MOJO-F can know it: 3: pairs "k==4"; 4: pairs
+        "gov has 31"; 5: number facts, questions at once; 6: facts, filler, questions. At levels 3
+        to 5 what is not recalled hardly counts (0.02).
     """
     texts, weights = [], []
     for _ in range(count):
@@ -128,7 +131,8 @@ def rows(rng: random.Random, count: int, length: int, level: int) -> Rows:
         texts.append(text[:length])
         weights.append(known[:length])
     tokens = encode("".join(texts)).reshape(count, length)
-    return Rows(tokens, np.where(np.array(weights, bool), 1.0, 0.1).astype(np.float32))
+    other = 0.02 if 3 <= level <= 5 else 0.1
+    return Rows(tokens, np.where(np.array(weights, bool), 1.0, other).astype(np.float32))
 
 
 def questions(rng: random.Random, count: int, length: int, facts: int, gap: int) -> Questions:
@@ -167,6 +171,12 @@ def _row(rng: random.Random, length: int, level: int) -> tuple[str, list[int]]:
     """A text of at least `length` characters, and for each whether it is to be recalled."""
     if level == 0:
         return _pairs(rng, length, 1, 1, "")
+    if level == 3:
+        return _pairs(rng, length, 1, 1, "==")
+    if level == 4:
+        return _pairs(rng, length, rng.randint(1, 3), rng.randint(1, 2), " has ")
+    if level > 4:
+        return _recall(rng, length, plain=level == 5)
     kind = rng.random()
     if level == 2 and kind < 0.6:
         return _recall(rng, length)
@@ -205,16 +215,19 @@ def _copies(rng: random.Random, length: int) -> tuple[str, list[int]]:
     return text * repeats, ([0] * len(text) + [1] * (len(text) * (repeats - 1)))
 
 
-def _recall(rng: random.Random, length: int) -> tuple[str, list[int]]:
-    """Facts (some filler between them), filler, questions about each fact until the row is full."""
-    most = max(2, length // 40)
+def _recall(rng: random.Random, length: int, plain: bool = False) -> tuple[str, list[int]]:
+    """Facts (some filler between them), filler, questions about each fact until the row is full.
+
+    plain: number facts only, no filler, and only digits are to be recalled.
+    """
+    most = max(2, length // (32 if plain else 40))
     facts = []
     for name in rng.sample(NAMES, rng.randint(2, most)):
-        number = rng.random() < 0.75
+        number = plain or rng.random() < 0.75
         relation, values = ("has", NUMBERS) if number else ("likes", THINGS)
         facts.append((name, relation, rng.choice(values)))
     told = [_sentence(fact) for fact in facts]
-    gap = rng.randint(0, max(0, length - sum(map(len, told)) - 60))
+    gap = 0 if plain else rng.randint(0, max(0, length - sum(map(len, told)) - 60))
     early = rng.randint(0, gap) if rng.random() < 0.3 else 0
     told.insert(rng.randint(0, len(told)), _filler(rng, early) + " " * (early > 0))
     text = "".join(told) + _filler(rng, gap - early) + "\n"
@@ -223,7 +236,8 @@ def _recall(rng: random.Random, length: int) -> tuple[str, list[int]]:
         for fact in rng.sample(facts, len(facts)):
             before, answer, after = ask(fact)
             text += before + answer + after
-            known += [0] * len(before) + [1] * len(answer) + [0] * len(after)
+            asked = [int(c.isdigit() or not plain) for c in answer]
+            known += [0] * len(before) + asked + [0] * len(after)
     return text, known
 
 

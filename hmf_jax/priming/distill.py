@@ -9,8 +9,9 @@ The loss compares them layer by layer (`TARGETS`), and before the output head:
 
     loss = 1/layers sum_i l_i + MSE(norm(x_s), norm(x_a))
 
-MSE is the mean over features and valid tokens, in float32. A layer without a teacher of its own
-("*DA", "*") runs the same mixer on both streams. Nothing of the teacher's stream is differentiated.
+MSE is the mean over features and valid tokens, if wanted with their weights, in float32. A layer
+without a teacher of its own ("*DA", "*") runs the same mixer on both streams. Nothing of the
+teacher's stream is differentiated.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from hmf_jax.mixers import Context
 from hmf_jax.model import Block, HybridLM
 from hmf_jax.priming.unfuse import check_fused
 from hmf_jax.training.config import TrainConfig, fine_tune, plan
+from hmf_jax.training.loss import next_token_targets
 from hmf_jax.training.step import REMAT, Remat, make_train_step
 
 Array = jax.Array
@@ -55,13 +57,14 @@ def distillation_loss(
     *,
     target: str = "none",
     pre_lm_head: bool = True,
+    weighted: bool = False,
     loss_mask: Array | None = None,
     segment_ids: Array | None = None,
     positions: Array | None = None,
     num_iter: Array | int | None = None,
     impl: str = "auto",
 ) -> tuple[Array, Array]:
-    """The loss summed over valid tokens, and the number of them: loss = sum / count.
+    """The loss summed over valid tokens, and their number or weight: loss = sum / count.
 
     Args:
       model: a fused model.
@@ -69,7 +72,10 @@ def distillation_loss(
         does not count; without segment_ids every token does, as in the original.
       target: what is compared in each layer, a key of `TARGETS`.
       pre_lm_head: compare the final hidden states too.
-      loss_mask: ignored; it says which tokens to predict, and nothing is predicted here.
+      weighted: a token counts as much as predicting its successor does in `next_token_loss`: by
+        the loss_mask of the successor, not at all at the end of a document. The original has no
+        such weights.
+      loss_mask: [B, T], how much predicting each token counts; without `weighted` it is ignored.
 
     Returns two float32 scalars (the sum is float64 in float64 models).
 
@@ -77,8 +83,17 @@ def distillation_loss(
       ValueError: the model has no teacher, an unknown target, or no loss at all.
     """
     _check(target, pre_lm_head)
+    weights = next_token_targets(tokens, loss_mask, segment_ids)[1] if weighted else None
     terms, count = _streams(
-        model, tokens, TARGETS[target], pre_lm_head, segment_ids, positions, num_iter, impl
+        model,
+        tokens,
+        TARGETS[target],
+        pre_lm_head,
+        segment_ids,
+        positions,
+        num_iter,
+        impl,
+        weights,
     )
     per_layer = [jnp.sum(x) for name, x in terms.items() if name != PRE_LM_HEAD]
     total = sum(per_layer, jnp.zeros(())) / len(model.layers) + terms.get(PRE_LM_HEAD, 0.0)
@@ -126,6 +141,7 @@ def make_distill_step(
     *,
     target: str = "none",
     pre_lm_head: bool = True,
+    weighted: bool = False,
     **options: Any,
 ) -> jax.stages.Wrapped:
     """A step (state, batch) -> (state, metrics) of stage 1, for the training loop.
@@ -139,14 +155,16 @@ def make_distill_step(
 
     Args:
       optimizer: the one that `TrainState.create` was given.
-      target, pre_lm_head: the loss, see `distillation_loss`.
+      target, pre_lm_head, weighted: the loss, see `distillation_loss`.
       options: those of `make_train_step`: accumulate, remat, max_grad_norm, num_iter, impl.
 
     Batches, metrics and errors are those of `make_train_step`; `loss` is the distillation loss and
-    `tokens` the number of valid tokens.
+    `tokens` the number of valid tokens or their weight.
     """
     _check(target, pre_lm_head)
-    loss = functools.partial(distillation_loss, target=target, pre_lm_head=pre_lm_head)
+    loss = functools.partial(
+        distillation_loss, target=target, pre_lm_head=pre_lm_head, weighted=weighted
+    )
     return make_train_step(optimizer, loss=loss, **options)
 
 
@@ -222,22 +240,29 @@ def _check(target: str, pre_lm_head: bool) -> None:
 
 def _streams(
     model: HybridLM, tokens, parts: tuple[str, ...], pre_lm_head: bool, segment_ids, positions,
-    num_iter, impl: str,
+    num_iter, impl: str, weights: Array | None = None,
 ) -> tuple[dict[str, Array], Array]:  # fmt: skip
-    """Both streams: {part: [layers] sums over valid tokens of the mean square error}, tokens."""
+    """Both streams: {part: [layers] sums over tokens of weight * mean square error}, their weight.
+
+    weights [B, T], in the order of tokens; None: 1 for valid tokens, 0 for padding.
+    """
     students(model.config)
-    x, _, ctx = model._enter(tokens, positions, segment_ids, None, num_iter, impl)
+    x, order, ctx = model._enter(tokens, positions, segment_ids, None, num_iter, impl)
+    if weights is None:
+        weights = ctx.mask(jnp.ones(tokens.shape, jnp.float32))
+    elif order is not None:  # padding moved
+        weights = jnp.take_along_axis(weights, order, axis=1)
     student, teacher = x, jax.lax.stop_gradient(x)
     rows: list[tuple[Array, ...]] = []
     for block in model.layers:
         block, choice = _bare(block)
-        student, teacher, errors = _run_pair(block, student, teacher, ctx, parts, choice)
+        student, teacher, errors = _run_pair(block, student, teacher, ctx, weights, parts, choice)
         rows.append(errors)
     terms = {part: jnp.stack([row[n] for row in rows]) for n, part in enumerate(parts)}
     if pre_lm_head:
         goal = jax.lax.stop_gradient(model.norm(teacher))
-        terms[PRE_LM_HEAD] = _square_error(model.norm(student), goal, ctx)
-    return terms, jnp.sum(ctx.counts(tokens.shape[1])).astype(jnp.float32)
+        terms[PRE_LM_HEAD] = _square_error(model.norm(student), goal, weights)
+    return terms, jnp.sum(weights)
 
 
 def _bare(block: Block) -> tuple[Block, str]:
@@ -245,10 +270,11 @@ def _bare(block: Block) -> tuple[Block, str]:
     return (block.block, block.choice) if isinstance(block, Remat) else (block, "none")
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def _run_pair(
-    block: Block, student: Array, teacher: Array, ctx: Context, parts: tuple[str, ...], choice: str
-) -> tuple[Array, Array, tuple[Array, ...]]:
+    block: Block, student: Array, teacher: Array, ctx: Context, weights: Array,
+    parts: tuple[str, ...], choice: str,
+) -> tuple[Array, Array, tuple[Array, ...]]:  # fmt: skip
     """One layer of both streams and its errors. One inner jit: equal layers are traced once."""
 
     def run(block: Block, student: Array, teacher: Array, ctx: Context):
@@ -257,13 +283,14 @@ def _run_pair(
         y_a, m_a, f_a, _ = frozen.run(mixer, teacher, ctx)
         y_s, m_s, f_s, _ = block.run(block.mixer, student, ctx)
         pairs = {"decoder": (y_s, y_a), "mixer": (m_s, m_a), "mlp": (f_s, f_a)}
-        return y_s, y_a, tuple(_square_error(*pairs[part], ctx) for part in parts)
+        return y_s, y_a, tuple(_square_error(*pairs[part], weights) for part in parts)
 
     if choice != "none":
         run = jax.checkpoint(run, policy=REMAT[choice])
     return run(block, student, teacher, ctx)
 
 
-def _square_error(a: Array, b: Array, ctx: Context) -> Array:
-    """Sum over valid tokens of mean_d (a - b)^2, in float32."""
-    return jnp.sum(ctx.mask(jnp.mean(jnp.square(exact(a) - exact(b)), axis=-1)))
+def _square_error(a: Array, b: Array, weights: Array) -> Array:
+    """sum_bt weights mean_d (a - b)^2, in float32; what weighs nothing may be anything."""
+    errors = jnp.mean(jnp.square(exact(a) - exact(b)), axis=-1)
+    return jnp.sum(jnp.where(weights != 0, weights * errors, 0))

@@ -124,7 +124,9 @@ def _forward(hidden, kernel, targets, weights, mesh, chunk_size):
 def _backward(mesh, chunk_size, saved, g):
     positions, vocab = _axes(mesh, len(saved[0]))
     split = tuple(a for a in EMBED_AXES if a in positions)
-    if mesh is not None and any(mesh.shape.get(a, 1) > 1 and a not in positions for a in EMBED_AXES):
+    if mesh is not None and any(
+        mesh.shape.get(a, 1) > 1 and a not in positions for a in EMBED_AXES
+    ):
         split = ()  # a batch that stays whole
 
     def local(hidden, kernel, targets, weights, lse, g):

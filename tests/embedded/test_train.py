@@ -112,6 +112,27 @@ def test_results_are_means_over_seeds():
     assert "| GKA | primed, 40 steps | 30 | 12.5 | – |" in text
 
 
+def test_every_hybrid_has_a_course():
+    plan = train.Plan()
+    courses = {name: plan.course(name) for name in train.HYBRIDS}
+    assert courses.pop(train.BMOJO) == plan.bmojo and set(courses.values()) == {plan.hybrid}
+    half = plan.scaled(0.5)
+    for one, other in ((plan.hybrid, half.hybrid), (plan.bmojo, half.bmojo)):
+        for a, b in zip(one.distill + one.tune, other.distill + other.tune, strict=True):
+            assert a.steps % plan.block == b.steps % plan.block == plan.row % a.length == 0
+            assert abs(b.steps - a.steps / 2) <= plan.block / 2
+
+
+@pytest.mark.slow
+def test_bmojo_with_a_few_steps(tmp_path):
+    train.run(0, tmp_path, train.SMALL, [train.BMOJO])
+    report = json.loads((tmp_path / "seed0" / "metrics.json").read_text())
+    assert {r["stage"] for r in report["rows"] if r["model"] == train.BMOJO} == set(_STAGES)
+    assert len(report["losses"][f"{train.BMOJO}, stage 2"]) == 12
+    model = hmf_jax.from_pretrained(tmp_path / "seed0" / "bmojo-f", progress=False)
+    assert model.config.layer_kinds == ("SWA", "SWA", "BMF", "BMF")
+
+
 @pytest.mark.slow
 def test_everything_with_a_few_steps(tmp_path):
     train.run(0, tmp_path, train.SMALL, ["GKA"])

@@ -175,9 +175,32 @@ def test_errors_of_padding_do_not_count():
     model = fused_model()
     ids = np.asarray([[0, 0, 1, 1, 0, 2] + [3] * 6])
     _, order, ctx = model._enter(tokens_for(rows=1), None, jnp.asarray(ids), None, None, "auto")
+    weights = ctx.mask(jnp.ones((1, T)))
     a, b = (jnp.asarray(np.random.default_rng(s).random((1, T, 5)), jnp.float32) for s in (0, 1))
     wanted = ((a - b) ** 2).mean(-1)[np.take_along_axis(ids, np.asarray(order), 1) != 0].sum()
-    assert np.isclose(_square_error(a, b, ctx), wanted, rtol=1e-6)
+    assert np.isclose(_square_error(a, b, weights), wanted, rtol=1e-6)
+
+
+def test_tokens_count_as_much_as_what_they_predict():
+    """weighted: sum_t w[next of t] e_t / sum_t w[next of t]; e is each token's own error."""
+    model, tokens = fused_model("SWA*-*DA"), tokens_for()
+    ids = np.ones((2, T), int)
+    ids[0, 4:], ids[0, 6] = 2, 0  # two documents, padding inside the second
+    mask = np.random.default_rng(0).random((2, T)).astype(np.float32)
+    segment_ids, loss_mask = jnp.asarray(ids), jnp.asarray(mask)
+    ours, goal = (
+        np.asarray(m.hidden(tokens, segment_ids=segment_ids))
+        for m in (unfuse(model), teacher(model))
+    )
+    errors = ((ours - goal) ** 2).mean(-1)
+    following = [(0, t, t + 1) for t in range(T - 1) if t not in (3, 5, 6)] + [(0, 5, 7)]
+    following += [(1, t, t + 1) for t in range(T - 1)]
+    total, weight = distillation_loss(
+        model, tokens, weighted=True, loss_mask=loss_mask, segment_ids=segment_ids
+    )
+    assert np.isclose(weight, sum(mask[b, n] for b, _, n in following), rtol=1e-5)
+    wanted = sum(mask[b, n] * errors[b, t] for b, t, n in following)
+    assert np.isclose(total, wanted, rtol=1e-4)
 
 
 def test_step_trains_the_students_and_nothing_else():
