@@ -431,7 +431,8 @@ def prime_distill(
         Path,
         typer.Argument(
             help="YAML file: model (a fused one), data, output, target (none, decoder, mixer, "
-            "residuals, all), pre_lm_head, and what `hmf-jax train` reads; see DistillConfig."
+            "residuals, all), pre_lm_head, weighted, and what `hmf-jax train` reads; see "
+            "DistillConfig."
         ),
     ],
     fields: Annotated[

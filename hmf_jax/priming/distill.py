@@ -190,11 +190,12 @@ class DistillConfig(TrainConfig):
     Attributes:
       model: directory of a fused model; what the run writes is one, too.
       trainable: by default "students", the mixers with a teacher, of any kind.
-      target, pre_lm_head: the loss, see `distillation_loss`.
+      target, pre_lm_head, weighted: the loss, see `distillation_loss`.
     """
 
     target: str = "none"
     pre_lm_head: bool = True
+    weighted: bool = False
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -223,7 +224,10 @@ def distill(
     if config.trainable == "students":
         config = dataclasses.replace(config, trainable=chosen)
     loss = functools.partial(
-        distillation_loss, target=config.target, pre_lm_head=config.pre_lm_head
+        distillation_loss,
+        target=config.target,
+        pre_lm_head=config.pre_lm_head,
+        weighted=config.weighted,
     )
     if dry_run:
         report(plan(config, loss=loss))
