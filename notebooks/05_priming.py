@@ -151,9 +151,9 @@ losses = [r["loss"] for r in training.read_metrics(work / "stage2")]
 # way; the README's table says what they remember.
 
 # %%
-recall["embedded GKA"] = accuracy(
-    hmf_jax.from_pretrained(embedded.directory("gka"), dtype=jnp.float32, progress=False), asked
-)
+for name in embedded.HYBRIDS:
+    model = hmf_jax.from_pretrained(embedded.directory(name), dtype=jnp.float32, progress=False)
+    recall[f"embedded {name}"] = accuracy(model, asked)
 fig, axes = plt.subplots(1, 2, figsize=(10, 3))
 axes[0].plot(losses)
 axes[0].set(xlabel="step", ylabel="loss (nats)", title="Stage 2")

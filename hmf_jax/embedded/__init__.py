@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-HYBRIDS = ("gka",)
+HYBRIDS = ("gka", "bmojo-f")
 NAMES = (*HYBRIDS, "transformer")  # the last is what they were made from
 
 
