@@ -201,6 +201,7 @@ def test_split_sequences(kinds):
         call = jax.jit(lambda m, t, ids=None: m(t, segment_ids=ids)[0])
         np.testing.assert_allclose(call(split, tokens, ids), call(model, tokens, ids), atol=1e-9)
         text = call.lower(split, tokens).compile().as_text()
+        assert text is not None
         assert " all-to-all" in text and not re.search(r"f64\[\d,24,32\]\S* all-gather", text)
     with pytest.raises(ValueError, match="does not divide 10 tokens; pad"):
         split(tokens[:, :10])
