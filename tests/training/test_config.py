@@ -110,6 +110,7 @@ def test_overrides(files):
         ("dp=3 fsdp=3", r"dp=3 x fsdp=3 x sp=1 x tp=1 does not fit the 8 device\(s\)"),
         ("dp=3 fsdp=null", "does not fit the 8"),
         ("tp=3", "tp=3 does not divide num_attention_heads=4"),
+        ("sp=4", "sp=4 x tp=1 does not divide num_key_value_heads=2"),
         ("fsdp=7", "fsdp=7 x sp=1 does not divide hidden_size=64"),
         ("trainable=gka", "'gka' matches no parameter"),
         ("data=nothing.jsonl", "nothing.jsonl"),
@@ -134,17 +135,17 @@ def test_missing_fields(files):
 
 
 def test_dry_run(files):
-    out = run("run.yaml", "--dry-run", "trainable=swa", "fsdp=2", "accumulate=2").output
+    out = run("run.yaml", "--dry-run", "trainable=swa", "fsdp=2", "sp=2", "accumulate=2").output
     assert not Path("run").exists()
-    assert "fsdp 2 (cpu)" in out and "4 steps of 4 rows of 32 tokens, 2 micro-batch(es)" in out
+    assert "fsdp 2 x sp 2 (cpu)" in out and "4 steps of 4 rows of 32 tokens, 2 micro-batch(es)" in out
     assert "1 empty, 1 malformed" in out and "texts.jsonl:13: malformed row" in out
     model = from_pretrained("model", progress=False)
     kernels = {p: a for p, a in flat_params(model).items() if p.startswith("layers.0.mixer.")}
     trained, total = (sum(a.size for a in x.values()) for x in (kernels, flat_params(model)))
     assert f"{len(kernels)} tensors, {trained:,} of {total:,} parameters" in out
     assert "1 x layers.*.mixer.q_proj.kernel [64, 64]" in out
-    norms = sum(a.size for a in kernels.values() if a.ndim == 1)  # whole on both devices
-    trained_bytes = 4 * ((trained - norms) / 2 + norms) / 1024
+    norms = sum(a.size for a in kernels.values() if a.ndim == 1)  # whole on all four devices
+    trained_bytes = 4 * ((trained - norms) / 4 + norms) / 1024
     assert re.search(rf"{trained_bytes:.1f} KiB  trained weights", out)
     assert re.search(r"[\d.]+ \wi?B  gradients, activations, workspace", out)
     assert re.search(r"128 tokens, \S+ model FLOPs", out) and "FLOPs, " in out
