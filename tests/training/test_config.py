@@ -137,7 +137,8 @@ def test_missing_fields(files):
 def test_dry_run(files):
     out = run("run.yaml", "--dry-run", "trainable=swa", "fsdp=2", "sp=2", "accumulate=2").output
     assert not Path("run").exists()
-    assert "fsdp 2 x sp 2 (cpu)" in out and "4 steps of 4 rows of 32 tokens, 2 micro-batch(es)" in out
+    assert "fsdp 2 x sp 2 (cpu)" in out
+    assert "4 steps of 4 rows of 32 tokens, 2 micro-batch(es)" in out
     assert "1 empty, 1 malformed" in out and "texts.jsonl:13: malformed row" in out
     model = from_pretrained("model", progress=False)
     kernels = {p: a for p, a in flat_params(model).items() if p.startswith("layers.0.mixer.")}
