@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import re
 import statistics
 import tempfile
 import time
@@ -27,6 +28,8 @@ SETS = 3
 SAMPLE_S = 0.02
 BUDGET_S = 1.0
 LONG_S = 2.0  # calls that last longer are warm after two, and two more are timed
+# NCCL's kernels, and XLA's own.
+COLLECTIVE = re.compile(r"nccl|all_?(reduce|gather|to_?all)|reduce_?scatter", re.IGNORECASE)
 
 
 def milliseconds(fn: Callable[[Any], Any], sets: Sequence[Any], *, queue: bool = True) -> float:
@@ -72,8 +75,10 @@ class DeviceTime:
     def per(self, calls: int, top: int = 12) -> dict[str, Any]:
         """The numbers of one of `calls` equal calls, and the longest kernels, for a row's extra."""
         longest = list(self.by_name.items())[:top]
+        collectives = sum(ms for name, (ms, _) in self.by_name.items() if COLLECTIVE.search(name))
         return {
             "device_ms": self.ms / calls,
+            "collectives_ms": collectives / calls,
             "launches": self.launches / calls,
             "kernels_ms": {name: round(ms / calls, 5) for name, (ms, _) in longest},
         }
