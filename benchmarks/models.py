@@ -183,21 +183,26 @@ class Bench:
             assert new is not None
             return self._greedy(logits), new
 
-        empty = abstract_state(self.model, self.s.batch, capacity)
-        fresh, used = (_split(dataclasses.replace(empty, fresh=fresh)) for fresh in (True, False))
-        make = jax.jit(lambda: self.model.init_state(self.s.batch, capacity), out_shardings=fresh)
+        rows = self.s.batch
+        empty = abstract_state(self.model, rows, capacity)
+        fresh, used = (dataclasses.replace(empty, fresh=fresh) for fresh in (True, False))
+        make = jax.jit(lambda: self.model.init_state(rows, capacity), out_shardings=_split(fresh))
         step = self.s.chunk or self.s.length
+        sizes = [min(step, self.s.length - at) for at in range(0, self.s.length, step)]
         programs: dict[Any, Any] = {}
+        for i, size in enumerate(sizes):  # before anything that takes memory
+            split = named_sharding(self.model.mesh, ("batch", None), (rows, size))
+            part = jax.ShapeDtypeStruct((rows, size), jnp.int32, sharding=split)
+            if (size, i == 0) not in programs:
+                jitted = jax.jit(chunk, donate_argnums=2, out_shardings=(None, _split(used)))
+                lowered = jitted.lower(self.model, part, used if i else fresh)
+                programs[size, i == 0] = lowered.compile()
 
         def prefill(tokens: Array) -> tuple[Array, ModelState]:
-            state, first = make(), tokens[:, 0]
-            for at in range(0, self.s.length, step):
-                part = tokens[:, at : at + step]
-                key = part.shape[1], state.fresh
-                if key not in programs:
-                    jitted = jax.jit(chunk, donate_argnums=2, out_shardings=(None, used))
-                    programs[key] = jitted.lower(self.model, part, state).compile()
-                first, state = programs[key](self.model, part, state)
+            state, first, at = make(), tokens[:, 0], 0
+            for i, size in enumerate(sizes):
+                part, at = tokens[:, at : at + size], at + size
+                first, state = programs[size, i == 0](self.model, part, state)
             return first, state
 
         return programs, prefill
@@ -245,9 +250,11 @@ class Bench:
         token = self.s.tokens(mesh)[0][:, 0]
         split = named_sharding(mesh, ("batch",), token.shape)
         token = jax.device_put(token, split)
-        state = random_state(self.model, self.s.batch, self.s.length + self.s.steps)
-        jitted = jax.jit(decode, donate_argnums=2, out_shardings=(split, _split(state)))
-        return jitted.lower(self.model, token, state).compile(), token, state
+        size = self.s.batch, self.s.length + self.s.steps
+        empty = dataclasses.replace(abstract_state(self.model, *size), fresh=False)
+        jitted = jax.jit(decode, donate_argnums=2, out_shardings=(split, _split(empty)))
+        program = jitted.lower(self.model, token, empty).compile()  # before the state takes memory
+        return program, token, random_state(self.model, *size)
 
     def _decode_throughput(self):
         program, token, state = self._decode_program()
