@@ -6,6 +6,7 @@ print(chat.send("Hello!"))
 """
 
 from hmf_jax.chat import ChatSession, generate_text, stream_text
+from hmf_jax.compose import compose
 from hmf_jax.config import HybridConfig
 from hmf_jax.generation import enable_compilation_cache, generate, stream, warmup
 from hmf_jax.loading import from_pretrained, save_orbax, save_pretrained
@@ -20,6 +21,7 @@ __all__ = [
     "HybridLM",
     "ModelState",
     "SamplingParams",
+    "compose",
     "enable_compilation_cache",
     "from_pretrained",
     "generate",

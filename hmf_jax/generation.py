@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hmf_jax.config import HybridConfig
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingArrays, SamplingParams, sample, stack_params
+from hmf_jax.state import ModelState
 
 SMALLEST_CHUNK = 64  # tokens; the last chunk of a prompt is padded to this times a power of two
 SMALLEST_CAPACITY = 256  # tokens
@@ -56,7 +57,7 @@ class Generation:
 class _Rows:
     """What a batch carries from dispatch to dispatch; donated to each of them."""
 
-    state: Any  # ModelState
+    state: ModelState
     seen: jax.Array  # [B, V] bool: tokens in the row, for the repetition penalty
     token: jax.Array  # [B] int32: the newest token, not yet in the state
     active: jax.Array  # [B] bool
@@ -183,9 +184,12 @@ class Decoder:
       capacity: most tokens a row may hold, prompts and generated tokens together.
       prefill_chunk: prompts are fed in pieces of this many tokens.
       round_up: to a power of two rows, so that batches of similar sizes share programs.
+      state: what the rows hold at first (a copy is made), instead of nothing; of `batch` rows and
+        this capacity.
 
     Raises:
-      ValueError: capacity beyond the model's max_position_embeddings; anything below 1.
+      ValueError: capacity beyond the model's max_position_embeddings; anything below 1; a state
+        that does not fit.
     """
 
     def __init__(
@@ -196,11 +200,17 @@ class Decoder:
         capacity: int,
         prefill_chunk: int = 2048,
         round_up: bool = True,
+        state: ModelState | None = None,
     ) -> None:
         if min(batch, capacity, prefill_chunk) < 1:
             raise ValueError(f"{batch=}, {capacity=} and {prefill_chunk=} must be at least 1.")
         longest = model.config.max_position_embeddings
-        if capacity > longest:
+        if state is not None and (len(state.length), state.capacity) != (batch, capacity):
+            raise ValueError(
+                f"The state holds {len(state.length)} rows of {state.capacity} tokens at most, but "
+                f"{batch=} and {capacity=}."
+            )
+        if state is None and capacity > longest:
             raise ValueError(
                 f"capacity={capacity} is more than max_position_embeddings={longest}; choose a "
                 "smaller capacity, or raise max_position_embeddings in the model's config."
@@ -211,10 +221,13 @@ class Decoder:
         self._newest = [-1] * batch  # generated, not yet in the state
         self._left, self._full = [0] * batch, ["length"] * batch
         self._settings = [_Settings(GREEDY, [], None)] * batch
-        self._size = _power_of_two(batch) if round_up else batch
+        self._held = [0] * batch if state is None else np.asarray(state.length).tolist()
+        self._size = _power_of_two(batch) if round_up and state is None else batch
         self._logits = self._put(jnp.zeros((self._size, model.config.vocab_size), model.dtype))
         self._rows = _Rows(
-            state=model.init_state(self._size, capacity),
+            state=model.init_state(self._size, capacity)
+            if state is None
+            else jax.tree.map(jnp.copy, state),  # ours are donated
             seen=self._put(jnp.zeros((self._size, model.config.vocab_size), bool)),
             token=self._put(jnp.zeros(self._size, jnp.int32)),
             active=self._put(jnp.zeros(self._size, bool)),
@@ -230,11 +243,17 @@ class Decoder:
         max_new_tokens: int | Sequence[int] = 128,
         capacity: int | None = None,
         prefill_chunk: int = 2048,
+        state: ModelState | None = None,
         **settings: Any,
     ) -> tuple[Decoder, Step]:
         """A decoder that fits these prompts, started with them. Arguments as in `generate`."""
-        fed, _, capacity = _fitting(model.config, prompts, max_new_tokens, capacity)
-        decoder = cls(model, len(fed), capacity=capacity, prefill_chunk=prefill_chunk)
+        if state is None:
+            fed, _, capacity = _fitting(model.config, prompts, max_new_tokens, capacity)
+        else:
+            fed = check_prompts(prompts, model.config.vocab_size)
+            capacity = state.capacity if capacity is None else capacity
+        sizes: dict[str, Any] = dict(capacity=capacity, prefill_chunk=prefill_chunk)
+        decoder = cls(model, len(fed), **sizes, state=state)
         return decoder, decoder.start(prompts, max_new_tokens=max_new_tokens, **settings)
 
     @property
@@ -263,7 +282,8 @@ class Decoder:
         fed = check_prompts(prompts, config.vocab_size)
         if len(fed) != self.batch:
             raise ValueError(f"Got {len(fed)} prompts for {self.batch} rows; pass one per row.")
-        _check_room(config, fed, [len(c) for c in self.context], self.capacity)
+        held = [n + len(c) for n, c in zip(self._held, self.context, strict=True)]
+        _check_room(config, fed, held, self.capacity)
         limits = _per_row("max_new_tokens", max_new_tokens, self.batch, 1)
         self._settings = _settings(config, self.batch, sampling, eos_ids, num_iter)
         self._request = _request(config, self._settings, self._size)
@@ -272,7 +292,7 @@ class Decoder:
         self.context = [c + p for c, p in zip(self.context, fed, strict=True)]
         self._newest = [-1] * self.batch
         self.finish_reason = [None for _ in range(self.batch)]
-        room = [self.capacity - len(c) for c in self.context]
+        room = [self.capacity - n - len(p) for n, p in zip(held, fed, strict=True)]
         self._full = ["capacity" if r < n else "length" for r, n in zip(room, limits, strict=True)]
         self._left = [min(pair) for pair in zip(room, limits, strict=True)]
         active = np.arange(self._size) < self.batch
@@ -308,7 +328,7 @@ class Decoder:
         if self.finish_reason[row] is None:
             raise ValueError(f"Row {row} is still generating; stop it first.")
         self._rows = _insert(self._rows, other._rows, np.int32(row))
-        for name in ("context", "finish_reason", "_newest", "_left", "_full", "_settings"):
+        for name in ("context", "finish_reason", "_held", "_newest", "_left", "_full", "_settings"):
             getattr(self, name)[row] = getattr(other, name)[0]
         self._request = _request(self.model.config, self._settings, self._size)
 
@@ -366,6 +386,7 @@ def generate(
     capacity: int | None = None,
     prefill_chunk: int = 2048,
     slots: int | None = None,
+    state: ModelState | None = None,
     logprobs: bool = False,
 ) -> list[Generation]:
     """Continue each prompt until an end token, `max_new_tokens` or a full state.
@@ -389,6 +410,8 @@ def generate(
       prefill_chunk: prompts are fed in pieces of this many tokens; never changes the result.
       slots: most rows at a time, see `hmf_jax.memory.plan_memory`; None = all prompts are fed and
         decoded together.
+      state: what the prompts continue, one row for each (`compose`, or an earlier call of the
+        model); stays as it is. Its capacity counts. Not with slots.
       logprobs: also return the log-probability of each token.
 
     Returns:
@@ -402,10 +425,12 @@ def generate(
         max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids, num_iter=num_iter
     )
     memory: dict[str, Any] = dict(capacity=capacity, prefill_chunk=prefill_chunk)
+    if slots is not None and state is not None:
+        raise ValueError("Prompts in slots start from nothing: leave out slots or state.")
     if slots is not None:
         done = _in_slots(model, prompts, slots, **options, **memory)
     else:
-        decoder, got = Decoder.begin(model, prompts, **options, **memory)
+        decoder, got = Decoder.begin(model, prompts, **options, **memory, state=state)
         while decoder.active:
             for (tokens, scores), (more, their) in zip(got, decoder.step(), strict=True):
                 tokens += more

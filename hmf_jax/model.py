@@ -150,7 +150,8 @@ class HybridLM(nnx.Module):
         layers = tuple(
             block.mixer.init_state(batch, capacity, self.dtype, self.mesh) for block in self.layers
         )
-        return ModelState(layers, jnp.zeros(batch, jnp.int32), capacity)
+        length, position = jnp.zeros((2, batch), jnp.int32)
+        return ModelState(layers, length, position, capacity)
 
     def __call__(
         self,
@@ -266,7 +267,7 @@ class HybridLM(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
             if state is not None:
-                positions = positions + state.length[:, None]
+                positions = positions + state.position[:, None]
             elif segment_ids is not None:
                 doc, _ = documents(segment_ids)
                 starts = jnp.concatenate([jnp.zeros((B, 1), bool), doc[:, 1:] != doc[:, :-1]], 1)
@@ -315,4 +316,5 @@ def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelSta
     if state is None:
         return None
     new = T if ctx.lengths is None else ctx.lengths
-    return dataclasses.replace(state, layers=layers, length=state.length + new, fresh=False)
+    seen = dict(length=state.length + new, position=state.position + new)
+    return dataclasses.replace(state, layers=layers, **seen, fresh=False)

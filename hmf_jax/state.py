@@ -99,13 +99,16 @@ class ModelState:
 
     Attributes:
       layers: one state per layer.
-      length: [B] int32, tokens seen by each row.
+      length: [B] int32, tokens that each row holds.
+      position: [B] int32, rotary position of each row's next token; its length, unless it was
+        composed (`hmf_jax.compose`).
       capacity: most tokens a row may hold (static); attention layers allocate this many entries.
       fresh: static; True until the first call, which may then use plain causal attention kernels.
     """
 
     layers: tuple[Any, ...]
     length: Array
+    position: Array
     capacity: int = dataclasses.field(metadata={"static": True})
     fresh: bool = dataclasses.field(default=True, metadata={"static": True})
 
@@ -115,9 +118,7 @@ class ModelState:
         def clear(x: Array) -> Array:
             return jnp.where(rows.reshape(-1, *([1] * (x.ndim - 1))), jnp.zeros((), x.dtype), x)
 
-        return dataclasses.replace(
-            self, layers=jax.tree.map(clear, self.layers), length=clear(self.length)
-        )
+        return jax.tree.map(clear, self)
 
     def gather(self, rows: Array) -> Self:
         """Rows [N] of this state, in this order, as a new state of batch N."""

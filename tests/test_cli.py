@@ -138,7 +138,7 @@ def test_memory_is_that_of_real_states():
 
     for context, memory in state_memory(config, (64, 96)).items():
         state = HybridLM(config).init_state(1, context)
-        real = state.nbytes() - state.length.nbytes
+        real = state.nbytes() - state.length.nbytes - state.position.nbytes
         assert memory.total == real
         heads, dim = config.num_key_value_heads, config.head_dim
         assert memory.attention == 2 * 2 * context * heads * dim  # K and V, bfloat16, one layer

@@ -1,0 +1,248 @@
+"""State composition: recorded states and logits, laws, what the parts' rows leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hmf_jax
+from hmf_jax.compose import compose, picaso_weights
+from hmf_jax.mixers.attention import chronological
+from tests import goldens
+from tests.sharding.test_model import mesh_of, place
+from tests.util import random_model, rel, tiny_config
+
+build = functools.cache(random_model)
+rng = np.random.default_rng(0)
+CONTEXT, QUERY, PREFIX = (rng.integers(0, 64, n) for n in (22, 5, 3))
+
+
+@pytest.mark.parametrize("name", goldens.cases("compose"))
+def test_recorded_by_the_original(name: str) -> None:
+    """States after the question, and the logits after it, for all that the original can compose.
+
+    Its "sw" keeps all keys and values, as "concat" does.
+    """
+    directory = goldens.golden(name)
+    expected = goldens.expected(directory)
+    runs = json.loads((directory / "case.json").read_text())["compose"]
+    model = hmf_jax.from_pretrained(directory, dtype=jnp.float32, progress=False)
+    (ids,) = expected["input_ids"]
+    compared = 0
+    for kind, run in runs.items():
+        if isinstance(run, str):  # the error that it raises
+            continue
+        n = run["query_len"]
+        with jax.default_matmul_precision("highest"):
+            state = compose(
+                model,
+                ids[:-n],
+                run["num_chunks"],
+                prefix=run["prefix"],
+                kv="full" if kind.startswith("full") else "concat",
+                ssm="fuse" if "fuse" in kind else "soup" if "soup" in kind else "zero",
+                sequential="seqpos" in kind,
+            )
+            _, state = model(ids[None, -n:-1], state=state)
+            logits, _ = model(ids[None, -1:], state=state)
+        assert int(state.length[0]) == run["kv_len"], kind
+        assert int(state.position[0]) == run["seqlen_offset"], kind
+        np.testing.assert_allclose(logits[0], expected[f"{kind}.logits"], atol=1e-4)
+        for theirs, ours in (("h_kk",) * 2, ("h_kv",) * 2, ("recurrent", "s"), ("ssm", "s")):
+            if (x := expected.get(f"{kind}.0.{theirs}")) is not None:
+                got = getattr(state.layers[0], ours)[0]
+                assert rel(got, x) < 1e-5, (kind, theirs)
+                compared += 1
+        for field in ("conv_q", "conv_k", "conv_v"):
+            if (x := expected.get(f"{kind}.0.{field}")) is not None:
+                assert rel(getattr(state.layers[0], field)[0].T, x[:, 1:]) < 1e-5, (kind, field)
+    assert compared >= 5
+
+
+@pytest.fixture
+def model():
+    """All six kinds, in float64 (rotations are float32)."""
+    with jax.enable_x64(True):
+        yield build(tiny_config(("*", "SWA", "BMF", "GKA", "GDN", "M2")), jnp.float64)
+
+
+def logits_after(model, state, tokens=QUERY) -> jax.Array:
+    return model(jnp.array(tokens)[None], state=state)[0]
+
+
+@pytest.mark.parametrize("kv", ["concat", "full", pytest.param("last", marks=pytest.mark.slow)])
+def test_one_part_is_an_ordinary_prefill(model, kv: str) -> None:
+    prefix = [] if kv == "full" else list(PREFIX)
+    state = compose(model, CONTEXT, 1, prefix=prefix, kv=kv, prefill_chunk=16)
+    whole = jnp.array([*prefix, *CONTEXT, *QUERY])[None]
+    expected = model(whole)[0][:, -len(QUERY) :]
+    assert rel(logits_after(model, state), expected) < 1e-6
+
+
+def read_alone(model, chunks: int):
+    """Prefix and part of each row, and the state [1, ...] after it."""
+    size = math.ceil(len(CONTEXT) / chunks)
+    parts = [CONTEXT[at : at + size] for at in range(0, len(CONTEXT), size)]
+    rows = [[*PREFIX, *part] for part in parts]
+    prefill = jax.jit(lambda tokens: model(tokens, state=model.init_state(1, 32))[1])
+    return [(row, prefill(jnp.array([row]))) for row in rows]
+
+
+@pytest.mark.parametrize("chunks", [3, 8])  # parts longer and shorter than the windows; a rest
+@pytest.mark.parametrize("kv", ["concat", "last"])
+def test_keys_and_values_follow_each_other(model, chunks: int, kv: str) -> None:
+    """Caches and windows hold the newest tokens of the prefix and the parts, each read alone."""
+    state = compose(model, CONTEXT, chunks, prefix=PREFIX, kv=kv)
+    alone = read_alone(model, chunks)
+    assert state.position.tolist() == [max(len(row) for row, _ in alone)]
+    alone = alone if kv == "concat" else alone[-1:]
+    new = [len(row) - (len(PREFIX) if i else 0) for i, (row, _) in enumerate(alone)]
+    assert state.length.tolist() == [sum(new)]
+
+    for field in ("k", "v"):
+        rows = [shown(state, jnp.array([len(row)]), field) for row, state in alone]
+        for name, got in shown(state, state.length, field).items():
+            tails = [row[name][0, -n:] for row, n in zip(rows, new, strict=True)]
+            expected = np.concatenate(tails)
+            width = min(got.shape[1], len(expected))
+            assert rel(got[0, -width:], expected[-width:]) < 1e-6, (field, name)
+
+
+def shown(state, n, field: str) -> dict[str, jax.Array]:
+    """What caches hold of a row of n [1] tokens: keys or values [1, W, K, D], the newest last."""
+    full, window, bmojo = (getattr(layer, field) for layer in state.layers[:3])
+    pending = getattr(state.layers[2], f"{field}_pending")
+    W = pending.shape[1]
+    fading = [chronological(x, n) for x in (bmojo[:, W:], pending)]
+    return {
+        "cache": full[:, : int(n[0])],
+        "window": chronological(window, n),
+        "recent": chronological(bmojo[:, :W], n),
+        "fading": jnp.concatenate(fading, axis=1),
+    }
+
+
+def test_states_are_means_or_nothing(model) -> None:
+    """Of what the parts leave when read alone, the last and shorter one not filled up."""
+    alone = [state.layers for _, state in read_alone(model, 4)]
+    mean = jax.tree.map(lambda *x: sum(x) / len(x), *alone)
+    soup, zero = (compose(model, CONTEXT, 4, prefix=PREFIX, ssm=x).layers for x in ("soup", "zero"))
+    inner = lambda layers: (layers[2].inner, *layers[3:])  # noqa: E731
+    for got, nothing, expected in zip(*map(inner, (soup, zero, mean)), strict=True):
+        if hasattr(expected, "log_decay"):
+            expected = dataclasses.replace(expected, log_decay=4 * expected.log_decay)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
+        assert not any(x.any() for x in jax.tree.leaves(nothing))
+    with pytest.raises(ValueError, match="cannot be fused"):
+        compose(model, CONTEXT, 4, ssm="fuse")
+
+
+def test_fused_states() -> None:
+    """GKA: the sum. Mamba2: the mean over all orders of the parts."""
+    with jax.enable_x64(True):
+        model = build(tiny_config(("GKA", "M2")), jnp.float64)
+        alone = [state.layers for _, state in read_alone(model, 4)]
+        gka, mamba = compose(model, CONTEXT, 4, prefix=PREFIX, ssm="fuse").layers
+        for field in ("h_kk", "h_kv"):
+            assert rel(getattr(gka, field), sum(getattr(a[0], field) for a in alone)) < 1e-6
+        orders = []
+        for order in itertools.permutations(a[1] for a in alone):
+            s = jnp.zeros_like(mamba.s)
+            for part in order:
+                s = jnp.exp(part.log_decay)[..., None, None] * s + part.s
+            orders.append(s)
+        assert rel(mamba.s, sum(orders) / len(orders)) < 1e-6
+
+
+@pytest.mark.parametrize(("sequential", "second", "after"), [(False, 3, 13), (True, 13, 23)])
+def test_positions(sequential: bool, second: int, after: int) -> None:
+    """Parts start where the prefix ends, sequential ones where the part before has ended."""
+    model = build(tiny_config(("*",)), jnp.float32)
+    state = compose(model, CONTEXT[:20], 2, prefix=PREFIX, sequential=sequential)
+    at = [*range(13), *range(second, second + 10)]
+    # Keys of the first layer depend on nothing but a token and its position.
+    empty = model.init_state(1, 64)
+    tokens = jnp.array([[*PREFIX, *CONTEXT[:20]]])
+    _, expected = model(tokens, positions=jnp.array([at]), state=empty)
+    assert rel(state.layers[0].k[:, :23], expected.layers[0].k[:, :23]) < 1e-6
+    assert (state.position.tolist(), state.length.tolist()) == ([after], [23])
+
+
+def test_weights_of_one_and_of_equal_parts() -> None:
+    np.testing.assert_allclose(picaso_weights(jnp.array([[-3.0]])), 1)
+    np.testing.assert_allclose(picaso_weights(jnp.zeros((5, 2))), 1, rtol=1e-6)
+    np.testing.assert_allclose(picaso_weights(jnp.full((4,), -1e4)), 0.25, rtol=1e-6)
+
+
+def test_generation_continues_a_composed_state() -> None:
+    """Greedy tokens are those of a loop by hand; the state can be used again."""
+    model = build(tiny_config(("GKA", "*", "SWA")), jnp.float32)
+    state = compose(model, CONTEXT, 3, prefix=PREFIX, capacity=64)
+    first, again = (
+        model.generate([QUERY.tolist()], state=state, max_new_tokens=9, eos_ids=())[0].tokens
+        for _ in range(2)
+    )
+    logits, after = model(jnp.array(QUERY)[None], state=state)
+    expected = []
+    for _ in range(9):
+        expected.append(int(jnp.argmax(logits[0, -1])))
+        logits, after = model(jnp.array([[expected[-1]]]), state=after)
+    assert first == again == expected
+    full = model.generate([QUERY.tolist()], state=state, max_new_tokens=99, eos_ids=())[0]
+    assert full.finish_reason == "capacity"
+    assert len(full.tokens) == 64 - int(state.length[0]) - len(QUERY)
+    with pytest.raises(ValueError, match="leave out slots or state"):
+        model.generate([QUERY.tolist()], state=state, slots=1)
+    with pytest.raises(ValueError, match="1 rows of 64 tokens"):
+        model.generate([QUERY.tolist()] * 2, state=state)
+    with pytest.raises(ValueError, match="tokens already held"):
+        model.generate([[1] * 60], state=state)
+
+
+def test_on_a_mesh() -> None:
+    config = tiny_config(("GKA", "*", "SWA", "BMF"))
+    model, mesh = build(config, jnp.float32), mesh_of(dict(tp=2))
+    one, two = (
+        logits_after(m, compose(m, CONTEXT, 3, prefix=PREFIX))
+        for m in (model, place(model, config, mesh))
+    )
+    assert rel(two, one) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(chunks=0), "between 1 and the 22"),
+        (dict(chunks=23), "between 1 and the 22"),
+        (dict(chunks=2, kv="concatenate"), "choose one of concat, last, full"),
+        (dict(chunks=2, ssm="mean"), "choose one of soup, fuse, zero"),
+        (dict(chunks=2, kv="full", prefix=[1]), "start with the prefix"),
+        (dict(chunks=2, prefix=[64]), "64"),
+        (dict(chunks=2, capacity=22), "leaves no room"),
+        (dict(chunks=2, capacity=600), "goes beyond"),
+    ],
+)
+def test_bad_arguments(options, message: str) -> None:
+    model = build(tiny_config(("*",)), jnp.float32)
+    with pytest.raises(ValueError, match=message):
+        compose(model, CONTEXT, **options)
+
+
+def test_a_context_longer_than_the_model_has_positions() -> None:
+    config = tiny_config(("*", "GKA"), max_position_embeddings=16)
+    model = build(config, jnp.float32)
+    state = compose(model, CONTEXT, 4)
+    assert state.length.tolist() == [22] and state.position.tolist() == [6]
+    assert state.capacity == 22 + 10
+    assert np.isfinite(logits_after(model, state)).all()
+    for options in (dict(chunks=1), dict(chunks=4, sequential=True), dict(chunks=4, kv="full")):
+        with pytest.raises(ValueError, match="or more chunks"):
+            compose(model, CONTEXT, **options)
