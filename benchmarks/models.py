@@ -233,7 +233,8 @@ class Bench:
 
         def decode(model: HybridLM, token: Array, state: ModelState) -> tuple[Array, ModelState]:
             # Every timed call starts at `length` again: the cache holds room for one call.
-            state = dataclasses.replace(state, length=jnp.full_like(state.length, self.s.length))
+            held = jnp.full_like(state.length, self.s.length)
+            state = dataclasses.replace(state, length=held, position=held)
 
             def one(carry: tuple[Array, ModelState], _: None):
                 token, state = carry

@@ -90,8 +90,12 @@ def compose(
         raise ValueError(f"{chunks=} must be between 1 and the {len(context)} tokens of context.")
     if prefix and kv == "full":
         raise ValueError("kv='full' reads the context once: let it start with the prefix instead.")
-    inner = config.bmojo.ssm_mixer if config.bmojo is not None else None
-    if ssm == "fuse" and "GDN" in {*config.student_kinds, inner}:
+    if prefill_chunk < 1:
+        raise ValueError(f"{prefill_chunk=} must be at least 1.")
+    kinds = set(config.student_kinds)
+    if "BMF" in kinds and config.bmojo is not None:
+        kinds.add(config.bmojo.ssm_mixer)
+    if ssm == "fuse" and "GDN" in kinds:
         raise ValueError("Gated DeltaNet states cannot be fused; use ssm='soup'.")
 
     parts = _cut(context, chunks, even=kv == "full")

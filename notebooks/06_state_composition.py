@@ -16,8 +16,8 @@
 #
 # A model that was trained on short rows fails on long ones. State composition
 # ([PICASO](https://arxiv.org/abs/2502.17605)) cuts a long context into parts that are short enough,
-# reads them side by side, and merges what they leave behind into *one* state: keys and values of the
-# parts follow each other, recurrent states are averaged (or summed). Whatever continues a state
+# reads them side by side, and merges what they leave behind into *one* state: keys and values of
+# the parts follow each other, recurrent states are averaged (or summed). Whatever continues a state
 # continues a composed one.
 
 # %%
@@ -34,9 +34,9 @@ from hmf_jax.embedded import corpus, directory
 # %% [markdown]
 # ## The models
 #
-# Two of the package's small models: a Transformer and the hybrid made of it (two layers with windows
-# of 16 tokens, two GKA layers). Tokens are bytes; they were trained to recall facts from rows of at
-# most 512. We ask them about 1024 tokens: 16 facts at first, then other text.
+# Two of the package's small models: a Transformer and the hybrid made of it (two layers with
+# windows of 16 tokens, two GKA layers). Tokens are bytes; they were trained to recall facts from
+# rows of at most 512. We ask them about 1024 tokens: 16 facts at first, then other text.
 
 # %%
 models = {
@@ -89,10 +89,11 @@ for name, model in models.items():
 Markdown("\n".join(lines))
 
 # %% [markdown]
-# The Transformer has never seen position 600: as it is it fails, composed it answers. The hybrid has
-# no positions in its states and needs no help; averaging states costs it nothing until parts get
-# short.
+# The Transformer has never seen position 600: as it is it fails, composed it answers. The hybrid
+# has no positions in its states and needs no help; averaging states costs it nothing until parts
+# get short.
 #
-# `kv="last"` keeps the keys and values of the last part only, `ssm="fuse"` adds instead of averaging
-# (for Mamba2: averages over all orders of the parts), `prefix=` puts instructions in front of every
-# part. `kv="full"` reads the context once for attention and composes the other states only.
+# `kv="last"` keeps the keys and values of the last part only, `ssm="fuse"` adds instead of
+# averaging (for Mamba2: averages over all orders of the parts), `prefix=` puts instructions in
+# front of every part. `kv="full"` reads the context once for attention and composes the other
+# states only.

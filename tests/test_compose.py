@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,7 @@ def test_recorded_by_the_original(name: str) -> None:
             )
             _, state = model(ids[None, -n:-1], state=state)
             logits, _ = model(ids[None, -1:], state=state)
+        assert state is not None
         assert int(state.length[0]) == run["kv_len"], kind
         assert int(state.position[0]) == run["seqlen_offset"], kind
         np.testing.assert_allclose(logits[0], expected[f"{kind}.logits"], atol=1e-4)
@@ -226,11 +228,12 @@ def test_on_a_mesh() -> None:
         (dict(chunks=2, ssm="mean"), "choose one of soup, fuse, zero"),
         (dict(chunks=2, kv="full", prefix=[1]), "start with the prefix"),
         (dict(chunks=2, prefix=[64]), "64"),
+        (dict(chunks=2, prefill_chunk=0), "at least 1"),
         (dict(chunks=2, capacity=22), "leaves no room"),
         (dict(chunks=2, capacity=600), "goes beyond"),
     ],
 )
-def test_bad_arguments(options, message: str) -> None:
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     model = build(tiny_config(("*",)), jnp.float32)
     with pytest.raises(ValueError, match=message):
         compose(model, CONTEXT, **options)
@@ -243,6 +246,7 @@ def test_a_context_longer_than_the_model_has_positions() -> None:
     assert state.length.tolist() == [22] and state.position.tolist() == [6]
     assert state.capacity == 22 + 10
     assert np.isfinite(logits_after(model, state)).all()
-    for options in (dict(chunks=1), dict(chunks=4, sequential=True), dict(chunks=4, kv="full")):
+    others: list[dict[str, Any]] = [dict(chunks=1), dict(chunks=4, sequential=True)]
+    for options in [*others, dict(chunks=4, kv="full")]:
         with pytest.raises(ValueError, match="or more chunks"):
             compose(model, CONTEXT, **options)
