@@ -55,6 +55,9 @@ def compose(
 ) -> ModelState:
     """Read a context in `chunks` parts, each as if it were alone, and merge what they leave behind.
 
+    kv and ssm are the two halves of the original's compose_type: its "concat_kv_soup_ssm" is the
+    default here, its "sw" is "last" (there it keeps everything), its "kv_only" is ssm="zero".
+
     Args:
       model: the model.
       context: token ids [L]; what follows it (a question) is not part of it.

@@ -508,3 +508,14 @@ def test_serve_table_goes_on_where_it_was(tmp_path: Path, capfd) -> None:
     serve_table.main([*argv, "--models", "GKA", "--tp", "2"])  # another row, of two devices
     assert len(out.read_text().splitlines()) == 6
     assert (tmp_path / "rows.md").read_text().count("| tiny | GKA | 2 | 2 |") == 2
+
+
+def test_time_in_collectives_is_that_of_nccl_and_of_xlas_own_kernels() -> None:
+    by_name = {
+        "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(args)": (6.0, 3.0),
+        "all_reduce_1_0_fusion_1": (2.0, 1.0),
+        "loop_reduce_fusion_72": (4.0, 1.0),
+    }
+    found = timing.DeviceTime(12.0, 5.0, by_name).per(2, top=1)
+    assert found["collectives_ms"] == 4 and found["device_ms"] == 6
+    assert list(found["kernels_ms"]) == ["ncclDevKernel_AllReduce_Sum_bf16_RING_LL(args)"]
