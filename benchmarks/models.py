@@ -24,7 +24,7 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.layers import rope_table
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
 from hmf_jax.mixers import Context, Mixer
-from hmf_jax.model import HybridLM
+from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.sharding import constrain, make_mesh, named_sharding
 from hmf_jax.state import AttentionState, ModelState
 from pallas_kernels import dispatch
@@ -174,16 +174,16 @@ class Bench:
         return model(tokens, num_iter=self.s.num_iter, impl=self.s.impl)[0]
 
     def _prefill_program(self, capacity: int):
-        """(compiled programs, tokens -> first token and state)."""
+        """(compiled programs, (model, tokens) -> first token and state)."""
 
-        def chunk(model: HybridLM, tokens: Array, state: ModelState) -> tuple[Array, ModelState]:
-            logits, new = model(
+        def chunk(packed: PackedModel, tokens: Array, state: ModelState):
+            logits, new = packed.model()(
                 tokens, state=state, num_iter=self.s.num_iter, last_only=True, impl=self.s.impl
             )
             assert new is not None
             return self._greedy(logits), new
 
-        rows = self.s.batch
+        rows, packed = self.s.batch, PackedModel.of(self.model)
         empty = abstract_state(self.model, rows, capacity)
         fresh, used = (dataclasses.replace(empty, fresh=fresh) for fresh in (True, False))
         make = jax.jit(lambda: self.model.init_state(rows, capacity), out_shardings=_split(fresh))
@@ -195,14 +195,14 @@ class Bench:
             part = jax.ShapeDtypeStruct((rows, size), jnp.int32, sharding=split)
             if (size, i == 0) not in programs:
                 jitted = jax.jit(chunk, donate_argnums=2, out_shardings=(None, _split(used)))
-                lowered = jitted.lower(self.model, part, used if i else fresh)
+                lowered = jitted.lower(packed, part, used if i else fresh)
                 programs[size, i == 0] = lowered.compile()
 
-        def prefill(tokens: Array) -> tuple[Array, ModelState]:
+        def prefill(packed: PackedModel, tokens: Array) -> tuple[Array, ModelState]:
             state, first, at = make(), tokens[:, 0], 0
             for i, size in enumerate(sizes):
                 part, at = tokens[:, at : at + size], at + size
-                first, state = programs[size, i == 0](self.model, part, state)
+                first, state = programs[size, i == 0](packed, part, state)
             return first, state
 
         return programs, prefill
@@ -218,20 +218,21 @@ class Bench:
 
     def _ttft(self):
         programs, prefill = self._prefill_program(self.s.length)
-        sets = self.s.tokens(self.model.mesh)
-        ms = milliseconds(lambda tokens: prefill(tokens)[0], sets, queue=False)
+        sets, packed = self.s.tokens(self.model.mesh), PackedModel.of(self.model)
+        ms = milliseconds(lambda tokens: prefill(packed, tokens)[0], sets, queue=False)
         largest = max(programs.values(), key=_program_bytes)
         state = abstract_state(self.model, self.s.batch, self.s.length)
         extra: dict[str, Any] = {"state_bytes": device_bytes(state)}
         extra["tokens_per_s"] = self._rate(self.s.batch * self.s.length, ms)
-        if profile := device_time(lambda: prefill(sets[0])[0]):
+        if profile := device_time(lambda: prefill(packed, sets[0])[0]):
             extra |= profile.per(1)
         return "fwd", ms, largest, extra
 
     def _decode_program(self):
         """(compiled program, tokens to start from, state to start from)."""
 
-        def decode(model: HybridLM, token: Array, state: ModelState) -> tuple[Array, ModelState]:
+        def decode(packed: PackedModel, token: Array, state: ModelState):
+            model = packed.model()
             # Every timed call starts at `length` again: the cache holds room for one call.
             held = jnp.full_like(state.length, self.s.length)
             state = dataclasses.replace(state, length=held, position=held)
@@ -254,11 +255,13 @@ class Bench:
         size = self.s.batch, self.s.length + self.s.steps
         empty = dataclasses.replace(abstract_state(self.model, *size), fresh=False)
         jitted = jax.jit(decode, donate_argnums=2, out_shardings=(split, _split(empty)))
-        program = jitted.lower(self.model, token, empty).compile()  # before the state takes memory
+        packed = PackedModel.of(self.model)
+        program = jitted.lower(packed, token, empty).compile()  # before the state takes memory
         return program, token, random_state(self.model, *size)
 
     def _decode_throughput(self):
         program, token, state = self._decode_program()
+        packed = PackedModel.of(self.model)
         moved = device_bytes(self.model) + step_bytes(state, self.s.length)
         if not self.s.config.tie_word_embeddings:
             moved -= device_bytes(self.model.embed_tokens)
@@ -266,7 +269,7 @@ class Bench:
 
         def call(_: None) -> Array:
             nonlocal token, state
-            token, state = program(self.model, token, state)
+            token, state = program(packed, token, state)
             return token
 
         ms = milliseconds(call, [None]) / self.s.steps

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.model import HybridLM
+from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.sampling import SamplingArrays, SamplingParams, sample, stack_params
 from hmf_jax.state import ModelState
 
@@ -84,9 +84,15 @@ class _Settings(NamedTuple):
 
 @partial(jax.jit, donate_argnames=("rows", "logits"))
 def _prefill(
-    model: HybridLM, rows: _Rows, logits: jax.Array, tokens: jax.Array, valid: jax.Array, num_iter
+    packed: PackedModel,
+    rows: _Rows,
+    logits: jax.Array,
+    tokens: jax.Array,
+    valid: jax.Array,
+    num_iter,
 ) -> tuple[_Rows, jax.Array]:
     """Feed tokens [B, T]; logits [B, V] are replaced in the rows that got any."""
+    model = packed.model()
     new, state = model(
         tokens,
         segment_ids=valid.astype(jnp.int32),
@@ -97,7 +103,7 @@ def _prefill(
     logits = jnp.where(valid.any(1)[:, None], new[:, 0], logits)
     seen = rows.seen.at[jnp.arange(len(tokens))[:, None], tokens].max(valid)
     rows = dataclasses.replace(rows, state=state, seen=seen)
-    return _replicate(model, rows), _replicate_one(model, logits)
+    return _replicate(model.mesh, rows), _replicate_one(model.mesh, logits)
 
 
 @partial(jax.jit, donate_argnames=("rows",))
@@ -108,22 +114,23 @@ def _insert(rows: _Rows, one: _Rows, row: jax.Array) -> _Rows:
     return jax.tree.map(put, dataclasses.replace(rows, state=state), one)
 
 
-@partial(jax.jit, donate_argnames=("rows",))
+@partial(jax.jit, donate_argnames=("rows",), static_argnames=("mesh",))
 def _first(
-    model: HybridLM, rows: _Rows, logits: jax.Array, active: jax.Array, left: jax.Array, request
+    mesh: Mesh | None, rows: _Rows, logits: jax.Array, active: jax.Array, left: jax.Array, request
 ) -> tuple[_Rows, jax.Array, jax.Array]:
     """Sample the token after the prompt; (rows, token [B, 1], logprob [B, 1]), -1 if inactive."""
     rows = dataclasses.replace(rows, active=active, left=left)
     rows, logprob = _choose(rows, logits, request)
     token = jnp.where(active, rows.token, -1)
-    return _replicate(model, rows), token[:, None], logprob[:, None]
+    return _replicate(mesh, rows), token[:, None], logprob[:, None]
 
 
 @partial(jax.jit, donate_argnames=("rows",))
 def _decode(
-    model: HybridLM, rows: _Rows, keep: jax.Array, steps: jax.Array, request: _Request
+    packed: PackedModel, rows: _Rows, keep: jax.Array, steps: jax.Array, request: _Request
 ) -> tuple[_Rows, jax.Array, jax.Array]:
     """Up to `steps` tokens per row; (rows, tokens [B, MOST_STEPS], logprobs), -1 where none."""
+    model = packed.model()
     rows = dataclasses.replace(rows, active=rows.active & keep)
     shape = (len(keep), MOST_STEPS)
 
@@ -146,7 +153,7 @@ def _decode(
 
     start = (jnp.int32(0), rows, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     _, rows, tokens, logprobs = jax.lax.while_loop(more, body, start)
-    return _replicate(model, rows), tokens, logprobs
+    return _replicate(model.mesh, rows), tokens, logprobs
 
 
 def _choose(rows: _Rows, logits: jax.Array, request: _Request) -> tuple[_Rows, jax.Array]:
@@ -160,16 +167,16 @@ def _choose(rows: _Rows, logits: jax.Array, request: _Request) -> tuple[_Rows, j
     return dataclasses.replace(rows, seen=seen, token=token, active=active, left=left), logprob
 
 
-def _replicate_one(model: HybridLM, x: jax.Array) -> jax.Array:
-    if model.mesh is None:
+def _replicate_one(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(model.mesh, PartitionSpec()))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
-def _replicate(model: HybridLM, rows: _Rows) -> _Rows:
+def _replicate(mesh: Mesh | None, rows: _Rows) -> _Rows:
     """Pin the layout of the small arrays: the next dispatch is compiled for exactly one."""
     names = ("seen", "token", "active", "left")
-    return dataclasses.replace(rows, **{n: _replicate_one(model, getattr(rows, n)) for n in names})
+    return dataclasses.replace(rows, **{n: _replicate_one(mesh, getattr(rows, n)) for n in names})
 
 
 class Decoder:
@@ -216,6 +223,7 @@ class Decoder:
                 "smaller capacity, or raise max_position_embeddings in the model's config."
             )
         self.model, self.batch, self.capacity, self.chunk = model, batch, capacity, prefill_chunk
+        self._packed = PackedModel.of(model)
         self.context: list[list[int]] = [[] for _ in range(batch)]
         self.finish_reason: list[str | None] = ["idle"] * batch  # None while generating
         self._newest = [-1] * batch  # generated, not yet in the state
@@ -298,7 +306,7 @@ class Decoder:
         active = np.arange(self._size) < self.batch
         left = np.pad(np.array(self._left, np.int32), (0, self._size - self.batch))
         self._rows, tokens, logprobs = _first(
-            self.model, self._rows, self._logits, active, left, self._request
+            self.model.mesh, self._rows, self._logits, active, left, self._request
         )
         return self._collect(tokens, logprobs)
 
@@ -310,7 +318,7 @@ class Decoder:
         """
         keep = np.pad([r is None for r in self.finish_reason], (0, self._size - self.batch))
         count = np.int32(min(max(steps, 1), MOST_STEPS))
-        self._rows, tokens, logprobs = _decode(self.model, self._rows, keep, count, self._request)
+        self._rows, tokens, logprobs = _decode(self._packed, self._rows, keep, count, self._request)
         return self._collect(tokens, logprobs)
 
     def adopt(self, row: int, other: Decoder) -> None:
@@ -347,7 +355,7 @@ class Decoder:
                 piece = prompt[start : start + self.chunk]
                 tokens[row, : len(piece)], valid[row, : len(piece)] = piece, True
             self._rows, self._logits = _prefill(
-                self.model, self._rows, self._logits, tokens, valid, self._request.num_iter
+                self._packed, self._rows, self._logits, tokens, valid, self._request.num_iter
             )
 
     def _collect(self, tokens: jax.Array, logprobs: jax.Array) -> Step:

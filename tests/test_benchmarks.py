@@ -22,7 +22,7 @@ from hmf_jax.cli import app
 from hmf_jax.config import HybridConfig
 from hmf_jax.loading import flat_params, from_pretrained
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
-from hmf_jax.model import HybridLM
+from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.sharding import make_mesh
 from hmf_jax.training import trainer
 from pallas_kernels import tuning
@@ -179,8 +179,9 @@ def test_a_mesh_gives_the_tokens_and_states_of_one_device(axes: dict[str, int]) 
         )
         program, token, state = bench._decode_program()
         bytes_ = device_bytes((bench.model, state))
-        first, filled = bench._prefill_program(12)[1](bench.s.tokens(bench.model.mesh)[0])
-        return (first, program(bench.model, token, state)[0]), filled.layers, bytes_
+        packed = PackedModel.of(bench.model)
+        first, filled = bench._prefill_program(12)[1](packed, bench.s.tokens(bench.model.mesh)[0])
+        return (first, program(packed, token, state)[0]), filled.layers, bytes_
 
     tokens, state, bytes_ = run({})
     got_tokens, got_state, got_bytes = run(axes)

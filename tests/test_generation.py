@@ -17,9 +17,10 @@ import pytest
 from hmf_jax import generation
 from hmf_jax.config import HybridConfig
 from hmf_jax.generation import Decoder, generate, stream, warmup
-from hmf_jax.model import HybridLM
+from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.sharding import make_mesh
+from tests.util import random_model, rel, tiny_config
 
 V = 320
 SLOW = pytest.mark.slow
@@ -204,6 +205,24 @@ def test_second_prompt_compiles_nothing(model):
     assert len(_compiled) == before
     jax.jit(lambda x: x + before)(1.0)  # the counter does count
     assert len(_compiled) > before
+
+
+def test_packed_models_share_programs():
+    """Models of one structure use one program; packing copies nothing."""
+    traced, tokens = [], jnp.arange(6)[None]
+
+    @jax.jit
+    def run(packed: PackedModel, tokens: jax.Array) -> jax.Array:
+        traced.append(packed)
+        return packed.model()(tokens)[0]
+
+    for kinds, programs in ((("GKA", "*"), 1), (("*", "GKA"), 2)):
+        for seed in (0, 1):
+            one = random_model(tiny_config(kinds), jnp.float32, seed)
+            packed = PackedModel.of(one)
+            assert all(a is b for a, b in zip(packed.arrays, jax.tree.leaves(one), strict=True))
+            assert rel(run(packed, tokens), one(tokens)[0]) < 1e-5
+        assert len(traced) == programs
 
 
 @pytest.mark.slow
