@@ -10,7 +10,7 @@ from hmf_jax.compose import compose
 from hmf_jax.config import HybridConfig
 from hmf_jax.generation import enable_compilation_cache, generate, stream, warmup
 from hmf_jax.loading import from_pretrained, save_orbax, save_pretrained
-from hmf_jax.model import HybridLM
+from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.sharding import make_mesh
 from hmf_jax.state import ModelState
@@ -20,6 +20,7 @@ __all__ = [
     "HybridConfig",
     "HybridLM",
     "ModelState",
+    "PackedModel",
     "SamplingParams",
     "compose",
     "enable_compilation_cache",

@@ -80,7 +80,9 @@ def logits_after(model, state, tokens=QUERY) -> jax.Array:
     return model(jnp.array(tokens)[None], state=state)[0]
 
 
-@pytest.mark.parametrize("kv", ["concat", "full", pytest.param("last", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kv", ["concat", *(pytest.param(x, marks=pytest.mark.slow) for x in ("last", "full"))]
+)
 def test_one_part_is_an_ordinary_prefill(model, kv: str) -> None:
     prefix = [] if kv == "full" else list(PREFIX)
     state = compose(model, CONTEXT, 1, prefix=prefix, kv=kv, prefill_chunk=16)
