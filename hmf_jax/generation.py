@@ -82,6 +82,27 @@ class _Settings(NamedTuple):
     num_iter: int | None  # None = the config's
 
 
+@partial(jax.jit, static_argnames=("size", "capacity"))
+def _empty(packed: PackedModel, size: int, capacity: int) -> tuple[_Rows, jax.Array]:
+    """Rows that hold nothing, and room for their logits [B, V].
+
+    One program: made one by one, the arrays of 36 layers take 5 ms on one device, 70 on eight.
+    """
+    model = packed.model()
+    state = model.init_state(size, capacity)
+    replicate = partial(_replicate_one, model.mesh)
+    counts = dict(length=replicate(state.length), position=replicate(state.position))
+    logits = jnp.zeros((size, model.config.vocab_size), model.dtype)
+    rows = _Rows(
+        state=dataclasses.replace(state, **counts),
+        seen=jnp.zeros(logits.shape, bool),
+        token=jnp.zeros(size, jnp.int32),
+        active=jnp.zeros(size, bool),
+        left=jnp.zeros(size, jnp.int32),
+    )
+    return _replicate(model.mesh, rows), replicate(logits)
+
+
 @partial(jax.jit, donate_argnames=("rows", "logits"))
 def _prefill(
     packed: PackedModel,
@@ -231,16 +252,10 @@ class Decoder:
         self._settings = [_Settings(GREEDY, [], None)] * batch
         self._held = [0] * batch if state is None else np.asarray(state.length).tolist()
         self._size = _power_of_two(batch) if round_up and state is None else batch
-        self._logits = self._put(jnp.zeros((self._size, model.config.vocab_size), model.dtype))
-        self._rows = _Rows(
-            state=model.init_state(self._size, capacity)
-            if state is None
-            else jax.tree.map(jnp.copy, state),  # ours are donated
-            seen=self._put(jnp.zeros((self._size, model.config.vocab_size), bool)),
-            token=self._put(jnp.zeros(self._size, jnp.int32)),
-            active=self._put(jnp.zeros(self._size, bool)),
-            left=self._put(jnp.zeros(self._size, jnp.int32)),
-        )
+        room = capacity if state is None else 1  # of a state that is not used
+        self._rows, self._logits = _empty(self._packed, self._size, room)
+        if state is not None:
+            self._rows = dataclasses.replace(self._rows, state=jax.tree.map(jnp.copy, state))
 
     @classmethod
     def begin(
@@ -377,10 +392,6 @@ class Decoder:
                     self.finish_reason[row] = self._full[row]
             out.append((taken, score[:count].tolist()))
         return out
-
-    def _put(self, x: jax.Array) -> jax.Array:
-        mesh = self.model.mesh
-        return x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def generate(
