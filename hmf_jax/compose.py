@@ -22,7 +22,7 @@ import numpy as np
 
 from hmf_jax.generation import Tokens, check_prompts
 from hmf_jax.mixers.attention import chronological, refill
-from hmf_jax.model import HybridLM
+from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.state import (
     AttentionState,
     BMojoState,
@@ -152,16 +152,16 @@ def _feed(
     tokens, at, valid = (np.zeros((len(rows), size), np.int32) for _ in range(3))
     for i, (row, where) in enumerate(zip(rows, positions, strict=True)):
         tokens[i, : len(row)], at[i, : len(row)], valid[i, : len(row)] = row, where, 1
-    state = model.init_state(len(rows), capacity or size)
+    state, packed = model.init_state(len(rows), capacity or size), PackedModel.of(model)
     for start in range(0, size, prefill_chunk):
         piece = [x[:, start : start + prefill_chunk] for x in (tokens, at, valid)]
-        state = _prefill(model, state, *piece, **options)
+        state = _prefill(packed, state, *piece, **options)
     return state
 
 
 @partial(jax.jit, donate_argnames="state", static_argnames=("num_iter", "impl"))
-def _prefill(model, state, tokens, positions, valid, num_iter, impl):
-    _, state = model(
+def _prefill(packed, state, tokens, positions, valid, num_iter, impl):
+    _, state = packed.model()(
         tokens, positions=positions, segment_ids=valid, state=state,
         num_iter=num_iter, last_only=True, impl=impl,
     )  # fmt: skip
