@@ -80,9 +80,8 @@ def logits_after(model, state, tokens=QUERY) -> jax.Array:
     return model(jnp.array(tokens)[None], state=state)[0]
 
 
-@pytest.mark.parametrize(
-    "kv", ["concat", *(pytest.param(x, marks=pytest.mark.slow) for x in ("last", "full"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["concat", "last", "full"])
 def test_one_part_is_an_ordinary_prefill(model, kv: str) -> None:
     prefix = [] if kv == "full" else list(PREFIX)
     state = compose(model, CONTEXT, 1, prefix=prefix, kv=kv, prefill_chunk=16)
@@ -100,7 +99,8 @@ def read_alone(model, chunks: int):
     return [(row, prefill(jnp.array([row]))) for row in rows]
 
 
-@pytest.mark.parametrize("chunks", [3, 8])  # parts longer and shorter than the windows; a rest
+# parts shorter and longer than the windows, and a rest
+@pytest.mark.parametrize("chunks", [8, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kv", ["concat", "last"])
 def test_keys_and_values_follow_each_other(model, chunks: int, kv: str) -> None:
     """Caches and windows hold the newest tokens of the prefix and the parts, each read alone."""
@@ -212,7 +212,7 @@ def test_generation_continues_a_composed_state() -> None:
 
 
 def test_on_a_mesh() -> None:
-    config = tiny_config(("GKA", "*", "SWA", "BMF"))
+    config = tiny_config(("GKA", "*", "BMF"))
     model, mesh = build(config, jnp.float32), mesh_of(dict(tp=2))
     one, two = (
         logits_after(m, compose(m, CONTEXT, 3, prefix=PREFIX))
