@@ -238,10 +238,11 @@ class Decoder:
                 f"The state holds {len(state.length)} rows of {state.capacity} tokens at most, but "
                 f"{batch=} and {capacity=}."
             )
-        if state is None and capacity > longest:
+        ahead = 0 if state is None else int((state.position - state.length).max())
+        if capacity + ahead > longest:
             raise ValueError(
-                f"capacity={capacity} is more than max_position_embeddings={longest}; choose a "
-                "smaller capacity, or raise max_position_embeddings in the model's config."
+                f"capacity={capacity} is more than max_position_embeddings={longest} allows; "
+                "choose a smaller one, or raise max_position_embeddings in the model's config."
             )
         self.model, self.batch, self.capacity, self.chunk = model, batch, capacity, prefill_chunk
         self._packed = PackedModel.of(model)
@@ -430,7 +431,8 @@ def generate(
       slots: most rows at a time, see `hmf_jax.memory.plan_memory`; None = all prompts are fed and
         decoded together.
       state: what the prompts continue, one row for each (`compose`, or an earlier call of the
-        model); stays as it is. Its capacity counts. Not with slots.
+        model); stays as it is. Its capacity counts; the repetition penalty does not see its tokens.
+        Not with slots.
       logprobs: also return the log-probability of each token.
 
     Returns:

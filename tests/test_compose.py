@@ -18,8 +18,7 @@ import hmf_jax
 from hmf_jax.compose import compose, picaso_weights
 from hmf_jax.mixers.attention import chronological
 from tests import goldens
-from tests.sharding.test_model import mesh_of, place
-from tests.util import random_model, rel, tiny_config
+from tests.util import mesh_of, place, random_model, rel, tiny_config
 
 build = functools.cache(random_model)
 rng = np.random.default_rng(0)
@@ -209,6 +208,8 @@ def test_generation_continues_a_composed_state() -> None:
         model.generate([QUERY.tolist()] * 2, state=state)
     with pytest.raises(ValueError, match="tokens already held"):
         model.generate([[1] * 60], state=state)
+    with pytest.raises(ValueError, match="max_position_embeddings=512 allows"):
+        model.generate([QUERY.tolist()], state=model.init_state(1, 513))
 
 
 def test_on_a_mesh() -> None:

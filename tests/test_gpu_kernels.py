@@ -12,8 +12,7 @@ import pytest
 
 from hmf_jax import HybridConfig, HybridLM, make_mesh
 from pallas_kernels.dispatch import _said
-from tests.sharding.test_model import place
-from tests.util import rel
+from tests.util import place, rel
 
 pytestmark = pytest.mark.gpu
 

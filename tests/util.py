@@ -63,3 +63,25 @@ def random_model(config, dtype, seed: int = 0):
 
     is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
     return jax.tree_util.tree_map_with_path(value, model, is_leaf=is_param)
+
+
+def mesh_of(sizes: dict[str, int]):
+    """A mesh over the first of the fake devices."""
+    import math
+
+    import jax
+
+    from hmf_jax.sharding import make_mesh
+
+    return make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
+
+
+def place(model, config, mesh):
+    """The parameters of a model on a mesh."""
+    import jax
+
+    from hmf_jax.model import HybridLM
+
+    target = jax.eval_shape(lambda: HybridLM(config, dtype=model.dtype, mesh=mesh))
+    moved = jax.device_put(jax.tree.leaves(model), jax.tree.leaves(target.shardings()))
+    return jax.tree.unflatten(jax.tree.structure(target), moved)

@@ -16,7 +16,7 @@ import pytest
 from hmf_jax.config import BMojoConfig, GKAConfig
 from hmf_jax.model import HybridLM
 from hmf_jax.sharding import for_model, make_mesh
-from tests.util import random_model, rel, tiny_config
+from tests.util import mesh_of, place, random_model, rel, tiny_config
 
 SIX = ("*", "GKA", "SWA", "GDN", "BMF", "M2")
 HEADS = dict(num_attention_heads=8, num_key_value_heads=2, intermediate_size=64)
@@ -28,18 +28,6 @@ MESHES = {
     "fsdp2 x tp4": dict(fsdp=2, tp=4),
     "dp2 x fsdp2 x tp2": dict(dp=2, fsdp=2, tp=2),
 }
-
-
-def mesh_of(sizes: dict[str, int]):
-    n = sizes.get("dp", 1) * sizes.get("fsdp", 1) * sizes.get("tp", 1)
-    return make_mesh(**sizes, devices=jax.devices()[:n])
-
-
-def place(model: HybridLM, config, mesh) -> HybridLM:
-    """The parameters of a model on a mesh."""
-    target = jax.eval_shape(lambda: HybridLM(config, dtype=model.dtype, mesh=mesh))
-    moved = jax.device_put(jax.tree.leaves(model), jax.tree.leaves(target.shardings()))
-    return jax.tree.unflatten(jax.tree.structure(target), moved)
 
 
 @pytest.fixture(scope="module")
