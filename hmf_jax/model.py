@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from hmf_jax.config import HybridConfig, streams
-from hmf_jax.layers import MLP, RMSNorm, linear, rope_table
+from hmf_jax.layers import MLP, RMSNorm, linear, one_row_twice, rope_table
 from hmf_jax.mixers import Context, Mixer, make_mixer
 from hmf_jax.sharding import constrain, for_model, named_sharding
 from hmf_jax.state import ModelState
@@ -283,7 +283,8 @@ class HybridLM(nnx.Module):
             mesh=self.mesh,
         )
         # The table is split along d over sp x fsdp; the compiler moves one axis at a time well.
-        x = constrain(self.embed_tokens(tokens), self.mesh, "batch", None, "tokens")
+        x = one_row_twice(self.embed_tokens, tokens)
+        x = constrain(x, self.mesh, "batch", None, "tokens")
         x = constrain(x, self.mesh, "batch", "tokens", None)
         return x, order, ctx
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from itertools import zip_longest
@@ -205,6 +206,17 @@ def test_second_prompt_compiles_nothing(model):
     assert len(_compiled) == before
     jax.jit(lambda x: x + before)(1.0)  # the counter does count
     assert len(_compiled) > before
+
+
+def test_one_sequence_multiplies_no_single_rows():
+    """XLA for GPUs makes something slow of those; see `hmf_jax.layers.one_row_twice`."""
+    model = build(("*", "GKA", "BMF", "M2"))
+    step = jax.jit(lambda model, tokens, state: model(tokens, state=state)[0])
+    args = model, jnp.zeros((1, 1), jnp.int32), model.init_state(1, 16)
+    text = step.lower(*args).as_text()
+    rows = re.findall(r"dot_general .*: \(tensor<1x(\d+)x\d+xf32>, tensor<\d+x\d+xf32>\)", text)
+    assert len(rows) > 20 and set(rows) == {"2"}
+    assert re.search(rf"gather.*: \(tensor<{V}x\d+xf32>, tensor<1x2x1xi32>\)", text)
 
 
 def test_packed_models_share_programs():
