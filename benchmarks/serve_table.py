@@ -189,7 +189,7 @@ def plot(rows: Mapping[Key, Mapping[str, Any]], file: Path) -> None:
                 continue
             name = f"{shape} {model}" + ("" if tp == 1 else f", {tp} devices")
             color = f"C{MODELS.index(model)}"
-            style = {"8B": "o-", "32B": "s:"}.get(shape, "o-") if tp == 1 else "^-."
+            style = {"32B": ("s:", "D:")}.get(shape, ("o-", "^-."))[tp > 1]
             ax.plot(*zip(*sorted(values.items()), strict=True), style, color=color, label=name)
             if tp == 1 and _on_card(what, line):
                 ax.plot(CONTEXTS, CARDS[what][model], "x--", color=color, alpha=0.6)
