@@ -21,6 +21,7 @@ from hmf_jax.generation import Decoder, generate, stream, warmup
 from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.sharding import make_mesh
+from hmf_jax.training.lora import apply_lora
 from tests.util import random_model, rel, tiny_config
 
 V = 320
@@ -208,9 +209,11 @@ def test_second_prompt_compiles_nothing(model):
     assert len(_compiled) > before
 
 
-def test_one_sequence_multiplies_no_single_rows():
+@pytest.mark.parametrize("adapters", [False, True])
+def test_one_sequence_multiplies_no_single_rows(adapters):
     """XLA for GPUs makes something slow of those; see `hmf_jax.layers.one_row_twice`."""
     model = build(("*", "GKA", "BMF", "M2"))
+    model = apply_lora(model, rank=2) if adapters else model
     step = jax.jit(lambda model, tokens, state: model(tokens, state=state)[0])
     args = model, jnp.zeros((1, 1), jnp.int32), model.init_state(1, 16)
     text = step.lower(*args).as_text()

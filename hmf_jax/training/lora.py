@@ -32,7 +32,7 @@ from safetensors.numpy import save_file
 
 from convert import mapping
 from convert.jax_to_hf import replacing
-from hmf_jax.layers import exact, exact_dtype
+from hmf_jax.layers import exact, exact_dtype, one_row_twice
 from hmf_jax.model import HybridLM
 from hmf_jax.sharding import named_sharding
 from hmf_jax.training.step import _template, select_parameters
@@ -74,8 +74,10 @@ class LoRALinear(nnx.Module):
             self.scale = _param(scale, (None, columns), mesh)
 
     def __call__(self, x: Array) -> Array:
-        """x [..., in] -> y [..., out]."""
-        x = x.astype(self.dtype)
+        """x [B, T, in] -> y [B, T, out]."""
+        return one_row_twice(self._product, x.astype(self.dtype))
+
+    def _product(self, x: Array) -> Array:
         if (kind := self.quantized) is None:
             y = x @ self.kernel[...].astype(x.dtype)
         else:
