@@ -24,9 +24,11 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.sampling import SamplingArrays, SamplingParams, sample, stack_params
 from hmf_jax.state import ModelState
+from pallas_kernels.dispatch import why_no_hopper
 
 SMALLEST_CHUNK = 64  # tokens; the last chunk of a prompt is padded to this times a power of two
 SMALLEST_CAPACITY = 256  # tokens
+SMALLEST_HALF = 8192  # tokens; what has been found to gain, see docs/performance.md
 MOST_STEPS = 64  # tokens per row and dispatch; one compiled program serves every smaller number
 
 GREEDY = SamplingParams()
@@ -103,6 +105,17 @@ def _empty(packed: PackedModel, size: int, capacity: int) -> tuple[_Rows, jax.Ar
     return _replicate(model.mesh, rows), replicate(logits)
 
 
+def _piece(mesh: Mesh | None, tokens: int) -> int:
+    """How many of a chunk's tokens the model gets at once; it is called again for the others.
+
+    Under tensor parallelism half of a long chunk: the all-reduces of one half then overlap with the
+    products of the other. Not where attention would lose more by continuing a cache (its kernels
+    that do so need a Hopper GPU).
+    """
+    halve = mesh is not None and mesh.shape["tp"] > 1 and tokens >= 2 * SMALLEST_HALF
+    return -(-tokens // 2) if halve and why_no_hopper() is None else tokens
+
+
 @partial(jax.jit, donate_argnames=("rows", "logits"))
 def _prefill(
     packed: PackedModel,
@@ -113,15 +126,18 @@ def _prefill(
     num_iter,
 ) -> tuple[_Rows, jax.Array]:
     """Feed tokens [B, T]; logits [B, V] are replaced in the rows that got any."""
-    model = packed.model()
-    new, state = model(
-        tokens,
-        segment_ids=valid.astype(jnp.int32),
-        state=rows.state,
-        num_iter=num_iter,
-        last_only=True,
-    )
-    logits = jnp.where(valid.any(1)[:, None], new[:, 0], logits)
+    model, state = packed.model(), rows.state
+    size = _piece(model.mesh, tokens.shape[1])
+    for start in range(0, tokens.shape[1], size):
+        piece = valid[:, start : start + size]
+        new, state = model(
+            tokens[:, start : start + size],
+            segment_ids=piece.astype(jnp.int32),
+            state=state,
+            num_iter=num_iter,
+            last_only=True,
+        )
+        logits = jnp.where(piece.any(1)[:, None], new[:, 0], logits)
     seen = rows.seen.at[jnp.arange(len(tokens))[:, None], tokens].max(valid)
     rows = dataclasses.replace(rows, state=state, seen=seen)
     return _replicate(model.mesh, rows), _replicate_one(model.mesh, logits)
@@ -427,7 +443,8 @@ def generate(
         config's. The first other number compiles once more, all further ones do not.
       capacity: tokens each row can hold, prompt and output. None = what is needed, rounded up to a
         power of two, at most max_position_embeddings.
-      prefill_chunk: prompts are fed in pieces of this many tokens; never changes the result.
+      prefill_chunk: prompts are fed in pieces of this many tokens; never changes the result. Longer
+        ones take more memory and, of a long prompt, less time, most of all on several devices.
       slots: most rows at a time, see `hmf_jax.memory.plan_memory`; None = all prompts are fed and
         decoded together.
       state: what the prompts continue, one row for each (`compose`, or an earlier call of the

@@ -297,6 +297,25 @@ def test_mesh_gives_the_same_tokens_and_compiles_once(model):
     assert len(_compiled) == before
 
 
+def test_halves_of_a_chunk_on_several_devices(model, monkeypatch):
+    """Prompts that end in either half, of the first chunk and of a later one."""
+    sharded = build(("*", "GKA"), make_mesh(tp=2, devices=jax.devices()[:2]))
+    prompts = prompts_of(120, 70, 9)
+    settings: dict[str, Any] = dict(max_new_tokens=4, prefill_chunk=48)
+    expected = [g.tokens for g in generate(model, prompts, **settings)]
+    monkeypatch.setattr(generation, "why_no_hopper", lambda: None)
+    monkeypatch.setattr(generation, "SMALLEST_HALF", 24)
+    call, seen = HybridLM.__call__, set()
+
+    def spy(self, tokens, **kwargs):
+        seen.add(tokens.shape[1])
+        return call(self, tokens, **kwargs)
+
+    monkeypatch.setattr(HybridLM, "__call__", spy)
+    assert [g.tokens for g in generate(sharded, prompts, **settings)] == expected
+    assert seen == {24, 1}
+
+
 @pytest.mark.parametrize(
     ("prompts", "settings", "message"),
     [
