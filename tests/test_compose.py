@@ -25,38 +25,45 @@ rng = np.random.default_rng(0)
 CONTEXT, QUERY, PREFIX = (rng.integers(0, 64, n) for n in (22, 5, 3))
 
 
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", goldens.cases("compose"))
 def test_recorded_by_the_original(name: str) -> None:
     """States after the question, and the logits after it, for all that the original can compose.
 
-    Its "sw" keeps all keys and values, as "concat" does.
+    Its "sw" keeps all keys and values, as "concat" does. In float64: GKA amplifies rounding where
+    states begin empty with the question.
     """
     directory = goldens.golden(name)
     expected = goldens.expected(directory)
     runs = json.loads((directory / "case.json").read_text())["compose"]
-    model = hmf_jax.from_pretrained(directory, dtype=jnp.float32, progress=False)
+    model = hmf_jax.from_pretrained(directory, dtype=jnp.float64, progress=False)
     (ids,) = expected["input_ids"]
     compared = 0
     for kind, run in runs.items():
         if isinstance(run, str):  # the error that it raises
             continue
         n = run["query_len"]
-        with jax.default_matmul_precision("highest"):
-            state = compose(
-                model,
-                ids[:-n],
-                run["num_chunks"],
-                prefix=run["prefix"],
-                kv="full" if kind.startswith("full") else "concat",
-                ssm="fuse" if "fuse" in kind else "soup" if "soup" in kind else "zero",
-                sequential="seqpos" in kind,
-            )
-            _, state = model(ids[None, -n:-1], state=state)
-            logits, _ = model(ids[None, -1:], state=state)
+        state = compose(
+            model,
+            ids[:-n],
+            run["num_chunks"],
+            prefix=run["prefix"],
+            kv="full" if kind.startswith("full") else "concat",
+            ssm="fuse" if "fuse" in kind else "soup" if "soup" in kind else "zero",
+            sequential="seqpos" in kind,
+        )
+        _, state = model(ids[None, -n:-1], state=state)
+        logits, _ = model(ids[None, -1:], state=state)
         assert state is not None
         assert int(state.length[0]) == run["kv_len"], kind
         assert int(state.position[0]) == run["seqlen_offset"], kind
-        np.testing.assert_allclose(logits[0], expected[f"{kind}.logits"], atol=1e-4)
+        np.testing.assert_allclose(logits[0], expected[f"{kind}.logits"], atol=3e-5)
         for theirs, ours in (("h_kk",) * 2, ("h_kv",) * 2, ("recurrent", "s"), ("ssm", "s")):
             if (x := expected.get(f"{kind}.0.{theirs}")) is not None:
                 got = getattr(state.layers[0], ours)[0]
@@ -69,10 +76,9 @@ def test_recorded_by_the_original(name: str) -> None:
 
 
 @pytest.fixture
-def model():
+def model(x64):
     """All six kinds, in float64 (rotations are float32)."""
-    with jax.enable_x64(True):
-        yield build(tiny_config(("*", "SWA", "BMF", "GKA", "GDN", "M2")), jnp.float64)
+    return build(tiny_config(("*", "SWA", "BMF", "GKA", "GDN", "M2")), jnp.float64)
 
 
 def logits_after(model, state, tokens=QUERY) -> jax.Array:
