@@ -66,10 +66,13 @@ def load(
     lock = threading.Lock()
     total = sum(checkpoint.tensors[renamed.get(n, n)].nbytes for n in tensors)
 
+    x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64  # new threads do not inherit it
+
     def work(name: str) -> None:
         raw = checkpoint.read(renamed.get(name, name))
         nbytes = raw.nbytes
-        done = [(e.path, _place(raw, e, abstract[e.path])) for e in tensors[name]]
+        with jax.enable_x64(x64):
+            done = [(e.path, _place(raw, e, abstract[e.path])) for e in tensors[name]]
         del raw
         jax.block_until_ready(done)
         with lock:

@@ -119,6 +119,12 @@ def test_float32(source):
     assert {x.dtype for x in params.values()} == {jnp.dtype(jnp.float32)}
 
 
+def test_float64_inside_a_context(source):
+    with jax.enable_x64(True):  # which other threads, such as those that read, do not know of
+        params = flat_params(load(source, dtype=jnp.float64))
+    assert params["lm_head.kernel"].dtype == jnp.dtype("float64")
+
+
 def test_num_iter(source, tmp_path):
     config = load(source, num_iter=0).config
     assert config.gka == GKAConfig(num_iter=0)
