@@ -112,8 +112,9 @@ def _piece(mesh: Mesh | None, tokens: int) -> int:
     products of the other. Not where attention would lose more by continuing a cache (its kernels
     that do so need a Hopper GPU).
     """
-    halve = mesh is not None and mesh.shape["tp"] > 1 and tokens >= 2 * SMALLEST_HALF
-    return -(-tokens // 2) if halve and why_no_hopper() is None else tokens
+    if mesh is None or mesh.shape["tp"] == 1 or tokens < 2 * SMALLEST_HALF or why_no_hopper():
+        return tokens
+    return tokens if tokens % (2 * mesh.shape["sp"]) else tokens // 2
 
 
 @partial(jax.jit, donate_argnames=("rows", "logits"))
