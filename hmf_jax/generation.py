@@ -109,12 +109,13 @@ def _piece(mesh: Mesh | None, tokens: int) -> int:
     """How many of a chunk's tokens the model gets at once; it is called again for the others.
 
     Under tensor parallelism half of a long chunk: the all-reduces of one half then overlap with the
-    products of the other. Not where attention would lose more by continuing a cache (its kernels
-    that do so need a Hopper GPU).
+    products of the other. Not over two devices (nothing is gained), nor where attention would lose
+    more by continuing a cache (its kernels that do so need a Hopper GPU).
     """
-    if mesh is None or mesh.shape["tp"] == 1 or tokens < 2 * SMALLEST_HALF or why_no_hopper():
+    if mesh is None or tokens < 2 * SMALLEST_HALF or why_no_hopper():
         return tokens
-    return tokens if tokens % (2 * mesh.shape["sp"]) else tokens // 2
+    halve = mesh.shape["tp"] * mesh.shape["rep"] >= 4 and tokens % (2 * mesh.shape["sp"]) == 0
+    return tokens // 2 if halve else tokens
 
 
 @partial(jax.jit, donate_argnames=("rows", "logits"))

@@ -299,7 +299,7 @@ def test_mesh_gives_the_same_tokens_and_compiles_once(model):
 
 def test_halves_of_a_chunk_on_several_devices(model, monkeypatch):
     """Prompts that end in the first half of a chunk and in the second half of a later one."""
-    sharded = build(("*", "GKA"), make_mesh(tp=2, devices=jax.devices()[:2]))
+    sharded = build(("*", "GKA"), make_mesh(tp=4, devices=jax.devices()[:4]))
     prompts = prompts_of(90, 9)
     settings: dict[str, Any] = dict(max_new_tokens=1, prefill_chunk=48, logprobs=True)
     expected = generate(model, prompts, **settings)
