@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +103,11 @@ def test_several_gpus_agree_with_one(tp):
         return np.asarray(call(model, jnp.asarray(prompts)))
 
     def tokens(model: HybridLM) -> list[list[int]]:
-        found = model.generate(list(prompts), max_new_tokens=64, eos_ids=())
-        return [list(g.tokens) for g in found]
+        settings: dict[str, Any] = dict(max_new_tokens=64, eos_ids=())
+        found = [g.tokens for g in model.generate(list(prompts), **settings)]
+        alone = model.generate(list(prompts[:1]), **settings)[0].tokens
+        assert alone == found[0]  # products of a single row are another path
+        return found
 
     one, several = logits(half), logits(place(half, config, mesh))
     with jax.default_matmul_precision("highest"):
