@@ -66,12 +66,13 @@ def load(
     lock = threading.Lock()
     total = sum(checkpoint.tensors[renamed.get(n, n)].nbytes for n in tensors)
 
-    x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64  # new threads do not inherit it
+    # What `jax.enable_x64` and `jax.default_device` set for a block, other threads do not see.
+    x64, device = jax.config.jax_enable_x64, jax.config.jax_default_device
 
     def work(name: str) -> None:
         raw = checkpoint.read(renamed.get(name, name))
         nbytes = raw.nbytes
-        with jax.enable_x64(x64):
+        with jax.enable_x64(x64), jax.default_device(device):
             done = [(e.path, _place(raw, e, abstract[e.path])) for e in tensors[name]]
         del raw
         jax.block_until_ready(done)

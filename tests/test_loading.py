@@ -119,10 +119,11 @@ def test_float32(source):
     assert {x.dtype for x in params.values()} == {jnp.dtype(jnp.float32)}
 
 
-def test_float64_inside_a_context(source):
-    with jax.enable_x64(True):  # which other threads, such as those that read, do not know of
+def test_the_threads_that_read_know_the_callers_context(source):
+    with jax.enable_x64(True), jax.default_device(jax.devices()[3]):
         params = flat_params(load(source, dtype=jnp.float64))
     assert params["lm_head.kernel"].dtype == jnp.dtype("float64")
+    assert all(x.devices() == {jax.devices()[3]} for x in params.values())
 
 
 def test_num_iter(source, tmp_path):
