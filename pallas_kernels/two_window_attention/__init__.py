@@ -122,7 +122,7 @@ def two_window_decode(
       lengths_in, lengths_fading: [B] integers, entries in use in each half.
       q_fading: [B, H, D] queries of the fading window; None if its weights are tied (q).
       scale: factor of the scores; D ** -0.5 by default.
-      impl: "auto", "cudnn" (NVIDIA, 16-bit, D <= 128, tied), "chunked" or "reference".
+      impl: "auto", "cudnn" (NVIDIA, 16-bit, D <= 128), "chunked" or "reference".
       mesh: device mesh (see `pallas_kernels.sharded`) or None.
 
     Returns:

@@ -1,4 +1,4 @@
-"""B'MOJO-F attention by cuDNN: two window passes merged, and decoding with tied weights.
+"""B'MOJO-F attention by cuDNN: two window passes merged; decoding as one pass over pieces.
 
 With o_c, lse_c of the in-context pass and o_f, lse_f of the fading one (queries W on, keys W
 earlier), the joint softmax is
@@ -9,9 +9,8 @@ A backward pass recomputes p_j = exp(s_j - lse) and needs do . o: with the joint
 of a pass's own ones it returns that pass's part of the joint gradients, so two of them and a sum
 are all there is to do.
 
-jax.nn rounds the log-sum-exp to the dtype of the values, too coarse to merge with, and drops its
-gradient; so this calls what lies below it, which is not public: where it is missing or has changed,
-`why_not` says so.
+jax.nn has no such backward pass and rounds the log-sum-exp; so this calls what lies below it, which
+is not public: where it is missing or has changed, `why_not` says so.
 """
 
 from __future__ import annotations
@@ -24,14 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import cudnn
+from pallas_kernels.attention.cudnn import internals
+from pallas_kernels.two_window_attention import chunked
 
-try:
-    from jax._src.cudnn import fused_attention_stablehlo as _internals
-
-    _BACKWARD: Any = _internals._dot_product_attention_bwd_p_wrapper
-    _PARAMETERS = inspect.signature(_internals._dot_product_attention_bwd_rule).parameters
-except (ImportError, AttributeError):  # another jax
-    _internals = None
+_BACKWARD: Any = getattr(internals, "_dot_product_attention_bwd_p_wrapper", None)
+_RULE: Any = getattr(internals, "_dot_product_attention_bwd_rule", None)
+_HIDDEN = f"jax {jax.__version__} hides the cuDNN passes whose results could be merged"
 
 Array = jax.Array
 
@@ -42,9 +39,7 @@ def why_not(
     """Why cuDNN cannot run `two_window_attention` on these here, or None if it can."""
     if reason := cudnn.why_not(q, k, v, offset, segment_ids):
         return reason
-    if _internals is None:
-        return f"jax {jax.__version__} hides the cuDNN passes whose results could be merged"
-    return None
+    return _HIDDEN if None in (_BACKWARD, _RULE) else None
 
 
 def two_window_attention(
@@ -78,11 +73,11 @@ def _attend(window, scale, q, k, v, k_fading, v_fading, q_fading):
 
 def _forward(window, scale, *arrays):
     q, k, v, k_fading, v_fading, q_fading = arrays
-    o, lse = _pass(q, k, v, window, scale)
+    o, lse = cudnn.with_lse(q, k, v, window=window, scale=scale)
     early, late = q.shape[1] - window, slice(window, None)
     if early > 0:
-        old, old_lse = _pass(
-            q_fading[:, late], k_fading[:, :early], v_fading[:, :early], window, scale
+        old, old_lse = cudnn.with_lse(
+            q_fading[:, late], k_fading[:, :early], v_fading[:, :early], window=window, scale=scale
         )
         joint = jnp.logaddexp(lse[..., late], old_lse)  # [B, H, T - W]
 
@@ -115,28 +110,16 @@ def _backward(window, scale, saved, do):
 _attend.defvjp(_forward, _backward)
 
 
-def _pass(q: Array, k: Array, v: Array, window: int, scale: float) -> tuple[Array, Array]:
-    """Causal attention over `window` keys: o and its log-sum-exp, float32 [B, H, T]."""
-    assert _internals is not None
-    found: Any = _internals.dot_product_attention(
-        q, k, v,
-        scale=scale, mask_type=_internals.MaskType.CAUSAL, sliding_window_length=window,
-        return_residual=True,
-    )  # fmt: skip
-    return found
-
-
 def _pass_backward(
     q: Array, k: Array, v: Array, lse: Array, o: Array, do: Array, window: int, scale: float
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k, v for p = exp(scale q . k - lse) and output o."""
-    assert _internals is not None
     none = [jnp.zeros(0, q.dtype)] * 7  # no bias, lengths, offsets, pages
-    new = {"score_mod": None} if "score_mod" in _PARAMETERS else {}
+    new = {"score_mod": None} if "score_mod" in inspect.signature(_RULE).parameters else {}
     dq, dk, dv, *_ = _BACKWARD.bind(
         q, k, v, *none, lse, o, do.astype(o.dtype),
         scale=scale, seed=0, dropout_rate=0.0, variadic_args=(False, False),
-        mask_type=_internals.MaskType.CAUSAL, layout=_internals.AttentionLayout.BTNH.value,
+        mask_type=internals.MaskType.CAUSAL, layout=internals.AttentionLayout.BTNH.value,
         sliding_window_length=window, **new,
     )  # fmt: skip
     return dq, dk, dv
@@ -144,9 +127,9 @@ def _pass_backward(
 
 def why_no_decode(q: Array, k: Array, v: Array, q_fading: Array | None) -> str | None:
     """Why cuDNN cannot run `two_window_decode` on these here, or None if it can."""
-    if q_fading is not None:
-        return "cuDNN cannot score two sets of keys with two queries (q_fading is given)"
-    return cudnn.why_not(q, k, v)
+    if reason := cudnn.why_not(q, k, v):
+        return reason
+    return _HIDDEN if q_fading is not None and internals is None else None
 
 
 def two_window_decode(
@@ -155,9 +138,20 @@ def two_window_decode(
     v: Array,
     lengths_in: Array,
     lengths_fading: Array,
-    q_fading: None,
+    q_fading: Array | None,
     *,
     scale: float,
 ) -> Array:
-    """`two_window_decode` with tied weights, one plain attention over a prefix; see the facade."""
-    return cudnn.decode_attention(q, k, v, lengths_in + lengths_fading, scale=scale)
+    """`two_window_decode`: with tied weights plain attention over a prefix; see the facade."""
+    if q_fading is None:
+        return cudnn.decode_attention(q, k, v, lengths_in + lengths_fading, scale=scale)
+    return cudnn.with_gradient_of(
+        functools.partial(chunked.two_window_decode, scale=scale),
+        functools.partial(_untied, scale=scale),
+        q, k, v, lengths_in, lengths_fading, q_fading,
+    )  # fmt: skip
+
+
+def _untied(q, k, v, lengths_in, lengths_fading, q_fading, *, scale):
+    queries, lengths = jnp.stack([q, q_fading], 1), jnp.stack([lengths_in, lengths_fading], 1)
+    return cudnn.decode_groups(queries, k, v, lengths, scale=scale)

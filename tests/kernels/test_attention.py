@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.attention import attention, chunked, cudnn, decode_attention
+from pallas_kernels.attention.reference import visible_keys
 from pallas_kernels.dispatch import why_no_hopper
 from pallas_kernels.two_window_attention import two_window_attention
 from tests.util import rel
@@ -390,7 +391,7 @@ def cuda_lowering(monkeypatch):
     internals = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(internals, "check_cudnn_version", lambda: 91500)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    device = type("Device", (), {"compute_capability": "9.0"})()
+    device = type("Device", (), {"compute_capability": "9.0", "platform": "none"})()
     monkeypatch.setattr(jax, "devices", lambda: [device])
     return lambda f, *args: (
         jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text().replace("\\22", '"')
@@ -413,6 +414,67 @@ def test_cudnn_lowers_for_cuda(cuda_lowering):
     assert '"mask_type": "PADDING"' in text
     for kwargs in ({"offset": lengths}, {"segment_ids": jnp.ones((2, 64), jnp.int32)}):
         assert "cudnn" not in cuda_lowering(lambda *a, kw=kwargs: attention(*a, **kw), q, k, v)
+
+
+def dense_scores(q, k, *, scale, window=None, lengths=None):
+    """[B, K, H / K, T, S] in float32."""
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    s = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, k).astype(jnp.float32)
+    if lengths is None:
+        oldest = None if window is None else window - 1
+        visible = visible_keys(q.shape[1], k.shape[1], oldest=oldest)[:, None, None]
+    else:
+        visible = (jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None, None]
+    return jnp.where(visible, s, -1e9)
+
+
+def dense_pass(q, k, v, **mask):
+    """`cudnn.with_lse` on any device; where nothing is visible it returns NaN."""
+    s = dense_scores(q, k, **mask)
+    lse = jnp.where(jnp.any(s > -1e9, axis=-1), jax.nn.logsumexp(s, axis=-1), jnp.nan)
+    o = jnp.einsum("bkgts,bskd->btkgd", jnp.exp(s - lse[..., None]), v.astype(jnp.float32))
+    return o.reshape(q.shape).astype(v.dtype), lse.reshape(q.shape[0], -1, q.shape[1])
+
+
+@pytest.mark.parametrize("pieces", [2, 8])
+def test_decode_in_pieces_equals_reference(monkeypatch, pieces):
+    """Outputs and gradients; pieces without an entry in use return NaN."""
+    monkeypatch.setattr(cudnn, "with_lse", dense_pass)
+    monkeypatch.setattr(cudnn, "_pieces", lambda *args, groups: pieces)
+    monkeypatch.setattr(cudnn, "why_not", lambda *args: None)
+    q, k, v = qkv(5, 48)
+    lengths = jnp.array([0, 1, 24, 37, 48])
+
+    def op(impl):
+        return functools.partial(decode_attention, lengths=lengths, impl=impl)
+
+    ours, exact = (compiled(op(impl), q[:, 0], k, v) for impl in ("cudnn", "reference"))
+    assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_pieces_are_equal_and_long(groups):
+    for rows in (1, 3, 47, 1200):
+        for entries in (2, 500, 4096, 6144, 12346, 131072):
+            n = cudnn._pieces(rows, entries, 2, groups=groups)
+            assert n % groups == 0 and entries % n == 0
+            assert n == groups or entries // n >= 2048
+            assert n == groups or n * rows < 1200  # 2 heads
+    assert cudnn._pieces(43, 32768, 4, groups=1) == 8
+
+
+def test_long_decode_lowers_to_one_pass_over_pieces(cuda_lowering, monkeypatch):
+    args = [jax.ShapeDtypeStruct((2, *n, 128), jnp.bfloat16) for n in ((8,), *[(8192, 2)] * 2)]
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def rows():
+        text = cuda_lowering(lambda *a: decode_attention(*a), *args, lengths)
+        (call,) = [line for line in text.splitlines() if "custom_call @__cudnn$fmha" in line]
+        return [n for n in (2, 8) if f"tensor<{n}x{16384 // n}x2x128xbf16>" in call]
+
+    assert rows() == [8]
+    monkeypatch.setattr(cudnn, "internals", None)  # a jax that hides what the merge needs
+    assert rows() == [2]
 
 
 def test_cudnn_takes_what_it_can(cuda_lowering):
@@ -438,9 +500,10 @@ def test_cudnn_equals_reference(window, lengths):
 
 
 @pytest.mark.gpu
-def test_cudnn_decode_equals_reference():
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(4, 500, 8, 2, 128))
-    lengths = jnp.array([0, 1, 77, 500])
+@pytest.mark.parametrize("entries", [500, 16384])
+def test_cudnn_decode_equals_reference(entries):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(4, 1, 8, 2, 128, keys=entries))
+    lengths = jnp.array([0, 1, entries // 3, entries])
     ours = decode_attention(q[:, 0], k, v, lengths, impl="cudnn")
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     exact = decode_attention(q[:, 0], k, v, lengths, impl="reference")

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.attention import chunked
-from pallas_kernels.attention.reference import visible_keys
 from pallas_kernels.two_window_attention import cudnn, two_window_attention, two_window_decode
 from tests.goldens import expected, golden
 from tests.kernels.test_attention import (
@@ -26,6 +25,8 @@ from tests.kernels.test_attention import (
     chronological,
     compiled,
     cuda_lowering,  # noqa: F401 (fixture)
+    dense_pass,
+    dense_scores,
     normal,
     small_blocks,  # noqa: F401 (fixture)
     value_and_grads,
@@ -294,35 +295,46 @@ def test_decode_of_an_empty_row_is_zero(tied):
 # cuDNN
 
 
-def test_tied_decode_lowers_to_cudnn(cuda_lowering):  # noqa: F811
+def test_decode_lowers_to_cudnn(cuda_lowering, monkeypatch):  # noqa: F811
     q, k, v, *_, q_fading = (jnp.asarray(x[:, :8], jnp.bfloat16) for x in streams())
     lengths = jnp.array([4, 0], jnp.int32)
-    text = cuda_lowering(
-        lambda q, k, v: two_window_decode(q, k, v, lengths, lengths), q[:, 0], k, v
-    )
+
+    def step(q, k, v, q_fading=None, impl="auto"):
+        return two_window_decode(q, k, v, lengths, lengths, q_fading=q_fading, impl=impl)
+
+    text = cuda_lowering(step, q[:, 0], k, v)
     assert "__cudnn$fmhaSoftmax" in text and '"mask_type": "PADDING"' in text
-    text = cuda_lowering(
-        lambda q, k, v, f: two_window_decode(q, k, v, lengths, lengths, q_fading=f),
-        q[:, 0], k, v, q_fading[:, 0],
-    )  # fmt: skip
+    text = cuda_lowering(step, q[:, 0], k, v, q_fading[:, 0])
+    assert text.count("custom_call @__cudnn$fmhaSoftmax") == 1
+    monkeypatch.setattr(cudnn, "internals", None)
+    text = cuda_lowering(lambda *args: step(*args), q[:, 0], k, v, q_fading[:, 0])
     assert "cudnn" not in text
-    with pytest.raises(ValueError, match="q_fading is given"):
-        two_window_decode(q[:, 0], k, v, lengths, lengths, q_fading=q[:, 0], impl="cudnn")
+    with pytest.raises(ValueError, match="hides the cuDNN passes"):
+        step(q[:, 0], k, v, q_fading[:, 0], impl="cudnn")
 
 
-def dense_pass(q, k, v, window, scale):
-    """What a cuDNN pass returns, and its probabilities [B, K, H / K, T, S]."""
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    s = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, k)
-    s = jnp.where(visible_keys(q.shape[1], k.shape[1], oldest=window - 1)[:, None, None], s, -1e9)
-    lse = jax.nn.logsumexp(s, axis=-1)
-    o = jnp.einsum("bkgts,bskd->btkgd", jnp.exp(s - lse[..., None]), v)
-    return (o.reshape(q.shape), lse.reshape(q.shape[0], -1, q.shape[1])), s
+@pytest.mark.parametrize("pieces", [2, 8])
+@pytest.mark.parametrize("tied", [True, False])
+def test_decode_in_pieces_equals_reference(monkeypatch, tied, pieces):
+    monkeypatch.setattr(cudnn.cudnn, "with_lse", dense_pass)
+    monkeypatch.setattr(cudnn.cudnn, "_pieces", lambda *args, groups: pieces)
+    monkeypatch.setattr(cudnn, "why_no_decode", lambda *args: None)
+    q, k, v, *_, q_fading = streams(4, 48)
+    lengths = jnp.array([0, 10, 24, 24]), jnp.array([0, 0, 1, 24])
+
+    def step(impl):
+        return lambda q, k, v, q_fading: two_window_decode(
+            q, k, v, *lengths, q_fading=None if tied else q_fading, impl=impl
+        )
+
+    args = (q[:, 0], k, v, q_fading[:, 0])
+    ours, exact = (compiled(step(impl), *args) for impl in ("cudnn", "reference"))
+    assert_close(ours, exact)
 
 
 def dense_pass_backward(q, k, v, lse, o, do, window, scale):
     """As flash attention does it: p from the given log-sum-exp, ds = p (do . v - do . o)."""
-    _, s = dense_pass(q, k, v, window, scale)
+    s = dense_scores(q, k, window=window, scale=scale)
     groups = [x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1]) for x in (q, o, do)]
     p = jnp.exp(s - lse.reshape(*s.shape[:-1], 1))
     delta = jnp.einsum("btkgd,btkgd->bkgt", groups[1], groups[2])
@@ -342,7 +354,7 @@ def dense_pass_backward(q, k, v, lse, o, do, window, scale):
 )
 def test_merged_passes_equal_reference(monkeypatch, window, lengths):
     """Outputs and gradients of two passes that know nothing of each other, merged."""
-    monkeypatch.setattr(cudnn, "_pass", lambda *args: dense_pass(*args)[0])
+    monkeypatch.setattr(cudnn.cudnn, "with_lse", dense_pass)
     monkeypatch.setattr(cudnn, "_pass_backward", dense_pass_backward)
     monkeypatch.setattr(cudnn, "why_not", lambda *args: None)
     kwargs = {"window": window, "kv_lengths": None if lengths is None else jnp.array(lengths)}
@@ -363,7 +375,7 @@ def test_prefill_lowers_to_two_cudnn_passes(cuda_lowering, monkeypatch):  # noqa
     backward = [line for line in calls if "fmhaSoftmaxBackward" in line]
     assert (len(calls), len(backward)) == (4, 2)
     assert all('"sliding_window_length": 8' in line for line in calls)
-    monkeypatch.setattr(cudnn, "_internals", None)
+    monkeypatch.setattr(cudnn, "_BACKWARD", None)
     with pytest.raises(ValueError, match="hides the cuDNN passes"):
         op("cudnn", window=8)(*args)
 
@@ -379,13 +391,20 @@ def test_cudnn_equals_reference(lengths):
 
 
 @pytest.mark.gpu
-def test_cudnn_decode_equals_reference():
-    q, k, v, *_ = (jnp.asarray(x, jnp.bfloat16) for x in streams(4, 128, 8, 2, 128))
-    lengths = jnp.array([0, 30, 64, 64]), jnp.array([0, 0, 1, 64])
-    ours = two_window_decode(q[:, 0], k, v, *lengths, impl="cudnn")
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    exact = two_window_decode(q[:, 0], k, v, *lengths, impl="reference")
-    assert_close(ours, exact, 1e-2)
+@pytest.mark.parametrize("window", [64, 4096])
+@pytest.mark.parametrize("tied", [True, False])
+def test_cudnn_decode_equals_reference(tied, window):
+    arrays = streams(4, 2 * window, 8, 2, 128)
+    q, k, v, q_fading = (jnp.asarray(arrays[i], jnp.bfloat16) for i in (0, 1, 2, 5))
+    lengths = jnp.array([0, 30, window, window]), jnp.array([0, 0, 1, window])
+
+    def step(impl, q, k, v, q_fading):
+        q_fading = None if tied else q_fading
+        return two_window_decode(q, k, v, *lengths, q_fading=q_fading, impl=impl)
+
+    args = (q[:, 0], k, v, q_fading[:, 0])
+    ours = step("cudnn", *args)
+    assert_close(ours, step("reference", *(x.astype(jnp.float32) for x in args)), 1e-2)
 
 
 # Bad input
