@@ -1,7 +1,7 @@
 """cuDNN flash attention through jax.nn.dot_product_attention, where it can express the mask.
 
-Decoding cuts long buffers into pieces, each a row to cuDNN, and merges what they return: one block
-per (row, kv head) leaves a GPU idle while the last few of them run (and one row nearly always).
+Decoding cuts long buffers into pieces, each a row to cuDNN, and merges what they return: with a few
+hundred blocks, one per (row, kv head), a GPU idles while the last of them run.
 
 That needs the log-sum-exp of every piece, which jax.nn rounds to the dtype of the values, too
 coarse to merge with; so `with_lse` calls what lies below jax.nn and is not public. A jax without
@@ -158,12 +158,12 @@ def decode_groups(
     used, lse, o = used.reshape(B, P, 1), lse.reshape(B, P, H), o.reshape(B, P, H, D)
     parts = [(used[:, i] > 0, lse[:, i], o[:, i].astype(jnp.float32)) for i in range(P)]
     # One by one, not by reductions: XLA makes fewer kernels of it.
-    top = reduce(jnp.maximum, (jnp.where(any, lse, -jnp.inf) for any, lse, _ in parts))
-    weights = [jnp.where(any, jnp.exp(lse - top), 0) for any, lse, _ in parts]
+    top = reduce(jnp.maximum, (jnp.where(used, lse, -jnp.inf) for used, lse, _ in parts))
+    weights = [jnp.where(used, jnp.exp(lse - top), 0) for used, lse, _ in parts]
     share = 1 / jnp.maximum(sum(weights), 1)
     merged = sum(
-        jnp.where(any[..., None], (share * w)[..., None] * o, 0)
-        for (any, _, o), w in zip(parts, weights, strict=True)
+        jnp.where(used[..., None], (share * w)[..., None] * o, 0)
+        for (used, _, o), w in zip(parts, weights, strict=True)
     )
     return jnp.asarray(merged).astype(v.dtype)
 
@@ -171,16 +171,21 @@ def decode_groups(
 def _pieces(rows: int, entries: int, heads: int, *, groups: int) -> int:
     """Into how many equal pieces, a multiple of `groups`, to cut buffers [rows, entries, heads, D].
 
-    So many that there are 1200 (9 for each of 132 multiprocessors), but of 2048 entries at least.
-    On an H200, 2 to 1600 (row, kv head): 0 to 18% faster than whole buffers of 8192 to 131072
-    entries in use, two and a half times with 2 to 8 (benchmarks/results).
+    cuDNN has a block for each (piece, head), two to a multiprocessor: H100s and H200s run 264 at a
+    time. While the last ones run, others idle: as long as 0.15 rounds of 264 take, more or less,
+    unless the last round is nearly full. So there should be four rounds; more cost more than they
+    save, and pieces of less than 2048 entries, too. Where four are too many, cuDNN knows best: it
+    cuts few rows by itself. Measured on an H200 (benchmarks/results): 376 blocks took 7% longer
+    than 1504, 192 6% longer than 1536, but 120 took 5% less than 960 and 752 3% less than 1504.
     """
-    pieces = groups
-    while rows * heads * pieces < 1200 and entries % (2 * pieces) == 0:
-        if entries // (2 * pieces) < 2048:
-            break
-        pieces *= 2
-    return pieces
+    blocks = rows * heads * groups
+    if blocks >= 264 and blocks % 264 in (0, *range(190, 264)):
+        return groups
+    times = 1
+    while blocks * times < 1100:
+        times *= 2
+    whole = entries % (groups * times) or entries // (groups * times) < 2048
+    return groups if whole else groups * times
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -454,27 +454,41 @@ def test_decode_in_pieces_equals_reference(monkeypatch, pieces):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_pieces_are_equal_and_long(groups):
-    for rows in (1, 3, 47, 1200):
+    for rows in (1, 3, 47, 66, 1200):
         for entries in (2, 500, 4096, 6144, 12346, 131072):
             n = cudnn._pieces(rows, entries, 2, groups=groups)
             assert n % groups == 0 and entries % n == 0
-            assert n == groups or entries // n >= 2048
-            assert n == groups or n * rows < 1200  # 2 heads
-    assert cudnn._pieces(43, 32768, 4, groups=1) == 8
+            assert n == groups or (entries // n >= 2048 and 1100 <= 2 * rows * n < 2200)
+
+
+def test_buffers_are_cut_where_that_was_faster():
+    cases = {
+        (47, 32768, 8): 4,  # 376 blocks
+        (84, 32768, 4): 4,
+        (24, 32768, 8): 8,
+        (6, 131072, 8): 32,
+        (47, 32766, 8): 1,  # 4 does not divide
+        (91, 16384, 8): 1,  # 728 blocks, two rounds and 200
+        (66, 4096, 8): 1,  # two rounds
+        (15, 16384, 8): 1,  # 16 pieces would have 1024 entries
+        (1, 131072, 8): 1,
+    }
+    assert {case: cudnn._pieces(*case, groups=1) for case in cases} == cases
 
 
 def test_long_decode_lowers_to_one_pass_over_pieces(cuda_lowering, monkeypatch):
-    args = [jax.ShapeDtypeStruct((2, *n, 128), jnp.bfloat16) for n in ((8,), *[(8192, 2)] * 2)]
-    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    shapes = (8,), (8192, 4), (8192, 4)
+    args = [jax.ShapeDtypeStruct((100, *n, 128), jnp.bfloat16) for n in shapes]
+    lengths = jax.ShapeDtypeStruct((100,), jnp.int32)
 
     def rows():
         text = cuda_lowering(lambda *a: decode_attention(*a), *args, lengths)
         (call,) = [line for line in text.splitlines() if "custom_call @__cudnn$fmha" in line]
-        return [n for n in (2, 8) if f"tensor<{n}x{16384 // n}x2x128xbf16>" in call]
+        return [n for n in (100, 400) if f"tensor<{n}x{819200 // n}x4x128xbf16>" in call]
 
-    assert rows() == [8]
+    assert rows() == [400]
     monkeypatch.setattr(cudnn, "internals", None)  # a jax that hides what the merge needs
-    assert rows() == [2]
+    assert rows() == [100]
 
 
 def test_cudnn_takes_what_it_can(cuda_lowering):
@@ -500,8 +514,10 @@ def test_cudnn_equals_reference(window, lengths):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("entries", [500, 16384])
-def test_cudnn_decode_equals_reference(entries):
+@pytest.mark.parametrize(("entries", "pieces"), [(500, None), (500, 4), (16384, 8)])
+def test_cudnn_decode_equals_reference(monkeypatch, entries, pieces):
+    if pieces is not None:
+        monkeypatch.setattr(cudnn, "_pieces", lambda *args, groups: pieces)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(4, 1, 8, 2, 128, keys=entries))
     lengths = jnp.array([0, 1, entries // 3, entries])
     ours = decode_attention(q[:, 0], k, v, lengths, impl="cudnn")

@@ -391,9 +391,12 @@ def test_cudnn_equals_reference(lengths):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", [64, 4096])
+@pytest.mark.parametrize("pieces", [None, 8])
 @pytest.mark.parametrize("tied", [True, False])
-def test_cudnn_decode_equals_reference(tied, window):
+def test_cudnn_decode_equals_reference(monkeypatch, tied, pieces):
+    if pieces is not None:
+        monkeypatch.setattr(cudnn.cudnn, "_pieces", lambda *args, groups: pieces)
+    window = 64
     arrays = streams(4, 2 * window, 8, 2, 128)
     q, k, v, q_fading = (jnp.asarray(arrays[i], jnp.bfloat16) for i in (0, 1, 2, 5))
     lengths = jnp.array([0, 30, window, window]), jnp.array([0, 0, 1, window])
