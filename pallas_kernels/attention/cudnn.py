@@ -174,8 +174,8 @@ def _pieces(rows: int, entries: int, heads: int, *, groups: int) -> int:
     cuDNN has a block for each (piece, head), two to a multiprocessor: H100s and H200s run 264 at a
     time. While the last ones run, others idle: as long as 0.15 rounds of 264 take, more or less,
     unless the last round is nearly full. So there should be four rounds; more cost more than they
-    save, and pieces of less than 2048 entries, too. Where four are too many, cuDNN knows best: it
-    cuts few rows by itself. Measured on an H200 (benchmarks/results): 376 blocks took 7% longer
+    save, and so do pieces of less than 2048 entries: rather none then (cuDNN cuts few rows itself).
+    Measured on an H200 (benchmarks/results): 376 blocks took 7% longer
     than 1504, 192 6% longer than 1536, but 120 took 5% less than 960 and 752 3% less than 1504.
     """
     blocks = rows * heads * groups
@@ -184,8 +184,8 @@ def _pieces(rows: int, entries: int, heads: int, *, groups: int) -> int:
     times = 1
     while blocks * times < 1100:
         times *= 2
-    whole = entries % (groups * times) or entries // (groups * times) < 2048
-    return groups if whole else groups * times
+    pieces = groups * times
+    return pieces if entries % pieces == 0 and entries // pieces >= 2048 else groups
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
