@@ -172,15 +172,13 @@ def _pieces(rows: int, entries: int, heads: int, *, groups: int) -> int:
     """Into how many equal pieces, a multiple of `groups`, to cut buffers [rows, entries, heads, D].
 
     cuDNN has a block for each (piece, head), two to a multiprocessor: H100s and H200s run 264 at a
-    time. While the last ones run, others idle: as long as 0.15 rounds of 264 take, more or less,
-    unless the last round is nearly full. So there should be four rounds; more cost more than they
-    save, and so do pieces of less than 2048 entries: rather none then (cuDNN cuts few rows itself).
-    Measured on an H200 (benchmarks/results): 376 blocks took 7% longer
-    than 1504, 192 6% longer than 1536, but 120 took 5% less than 960 and 752 3% less than 1504.
+    time, and idle while the last ones run. So there should be four rounds of them; more cost more
+    than they save, and so do pieces of less than 2048 entries: rather none then (cuDNN cuts few
+    rows by itself). On an H200 (benchmarks/results) 376 blocks took 7% longer than 1504, 192 6%
+    longer than 1536, 120 5% less than 960; 752, where the last round is nearly full, 3% less than
+    1504, but with rows of different lengths (1024 to 8192) 512 took 9% longer than 2048.
     """
     blocks = rows * heads * groups
-    if blocks >= 264 and not 0 < blocks % 264 < 190:
-        return groups
     times = 1
     while blocks * times < 1100:
         times *= 2
