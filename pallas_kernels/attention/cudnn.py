@@ -4,12 +4,13 @@ Decoding cuts long buffers into pieces, each a row to cuDNN, and merges what the
 hundred blocks, one per (row, kv head), a GPU idles while the last of them run.
 
 That needs the log-sum-exp of every piece, which jax.nn rounds to the dtype of the values, too
-coarse to merge with; so `with_lse` calls what lies below jax.nn and is not public. A jax without
-it (`internals` is None) decodes in one piece.
+coarse to merge with; so `with_lse` calls what lies below jax.nn and is not public. A jax that has
+changed it (`internals` is None) decodes in one piece.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
@@ -19,10 +20,19 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import chunked
 
-try:
-    from jax._src.cudnn import fused_attention_stablehlo as internals
-except ImportError:  # another jax
-    internals: Any = None
+
+def _find_internals() -> Any:
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as found
+
+        takes = set(inspect.signature(found.dot_product_attention).parameters)
+    except (ImportError, AttributeError):  # another jax
+        return None
+    wanted = {"scale", "mask_type", "sliding_window_length", "q_seqlen", "kv_seqlen"}
+    return found if wanted | {"return_residual"} <= takes else None
+
+
+internals = _find_internals()
 
 
 def why_not(
@@ -180,7 +190,7 @@ def _pieces(rows: int, entries: int, heads: int, *, groups: int) -> int:
     """
     blocks = rows * heads * groups
     times = 1
-    while blocks * times < 1100:
+    while 0 < blocks * times < 1100:
         times *= 2
     pieces = groups * times
     return pieces if entries % pieces == 0 and entries // pieces >= 2048 else groups

@@ -491,6 +491,15 @@ def test_long_decode_lowers_to_one_pass_over_pieces(cuda_lowering, monkeypatch):
     assert rows() == [100]
 
 
+def test_a_jax_that_has_changed_hides_its_internals(monkeypatch):
+    found = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    assert cudnn._find_internals() is found
+    monkeypatch.setattr(found, "dot_product_attention", lambda query, key, value, *, scale: None)
+    assert cudnn._find_internals() is None
+    monkeypatch.delattr(found, "dot_product_attention")
+    assert cudnn._find_internals() is None
+
+
 def test_cudnn_takes_what_it_can(cuda_lowering):
     good = [jnp.zeros((1, 4, 2, 64), jnp.bfloat16)] * 3
     assert cudnn.why_not(*good) is None
