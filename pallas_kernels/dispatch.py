@@ -1,10 +1,11 @@
-"""Which implementation of an operator runs, and why."""
+"""Which implementation of an operator runs, and why; gradients that another one lends."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -57,3 +58,24 @@ def why_no_hopper() -> str | None:
     if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
         return "its kernels need an NVIDIA Hopper GPU (compute capability 9.0)"
     return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def with_gradient_of(other: Callable[..., Any], run: Callable[..., Any], *arrays: Any) -> Any:
+    """`run(*arrays)`, with the gradient of `other(*arrays)`, another implementation of the same.
+
+    The gradient is computed from the saved arguments, in JAX's highest precision.
+    """
+    return run(*arrays)
+
+
+def _forward(other, run, *arrays):
+    return run(*arrays), arrays
+
+
+def _backward(other, run, arrays, cotangents):
+    with jax.default_matmul_precision("highest"):
+        return jax.vjp(other, *arrays)[1](cotangents)
+
+
+with_gradient_of.defvjp(_forward, _backward)

@@ -11,14 +11,14 @@ changed it (`internals` is None) decodes in one piece.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import chunked
+from pallas_kernels.dispatch import with_gradient_of
 
 
 def _find_internals() -> Any:
@@ -165,17 +165,11 @@ def decode_groups(
         scale=scale,
         lengths=used,
     )
-    used, lse, o = used.reshape(B, P, 1), lse.reshape(B, P, H), o.reshape(B, P, H, D)
-    parts = [(used[:, i] > 0, lse[:, i], o[:, i].astype(jnp.float32)) for i in range(P)]
-    # One by one, not by reductions: XLA makes fewer kernels of it.
-    top = reduce(jnp.maximum, (jnp.where(used, lse, -jnp.inf) for used, lse, _ in parts))
-    weights = [jnp.where(used, jnp.exp(lse - top), 0) for used, lse, _ in parts]
-    share = 1 / jnp.maximum(sum(weights), 1)
-    merged = sum(
-        jnp.where(used[..., None], (share * w)[..., None] * o, 0)
-        for (used, _, o), w in zip(parts, weights, strict=True)
-    )
-    return jnp.asarray(merged).astype(v.dtype)
+    used = (used > 0).reshape(B, P, 1)
+    lse = jnp.where(used, lse.reshape(B, P, H), -jnp.inf)
+    share = jnp.where(used, jax.nn.softmax(lse, axis=1), 0)[..., None]
+    parts = jnp.where(used[..., None], o.reshape(B, P, H, D).astype(jnp.float32), 0)
+    return jnp.sum(share * parts, axis=1).astype(v.dtype)
 
 
 def _pieces(rows: int, entries: int, heads: int, *, groups: int) -> int:
@@ -194,22 +188,3 @@ def _pieces(rows: int, entries: int, heads: int, *, groups: int) -> int:
         times *= 2
     pieces = groups * times
     return pieces if entries % pieces == 0 and entries // pieces >= 2048 else groups
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def with_gradient_of(
-    other: Callable[..., jax.Array], run: Callable[..., jax.Array], *arrays: jax.Array | None
-) -> jax.Array:
-    """`run(*arrays)`; its gradient is that of `other(*arrays)`, the same function."""
-    return run(*arrays)
-
-
-def _forward(other, run, *arrays):
-    return run(*arrays), arrays
-
-
-def _backward(other, run, arrays, cotangent):
-    return jax.vjp(other, *arrays)[1](cotangent)
-
-
-with_gradient_of.defvjp(_forward, _backward)

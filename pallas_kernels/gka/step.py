@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import with_gradient_of
 from pallas_kernels.gka.chunked import gka_chunked
 from pallas_kernels.recurrent import check, check_heads
 
@@ -55,7 +56,6 @@ def at_slots(
     return o, (h_kk, h_kv)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def with_gradient(
     launch: Callable[..., Result], options: tuple[float, float, bool], *arrays: jax.Array | None
 ) -> Result:
@@ -66,39 +66,26 @@ def with_gradient(
       options: its ridge, scale and decay_kk.
       arrays: q, k, v, alpha, g, beta, num_iter, slots (or None), h_kk, h_kv as in `gka_step`.
     """
-    return launch(*arrays)
+    return with_gradient_of(partial(_chunked, *options), launch, *arrays)
 
 
-def _forward(launch, options, *arrays):
-    return launch(*arrays), arrays
+def _chunked(ridge, scale, decay_kk, *arrays) -> Result:
+    *token, num_iter, slots, h_kk, h_kv = arrays
 
+    def step(h_kk, h_kv):
+        o, state = gka_chunked(
+            *[x[:, None] for x in token],
+            num_iter=num_iter,
+            segment_ids=None,
+            h_kk=h_kk,
+            h_kv=h_kv,
+            ridge=ridge,
+            scale=scale,
+            decay_kk=decay_kk,
+            bp_lambda=True,
+            solver="chebyshev",
+            chunk_size=1,
+        )
+        return o[:, 0], state
 
-def _backward(launch, options, saved, cotangents):
-    *token, num_iter, slots, h_kk, h_kv = saved
-    ridge, scale, decay_kk = options
-
-    def plain(token, h_kk, h_kv):
-        def step(h_kk, h_kv):
-            o, state = gka_chunked(
-                *[x[:, None] for x in token],
-                num_iter=num_iter,
-                segment_ids=None,
-                h_kk=h_kk,
-                h_kv=h_kv,
-                ridge=ridge,
-                scale=scale,
-                decay_kk=decay_kk,
-                bp_lambda=True,
-                solver="chebyshev",
-                chunk_size=1,
-            )
-            return o[:, 0], state
-
-        return step(h_kk, h_kv) if slots is None else at_slots(step, slots, h_kk, h_kv)
-
-    with jax.default_matmul_precision("highest"):
-        d_token, *d_states = jax.vjp(plain, token, h_kk, h_kv)[1](cotangents)
-    return *d_token, None, None, *d_states
-
-
-with_gradient.defvjp(_forward, _backward)
+    return step(h_kk, h_kv) if slots is None else at_slots(step, slots, h_kk, h_kv)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import cudnn
 from pallas_kernels.attention.cudnn import internals
+from pallas_kernels.dispatch import with_gradient_of
 from pallas_kernels.two_window_attention import chunked
 
 _BACKWARD: Any = getattr(internals, "_dot_product_attention_bwd_p_wrapper", None)
@@ -145,7 +146,7 @@ def two_window_decode(
     """`two_window_decode`: with tied weights plain attention over a prefix; see the facade."""
     if q_fading is None:
         return cudnn.decode_attention(q, k, v, lengths_in + lengths_fading, scale=scale)
-    return cudnn.with_gradient_of(
+    return with_gradient_of(
         functools.partial(chunked.two_window_decode, scale=scale),
         functools.partial(_untied, scale=scale),
         q, k, v, lengths_in, lengths_fading, q_fading,

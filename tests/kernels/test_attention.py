@@ -491,6 +491,21 @@ def test_long_decode_lowers_to_one_pass_over_pieces(cuda_lowering, monkeypatch):
     assert rows() == [100]
 
 
+def test_programs_do_not_grow_with_the_number_of_pieces(cuda_lowering):
+    """XLA took 29 s longer for the 36 layers of a model when 32 pieces were merged one by one."""
+
+    def lines(rows, entries):
+        shapes = (rows, 8, 128), (rows, entries, 8, 128), (rows, entries, 8, 128)
+        args = [jax.ShapeDtypeStruct(n, jnp.bfloat16) for n in shapes]
+        lengths = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        return len(cuda_lowering(lambda *a: decode_attention(*a), *args, lengths).splitlines())
+
+    assert (
+        cudnn._pieces(3, 131072, 8, groups=1) == 64 and cudnn._pieces(100, 8192, 8, groups=1) == 2
+    )
+    assert lines(3, 131072) == lines(100, 8192)
+
+
 def test_a_jax_that_has_changed_hides_its_internals(monkeypatch):
     found = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     assert cudnn._find_internals() is found
