@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit("Nothing was measured: nothing that was asked for could run here.")
     copy = copy_rate(args.out)
     args.out.with_suffix(".md").write_text(table(rows, copy) + "\n")
-    plot(rows, args.out.with_suffix(".png"))
+    plot(rows, copy, args.out.with_suffix(".png"))
     print(table(rows, copy))
 
 
@@ -120,6 +120,15 @@ def ratios(rows: Mapping[Key, Mapping[str, Any]], what: str) -> dict[Line, dict[
     return out
 
 
+def shares(rows: Mapping[Key, Mapping[str, Any]], copy: float) -> dict[Line, dict[int, float]]:
+    """Line -> context -> how fast what a decode step has to move moves, over `copy` GB/s."""
+    out: dict[Line, dict[int, float]] = {}
+    for (kind, context, line), row in rows.items():
+        if kind == "decode":
+            out.setdefault(line, {})[context] = row["extra"]["gb_per_s"] / copy
+    return out
+
+
 def table(rows: Mapping[Key, Mapping[str, Any]], copy: float | None) -> str:
     """Markdown: one line per `Line`, absolute numbers and ratios per context."""
     contexts = sorted({context for _, context, _ in rows})
@@ -137,6 +146,7 @@ def table(rows: Mapping[Key, Mapping[str, Any]], copy: float | None) -> str:
         if not names:
             continue
         relative = ratios(rows, what)
+        moved = shares(rows, copy) if copy else {}
         heads = "".join(f" {_short(c)} |" for c in contexts)
         lines += [
             "",
@@ -156,7 +166,7 @@ def table(rows: Mapping[Key, Mapping[str, Any]], copy: float | None) -> str:
                 extra = row["extra"]
                 if what == "decode":
                     notes = [f"{row['shape']['batch']}"]
-                    notes += [f"{extra['gb_per_s'] / copy:.0%}"] if copy else []
+                    notes += [f"{moved[line][context]:.0%}"] if copy else []
                 else:
                     notes = []
                 if (ratio := relative.get(line, {}).get(context)) is not None:
@@ -170,39 +180,50 @@ def table(rows: Mapping[Key, Mapping[str, Any]], copy: float | None) -> str:
     return "\n".join(lines).strip()
 
 
-def plot(rows: Mapping[Key, Mapping[str, Any]], file: Path) -> None:
-    """Ratios to the Transformer against context, the cards' dashed; needs matplotlib."""
+def plot(rows: Mapping[Key, Mapping[str, Any]], copy: float | None, file: Path) -> None:
+    """Ratios to the Transformer (the cards' dashed) and decoding's share of `copy`, by context.
+
+    One device above, several below. Needs matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(13, 4.2))
-    titles = {"decode": "decode throughput, memory full", "ttft": "time to first token"}
-    for ax, (what, title) in zip(axes, titles.items(), strict=True):
-        lines = ratios(rows, what)
-        for line, values in sorted(lines.items(), key=lambda x: _place(x[0])):
-            shape, model, num_iter, tp = line
-            most = max(x[3] for x in lines if x[:2] == line[:2])
-            # num_iter hardly matters, numbers of devices between lie between: in the table
-            if num_iter not in (None, 30) or tp not in (1, most):
-                continue
-            name = f"{shape} {model}" + ("" if tp == 1 else f", {tp} devices")
-            color = f"C{MODELS.index(model)}"
-            style = {"32B": ("s:", "D:")}.get(shape, ("o-", "^-."))[tp > 1]
-            ax.plot(*zip(*sorted(values.items()), strict=True), style, color=color, label=name)
-            if tp == 1 and _on_card(what, line):
+    panels = [
+        ("decode", "decode throughput, memory full", "x Transformer", ratios(rows, "decode")),
+        ("ttft", "time to first token", "x Transformer", ratios(rows, "ttft")),
+    ]
+    if copy:
+        panels.append(("", "decode: what must move, per second", "x copy rate", shares(rows, copy)))
+    # num_iter hardly matters: in the table
+    shown = {line for _, _, line in rows if line[2] in (None, 30)}
+    shown = sorted(shown, key=lambda x: (*_place(x)[:2], x[3], _place(x)))
+    groups = [[x for x in shown if (x[3] > 1) == several] for several in (False, True)]
+    groups = [group for group in groups if group]
+    contexts = sorted({context for _, context, _ in rows})
+    size = (5 * len(panels) + 2, 3.8 * len(groups))
+    fig, grid = plt.subplots(len(groups), len(panels), figsize=size, squeeze=False, sharey="col")
+    for group, axes in zip(groups, grid, strict=True):
+        for ax, (what, title, unit, lines) in zip(axes, panels, strict=True):
+            for line in group:
+                shape, model, _, tp = line
+                style = {1: "o", 2: "s", 4: "D"}.get(tp, "^") + ("-" if shape == "8B" else ":")
+                color = f"C{MODELS.index(model)}"
+                name = f"{shape} {model}" + ("" if tp == 1 else f", {tp} devices")
+                points = dict(sorted(lines.get(line, {}).items()))  # none: still in the legend
+                ax.plot([*points], [*points.values()], style, color=color, label=name)
+            for model in {x[1] for x in group if what and _on_card(what, x)}:
+                color = f"C{MODELS.index(model)}"
                 ax.plot(CONTEXTS, CARDS[what][model], "x--", color=color, alpha=0.6)
-        ax.axhline(1, color="grey", linewidth=0.8)
-        contexts = sorted({context for _, context, _ in rows})
-        ax.set(xscale="log", xlabel="context (tokens)", ylabel="x Transformer", title=title)
-        ax.set_xticks(contexts, [_short(c) for c in contexts])
-        ax.minorticks_off()
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+            ax.axhline(1, color="grey", linewidth=0.8)
+            ax.set(xscale="log", xlabel="context (tokens)", ylabel=unit, title=title)
+            ax.set_xticks(contexts, [_short(c) for c in contexts])
+            ax.minorticks_off()
+        axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     fig.text(0.5, 0.01, "dashed: the model cards (8 H200, TP=8)", ha="center", fontsize=8)
     fig.tight_layout(rect=(0, 0.03, 1, 1))
-    fig.savefig(file, dpi=120)
+    fig.savefig(file, dpi=100)
     plt.close(fig)
 
 
