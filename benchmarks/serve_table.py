@@ -191,31 +191,31 @@ def plot(rows: Mapping[Key, Mapping[str, Any]], copy: float | None, file: Path) 
     import matplotlib.pyplot as plt
 
     panels = [
-        ("decode", "decode throughput, memory full", "x Transformer", ratios(rows, "decode")),
-        ("ttft", "time to first token", "x Transformer", ratios(rows, "ttft")),
+        (title, "x Transformer", ratios(rows, what), CARDS[what])
+        for what, title in (
+            ("decode", "decode throughput, memory full"),
+            ("ttft", "time to first token"),
+        )
     ]
     if copy:
-        panels.append(("", "decode: what must move, per second", "x copy rate", shares(rows, copy)))
+        panels.append(("decode: what must move, per second", "x copy rate", shares(rows, copy), {}))
     # num_iter hardly matters: in the table
-    shown = {line for _, _, line in rows if line[2] in (None, 30)}
-    shown = sorted(shown, key=lambda x: (*_place(x)[:2], x[3], _place(x)))
-    groups = [[x for x in shown if (x[3] > 1) == several] for several in (False, True)]
-    groups = [group for group in groups if group]
+    lines = {line for _, _, line in rows if line[2] in (None, 30)}
+    groups = [[x for x in lines if (x[3] > 1) == several] for several in (False, True)]
+    groups = [sorted(x, key=lambda x: (len(x[0]), x[3], _place(x))) for x in groups if x]
     contexts = sorted({context for _, context, _ in rows})
     size = (5 * len(panels) + 2, 3.8 * len(groups))
     fig, grid = plt.subplots(len(groups), len(panels), figsize=size, squeeze=False, sharey="col")
     for group, axes in zip(groups, grid, strict=True):
-        for ax, (what, title, unit, lines) in zip(axes, panels, strict=True):
+        for ax, (title, unit, values, cards) in zip(axes, panels, strict=True):
             for line in group:
                 shape, model, _, tp = line
                 style = {1: "o", 2: "s", 4: "D"}.get(tp, "^") + ("-" if shape == "8B" else ":")
-                color = f"C{MODELS.index(model)}"
                 name = f"{shape} {model}" + ("" if tp == 1 else f", {tp} devices")
-                points = dict(sorted(lines.get(line, {}).items()))  # none: still in the legend
-                ax.plot([*points], [*points.values()], style, color=color, label=name)
-            for model in {x[1] for x in group if what and _on_card(what, x)}:
-                color = f"C{MODELS.index(model)}"
-                ax.plot(CONTEXTS, CARDS[what][model], "x--", color=color, alpha=0.6)
+                points = dict(sorted(values.get(line, {}).items()))  # none: still in the legend
+                ax.plot([*points], [*points.values()], style, color=_color(model), label=name)
+            for model in cards.keys() & {x[1] for x in group if x[0] == "8B"}:
+                ax.plot(CONTEXTS, cards[model], "x--", color=_color(model), alpha=0.6)
             ax.axhline(1, color="grey", linewidth=0.8)
             ax.set(xscale="log", xlabel="context (tokens)", ylabel=unit, title=title)
             ax.set_xticks(contexts, [_short(c) for c in contexts])
@@ -231,6 +231,10 @@ def _place(line: Line) -> tuple[Any, ...]:
     """Where a line stands: by shape, then as in `MODELS`, then by num_iter, the largest first."""
     shape, model, num_iter, tp = line
     return len(shape), shape, MODELS.index(model), -(num_iter or 0), tp
+
+
+def _color(model: str) -> str:
+    return f"C{MODELS.index(model)}"
 
 
 def _on_card(what: str, line: Line) -> bool:

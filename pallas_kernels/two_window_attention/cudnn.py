@@ -23,12 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import cudnn
-from pallas_kernels.attention.cudnn import internals
 from pallas_kernels.dispatch import with_gradient_of
 from pallas_kernels.two_window_attention import chunked
 
-_BACKWARD: Any = getattr(internals, "_dot_product_attention_bwd_p_wrapper", None)
-_RULE: Any = getattr(internals, "_dot_product_attention_bwd_rule", None)
+_BACKWARD: Any = getattr(cudnn.internals, "_dot_product_attention_bwd_p_wrapper", None)
+_RULE: Any = getattr(cudnn.internals, "_dot_product_attention_bwd_rule", None)
 _HIDDEN = f"jax {jax.__version__} hides the cuDNN passes whose results could be merged"
 
 Array = jax.Array
@@ -120,8 +119,8 @@ def _pass_backward(
     dq, dk, dv, *_ = _BACKWARD.bind(
         q, k, v, *none, lse, o, do.astype(o.dtype),
         scale=scale, seed=0, dropout_rate=0.0, variadic_args=(False, False),
-        mask_type=internals.MaskType.CAUSAL, layout=internals.AttentionLayout.BTNH.value,
-        sliding_window_length=window, **new,
+        mask_type=cudnn.internals.MaskType.CAUSAL, sliding_window_length=window,
+        layout=cudnn.internals.AttentionLayout.BTNH.value, **new,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -130,7 +129,7 @@ def why_no_decode(q: Array, k: Array, v: Array, q_fading: Array | None) -> str |
     """Why cuDNN cannot run `two_window_decode` on these here, or None if it can."""
     if reason := cudnn.why_not(q, k, v):
         return reason
-    return _HIDDEN if q_fading is not None and internals is None else None
+    return _HIDDEN if q_fading is not None and cudnn.internals is None else None
 
 
 def two_window_decode(

@@ -306,7 +306,7 @@ def test_decode_lowers_to_cudnn(cuda_lowering, monkeypatch):  # noqa: F811
     assert "__cudnn$fmhaSoftmax" in text and '"mask_type": "PADDING"' in text
     text = cuda_lowering(step, q[:, 0], k, v, q_fading[:, 0])
     assert text.count("custom_call @__cudnn$fmhaSoftmax") == 1
-    monkeypatch.setattr(cudnn, "internals", None)
+    monkeypatch.setattr(cudnn.cudnn, "internals", None)
     text = cuda_lowering(lambda *args: step(*args), q[:, 0], k, v, q_fading[:, 0])
     assert "cudnn" not in text
     with pytest.raises(ValueError, match="hides the cuDNN passes"):
