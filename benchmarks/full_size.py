@@ -28,9 +28,9 @@ from flax import nnx
 import hmf_jax
 from benchmarks.models import Settings
 from benchmarks.rows import environment
-from convert import jax_to_hf, mapping
-from convert.safetensors_io import DTYPES, Pending, dtype_name, write
 from hmf_jax.config import HybridConfig
+from hmf_jax.convert import jax_to_hf, mapping
+from hmf_jax.convert.safetensors_io import DTYPES, Pending, dtype_name, write
 from hmf_jax.loading import flat_params
 from hmf_jax.model import HybridLM
 

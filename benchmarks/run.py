@@ -16,9 +16,9 @@ import jax
 from benchmarks import models, operators, training
 from benchmarks.rows import Row, environment
 from benchmarks.timing import ceilings
+from hmf_jax.pallas_kernels.dispatch import IMPLS
+from hmf_jax.pallas_kernels.shapes import SHAPES, TP
 from hmf_jax.training.step import REMAT
-from pallas_kernels.dispatch import IMPLS
-from pallas_kernels.shapes import SHAPES, TP
 
 PASSES = ("fwd", "fwd_bwd", "decode")
 OPS = (*operators.OPERATORS, *models.MODELS, *training.STEPS, models.COMPILE)

@@ -19,7 +19,7 @@ import optax
 from benchmarks import models
 from benchmarks.rows import Row
 from benchmarks.timing import device_time, milliseconds
-from convert.mapping import PREFIX
+from hmf_jax.convert.mapping import PREFIX
 from hmf_jax.memory import device_bytes
 from hmf_jax.model import HybridLM
 from hmf_jax.sharding import BATCH_AXES

@@ -17,11 +17,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-import pallas_kernels
 from benchmarks.operators import forget_errors, measure
 from benchmarks.rows import environment
-from pallas_kernels.shapes import SHAPES
-from pallas_kernels.tuning import key, using
+from hmf_jax import pallas_kernels
+from hmf_jax.pallas_kernels.shapes import SHAPES
+from hmf_jax.pallas_kernels.tuning import key, using
 
 FILE = Path(pallas_kernels.__file__).with_name("tuned.json")
 TOLERANCE = {"fwd": 3e-2, "decode": 1e-2}

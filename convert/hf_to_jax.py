@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
-from convert import mapping
-from convert.safetensors_io import DTYPES, Checkpoint
 from hmf_jax.config import HybridConfig
+from hmf_jax.convert import mapping
+from hmf_jax.convert.safetensors_io import DTYPES, Checkpoint
 
 THREADS = 4
 _CHUNK = 1 << 26  # elements compared or scanned at a time

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from convert import mapping
-from convert.safetensors_io import DTYPES, Pending, dtype_name, write
 from hmf_jax.config import HybridConfig
+from hmf_jax.convert import mapping
+from hmf_jax.convert.safetensors_io import DTYPES, Pending, dtype_name, write
 
 # What travels with a model besides its weights and config.
 _COMPANIONS = (

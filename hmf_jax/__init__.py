@@ -3,17 +3,48 @@
 model = hmf_jax.from_pretrained("path/or/repo")
 chat = hmf_jax.ChatSession(model)
 print(chat.send("Hello!"))
+
+Names are imported when they are first used, so that importing this package costs next to nothing.
 """
 
-from hmf_jax.chat import ChatSession, generate_text, stream_text
-from hmf_jax.compose import compose
-from hmf_jax.config import HybridConfig
-from hmf_jax.generation import enable_compilation_cache, generate, stream, warmup
-from hmf_jax.loading import from_pretrained, save_orbax, save_pretrained
-from hmf_jax.model import HybridLM, PackedModel
-from hmf_jax.sampling import SamplingParams
-from hmf_jax.sharding import make_mesh
-from hmf_jax.state import ModelState
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `__getattr__` does, for type checkers; a test compares the two
+    from hmf_jax.chat import ChatSession, generate_text, stream_text
+    from hmf_jax.composition import compose
+    from hmf_jax.config import HybridConfig
+    from hmf_jax.generation import enable_compilation_cache, generate, stream, warmup
+    from hmf_jax.loading import from_pretrained, save_orbax, save_pretrained
+    from hmf_jax.model import HybridLM, PackedModel
+    from hmf_jax.sampling import SamplingParams
+    from hmf_jax.sharding import make_mesh
+    from hmf_jax.state import ModelState
+
+__version__ = "0.2.0.dev0"
+
+_HOME = {
+    "ChatSession": "chat",
+    "HybridConfig": "config",
+    "HybridLM": "model",
+    "ModelState": "state",
+    "PackedModel": "model",
+    "SamplingParams": "sampling",
+    "compose": "composition",
+    "enable_compilation_cache": "generation",
+    "from_pretrained": "loading",
+    "generate": "generation",
+    "generate_text": "chat",
+    "make_mesh": "sharding",
+    "save_orbax": "loading",
+    "save_pretrained": "loading",
+    "stream": "generation",
+    "stream_text": "chat",
+    "warmup": "generation",
+}
+_ROOMS = ("embedded", "memory", "priming", "training")  # `hmf_jax.training.train` needs no import
 
 __all__ = [
     "ChatSession",
@@ -34,3 +65,17 @@ __all__ = [
     "stream_text",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -22,9 +22,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.model import HybridLM, PackedModel
+from hmf_jax.pallas_kernels.dispatch import why_no_hopper
 from hmf_jax.sampling import SamplingArrays, SamplingParams, sample, stack_params
 from hmf_jax.state import ModelState
-from pallas_kernels.dispatch import why_no_hopper
 
 SMALLEST_CHUNK = 64  # tokens; the last chunk of a prompt is padded to this times a power of two
 SMALLEST_CAPACITY = 256  # tokens

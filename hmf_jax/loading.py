@@ -23,9 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import tqdm as hub_tqdm
 from jax.sharding import Mesh
 
-from convert import hf_to_jax, jax_to_hf, mapping
-from convert.safetensors_io import DTYPES, dtype_name
 from hmf_jax.config import HybridConfig
+from hmf_jax.convert import hf_to_jax, jax_to_hf, mapping
+from hmf_jax.convert.safetensors_io import DTYPES, dtype_name
 from hmf_jax.model import HybridLM
 from hmf_jax.sharding import for_model, named_sharding
 

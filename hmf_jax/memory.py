@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convert.mapping import num_parameters
 from hmf_jax.config import HybridConfig, streams
+from hmf_jax.convert.mapping import num_parameters
 from hmf_jax.model import HybridLM
 from hmf_jax.sharding import row_parts
 from hmf_jax.state import ModelState

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from hmf_jax.config import HybridConfig, streams
 from hmf_jax.layers import MLP, RMSNorm, linear, one_row_twice, rope_table
 from hmf_jax.mixers import Context, Mixer, make_mixer
+from hmf_jax.pallas_kernels.segments import documents
 from hmf_jax.sharding import constrain, for_model, named_sharding
 from hmf_jax.state import ModelState
-from pallas_kernels.segments import documents
 
 Array = jax.Array
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hmf_jax.config import HybridConfig
-from pallas_kernels.sharded import (
+from hmf_jax.pallas_kernels.sharded import (
     BATCH_AXES,
     EMBED_AXES,
     HEAD_AXES,

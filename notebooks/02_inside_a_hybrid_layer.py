@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from hmf_jax import HybridConfig, HybridLM
-from pallas_kernels import gka, two_window_attention
+from hmf_jax.pallas_kernels import gka, two_window_attention
 
 # %% [markdown]
 # ## Memory against context

@@ -37,7 +37,7 @@ from IPython.display import Markdown
 
 import hmf_jax.mixers.gka
 from hmf_jax import from_pretrained
-from pallas_kernels import gka, gka_step
+from hmf_jax.pallas_kernels import gka, gka_step
 
 D, RIDGE = 128, 0.02
 rng = np.random.default_rng(0)

@@ -9,8 +9,8 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import why_no_hopper
-from pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.dispatch import why_no_hopper
+from hmf_jax.pallas_kernels.segments import documents
 
 
 def check(op: str, name: str, x: jax.Array, shape: tuple[int, ...], dims: str) -> None:

@@ -47,5 +47,5 @@ def using(op: str, **values: int) -> Iterator[None]:
 
 @functools.cache
 def _table() -> Table:
-    file = importlib.resources.files("pallas_kernels") / "tuned.json"
+    file = importlib.resources.files("hmf_jax.pallas_kernels") / "tuned.json"
     return json.loads(file.read_text()) if file.is_file() else {}

@@ -23,10 +23,10 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.loading import flat_params, from_pretrained
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
 from hmf_jax.model import HybridLM, PackedModel
+from hmf_jax.pallas_kernels import tuning
+from hmf_jax.pallas_kernels.shapes import SHAPES, TP
 from hmf_jax.sharding import make_mesh
 from hmf_jax.training import trainer
-from pallas_kernels import tuning
-from pallas_kernels.shapes import SHAPES, TP
 from tests.util import rel
 
 FIELDS = {

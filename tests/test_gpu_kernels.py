@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hmf_jax import HybridConfig, HybridLM, make_mesh
-from pallas_kernels.dispatch import _said
+from hmf_jax.pallas_kernels.dispatch import _said
 from tests.util import place, rel
 
 pytestmark = pytest.mark.gpu

@@ -17,9 +17,9 @@ import pytest
 from flax import nnx
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from convert.safetensors_io import Checkpoint
 from hmf_jax import HybridConfig, HybridLM, make_mesh
 from hmf_jax.config import GKAConfig
+from hmf_jax.convert.safetensors_io import Checkpoint
 from hmf_jax.loading import (
     abstract_params,
     flat_params,

@@ -9,8 +9,8 @@ from flax import nnx
 from hmf_jax.config import HybridConfig
 from hmf_jax.layers import RMSNorm, apply_rope, linear, merge_heads, split_heads
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
+from hmf_jax.pallas_kernels import attention, decode_attention
 from hmf_jax.state import AttentionState, WindowState
-from pallas_kernels import attention, decode_attention
 
 KV_DIMS = ("batch", None, "kv_heads", None)
 

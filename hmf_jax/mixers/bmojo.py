@@ -14,8 +14,8 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.layers import RMSNorm, linear, merge_heads
 from hmf_jax.mixers.attention import KV_DIMS, chronological, project, refill, write
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
+from hmf_jax.pallas_kernels import two_window_attention, two_window_decode
 from hmf_jax.state import BMojoState
-from pallas_kernels import two_window_attention, two_window_decode
 
 
 class TwoWindowAttention(nnx.Module):

@@ -9,8 +9,8 @@ from hmf_jax.config import GDNConfig, HybridConfig
 from hmf_jax.layers import exact, linear, log_decay, split_heads
 from hmf_jax.mixers.base import Array, Context
 from hmf_jax.mixers.linear import GatedLinearMixer, l2_normalize
+from hmf_jax.pallas_kernels import gated_delta_rule, gated_delta_rule_step
 from hmf_jax.state import GDNState
-from pallas_kernels import gated_delta_rule, gated_delta_rule_step
 
 
 class GatedDeltaNet(GatedLinearMixer):

@@ -9,8 +9,8 @@ from hmf_jax.config import GKAConfig, HybridConfig
 from hmf_jax.layers import exact, linear, log_decay, split_heads
 from hmf_jax.mixers.base import Array, Context
 from hmf_jax.mixers.linear import GatedLinearMixer, l2_normalize
+from hmf_jax.pallas_kernels import gka, gka_step
 from hmf_jax.state import GKAState
-from pallas_kernels import gka, gka_step
 
 
 class GatedKalmaNet(GatedLinearMixer):

@@ -19,7 +19,7 @@ from hmf_jax.layers import (
     split_heads,
 )
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
-from pallas_kernels import causal_conv1d
+from hmf_jax.pallas_kernels import causal_conv1d
 
 Channels = Literal["heads", "kv_heads"]
 

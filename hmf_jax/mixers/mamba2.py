@@ -19,8 +19,8 @@ from hmf_jax.layers import (
 )
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.mixers.linear import ShortConv
+from hmf_jax.pallas_kernels import ssd, ssd_step
 from hmf_jax.state import Mamba2State
-from pallas_kernels import ssd, ssd_step
 
 CONV_SIZE = 4
 

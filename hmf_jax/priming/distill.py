@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from convert.jax_to_hf import tensors
 from hmf_jax.config import HybridConfig, streams
+from hmf_jax.convert.jax_to_hf import tensors
 from hmf_jax.layers import exact
 from hmf_jax.loading import flat_params, resolve
 from hmf_jax.mixers import Context

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from convert.jax_to_hf import replacing
 from hmf_jax.config import HybridConfig, SWAConfig
+from hmf_jax.convert.jax_to_hf import replacing
 from hmf_jax.loading import flat_params, with_params
 from hmf_jax.model import HybridLM
 from hmf_jax.training.loss import next_token_loss

@@ -29,8 +29,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from convert import mapping
-from convert.safetensors_io import Checkpoint
 from hmf_jax.config import (
     FUSED,
     BMojoConfig,
@@ -41,6 +39,8 @@ from hmf_jax.config import (
     SWAConfig,
     streams,
 )
+from hmf_jax.convert import mapping
+from hmf_jax.convert.safetensors_io import Checkpoint
 from hmf_jax.layers import exact
 from hmf_jax.loading import (
     abstract_params,

@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from convert.mapping import num_parameters
 from hmf_jax.config import HybridConfig, streams
+from hmf_jax.convert.mapping import num_parameters
 from hmf_jax.loading import flat_params, from_pretrained, save_pretrained, with_params
 from hmf_jax.model import HybridLM
 

@@ -30,8 +30,8 @@ from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from convert import mapping
-from convert.jax_to_hf import replacing
+from hmf_jax.convert import mapping
+from hmf_jax.convert.jax_to_hf import replacing
 from hmf_jax.layers import exact, exact_dtype, one_row_twice
 from hmf_jax.model import HybridLM
 from hmf_jax.sharding import named_sharding

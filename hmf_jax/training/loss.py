@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from hmf_jax.layers import exact_dtype
 from hmf_jax.model import HybridLM
-from pallas_kernels.sharded import EMBED_AXES, HEAD_AXES, TOKEN_AXES, batch_axes, call
+from hmf_jax.pallas_kernels.sharded import EMBED_AXES, HEAD_AXES, TOKEN_AXES, batch_axes, call
 
 Array = jax.Array
 

@@ -15,8 +15,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convert import mapping
 from hmf_jax.config import LAYER_KINDS
+from hmf_jax.convert import mapping
 from hmf_jax.layers import exact, exact_dtype
 from hmf_jax.mixers import Context
 from hmf_jax.model import Block, HybridLM

@@ -7,9 +7,9 @@ from functools import partial
 import jax
 from jax.sharding import Mesh
 
-from pallas_kernels import sharded
-from pallas_kernels.attention import chunked, cudnn, mosaic, reference
-from pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels import sharded
+from hmf_jax.pallas_kernels.attention import chunked, cudnn, mosaic, reference
+from hmf_jax.pallas_kernels.dispatch import resolve
 
 __all__ = ["attention", "decode_attention"]
 

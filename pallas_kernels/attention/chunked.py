@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.segments import documents
 
 QUERY_BLOCK = 256
 KEY_BLOCK = 16384

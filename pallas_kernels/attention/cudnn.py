@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import chunked
-from pallas_kernels.dispatch import with_gradient_of
+from hmf_jax.pallas_kernels.attention import chunked
+from hmf_jax.pallas_kernels.dispatch import with_gradient_of
 
 
 def _find_internals() -> Any:

@@ -22,11 +22,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.chunked import Stream, document_ids, make_stream
-from pallas_kernels.attention.mosaic_backward import dkv, dq
-from pallas_kernels.attention.mosaic_forward import forward
-from pallas_kernels.attention.mosaic_tiles import FAR, TILE, Options, bf16, f32, i32
-from pallas_kernels.dispatch import why_no_hopper
+from hmf_jax.pallas_kernels.attention.chunked import Stream, document_ids, make_stream
+from hmf_jax.pallas_kernels.attention.mosaic_backward import dkv, dq
+from hmf_jax.pallas_kernels.attention.mosaic_forward import forward
+from hmf_jax.pallas_kernels.attention.mosaic_tiles import FAR, TILE, Options, bf16, f32, i32
+from hmf_jax.pallas_kernels.dispatch import why_no_hopper
 
 
 def attention(

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.mosaic_forward import (
+from hmf_jax.pallas_kernels.attention.mosaic_forward import (
     fill,
     given,
     load_keys,
@@ -18,7 +18,7 @@ from pallas_kernels.attention.mosaic_forward import (
     roles,
     zeros,
 )
-from pallas_kernels.attention.mosaic_tiles import (
+from hmf_jax.pallas_kernels.attention.mosaic_tiles import (
     LOG2E,
     TILE,
     M,
@@ -30,7 +30,7 @@ from pallas_kernels.attention.mosaic_tiles import (
     spans_of,
     walk_of,
 )
-from pallas_kernels.mosaic import (
+from hmf_jax.pallas_kernels.mosaic import (
     COLUMNS,
     Warpgroup,
     accumulator,
@@ -41,7 +41,7 @@ from pallas_kernels.mosaic import (
     transposed,
     vector,
 )
-from pallas_kernels.tuning import tuned
+from hmf_jax.pallas_kernels.tuning import tuned
 
 
 def dq(

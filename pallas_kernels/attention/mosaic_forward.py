@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.mosaic_tiles import (
+from hmf_jax.pallas_kernels.attention.mosaic_tiles import (
     LOG2E,
     LOWEST,
     MEMORY,
@@ -26,7 +26,7 @@ from pallas_kernels.attention.mosaic_tiles import (
     spans_of,
     walk_of,
 )
-from pallas_kernels.mosaic import (
+from hmf_jax.pallas_kernels.mosaic import (
     COLUMNS,
     MATRIX,
     ROWS,
@@ -39,7 +39,7 @@ from pallas_kernels.mosaic import (
     transposed,
     vector,
 )
-from pallas_kernels.tuning import tuned
+from hmf_jax.pallas_kernels.tuning import tuned
 
 
 def ring(stages: int, loads: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import MATRIX, ROWS, along_rows
+from hmf_jax.pallas_kernels.mosaic import MATRIX, ROWS, along_rows
 
 M = 64  # rows of a warpgroup
 TILE = 2 * M  # rows of a CTA; lengths are padded to it

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.segments import documents
 
 
 def dense_attention(

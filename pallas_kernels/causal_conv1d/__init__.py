@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pallas_kernels import sharded
-from pallas_kernels.causal_conv1d.chunked import causal_conv1d_chunked
-from pallas_kernels.causal_conv1d.reference import causal_conv1d_reference
-from pallas_kernels.dispatch import resolve
-from pallas_kernels.recurrent import check, check_segments
+from hmf_jax.pallas_kernels import sharded
+from hmf_jax.pallas_kernels.causal_conv1d.chunked import causal_conv1d_chunked
+from hmf_jax.pallas_kernels.causal_conv1d.reference import causal_conv1d_reference
+from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.recurrent import check, check_segments
 
 __all__ = ["causal_conv1d"]
 

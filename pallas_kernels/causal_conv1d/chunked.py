@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.segments import documents
 
 
 def causal_conv1d_chunked(

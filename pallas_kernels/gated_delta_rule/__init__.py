@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pallas_kernels import sharded
-from pallas_kernels.dispatch import resolve
-from pallas_kernels.gated_delta_rule import chunked, jla, reference
-from pallas_kernels.recurrent import (
+from hmf_jax.pallas_kernels import sharded
+from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.gated_delta_rule import chunked, jla, reference
+from hmf_jax.pallas_kernels.recurrent import (
     check,
     check_heads,
     check_segments,

@@ -20,13 +20,13 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from pallas_kernels import sharded
-from pallas_kernels.dispatch import resolve
-from pallas_kernels.gka import mosaic, mosaic_decode, triton
-from pallas_kernels.gka.chunked import gka_chunked
-from pallas_kernels.gka.reference import gka_reference
-from pallas_kernels.gka.step import at_slots
-from pallas_kernels.recurrent import check, check_heads, check_segments, mask_padding
+from hmf_jax.pallas_kernels import sharded
+from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.gka import mosaic, mosaic_decode, triton
+from hmf_jax.pallas_kernels.gka.chunked import gka_chunked
+from hmf_jax.pallas_kernels.gka.reference import gka_reference
+from hmf_jax.pallas_kernels.gka.step import at_slots
+from hmf_jax.pallas_kernels.recurrent import check, check_heads, check_segments, mask_padding
 
 __all__ = ["gka", "gka_step"]
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.recurrent import decays, from_chunks, to_chunks
-from pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.recurrent import decays, from_chunks, to_chunks
+from hmf_jax.pallas_kernels.segments import documents
 
 
 def gka_chunked(

@@ -32,10 +32,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dispatch import why_no_hopper
-from pallas_kernels.gka.mosaic_backward import gram_backward, read_backward, solve_backward
-from pallas_kernels.gka.mosaic_forward import solve
-from pallas_kernels.gka.mosaic_scan import (
+from hmf_jax.pallas_kernels.dispatch import why_no_hopper
+from hmf_jax.pallas_kernels.gka.mosaic_backward import gram_backward, read_backward, solve_backward
+from hmf_jax.pallas_kernels.gka.mosaic_forward import solve
+from hmf_jax.pallas_kernels.gka.mosaic_scan import (
     D_ALPHA,
     D_BETA,
     D_G,
@@ -50,7 +50,7 @@ from pallas_kernels.gka.mosaic_scan import (
     f32,
     scan,
 )
-from pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.segments import documents
 
 
 def gka_mosaic(

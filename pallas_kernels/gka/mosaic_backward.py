@@ -8,8 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gka.mosaic_forward import chebyshev, decay, invert, rooms_for
-from pallas_kernels.gka.mosaic_scan import (
+from hmf_jax.pallas_kernels.gka.mosaic_forward import chebyshev, decay, invert, rooms_for
+from hmf_jax.pallas_kernels.gka.mosaic_scan import (
     ALPHA,
     BETA2,
     CUM,
@@ -33,7 +33,7 @@ from pallas_kernels.gka.mosaic_scan import (
     bf16,
     f32,
 )
-from pallas_kernels.mosaic import (
+from hmf_jax.pallas_kernels.mosaic import (
     COLUMNS,
     Warpgroup,
     along_columns,

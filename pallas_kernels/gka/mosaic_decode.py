@@ -26,9 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import why_no_hopper
-from pallas_kernels.gka.step import check_step, with_gradient
-from pallas_kernels.tuning import tuned
+from hmf_jax.pallas_kernels.dispatch import why_no_hopper
+from hmf_jax.pallas_kernels.gka.step import check_step, with_gradient
+from hmf_jax.pallas_kernels.tuning import tuned
 
 __all__ = ["gka_decode", "why_not"]
 

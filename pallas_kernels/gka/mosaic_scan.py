@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import (
+from hmf_jax.pallas_kernels.mosaic import (
     Warpgroup,
     along_rows,
     kernel,
@@ -21,7 +21,7 @@ from pallas_kernels.mosaic import (
     transposed,
     vector,
 )
-from pallas_kernels.tuning import tuned
+from hmf_jax.pallas_kernels.tuning import tuned
 
 C = 64
 bf16, f32 = jnp.bfloat16, jnp.float32

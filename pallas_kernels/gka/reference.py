@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.segments import documents
 
 
 def gka_reference(

@@ -8,9 +8,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import with_gradient_of
-from pallas_kernels.gka.chunked import gka_chunked
-from pallas_kernels.recurrent import check, check_heads
+from hmf_jax.pallas_kernels.dispatch import with_gradient_of
+from hmf_jax.pallas_kernels.gka.chunked import gka_chunked
+from hmf_jax.pallas_kernels.recurrent import check, check_heads
 
 Result = tuple[jax.Array, tuple[jax.Array, jax.Array]]  # o [B, H, D] and (h_kk, h_kv)
 

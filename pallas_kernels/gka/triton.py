@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.gka import chunked
-from pallas_kernels.gka.step import check_step, with_gradient
-from pallas_kernels.recurrent import from_chunks, to_chunks
-from pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.gka import chunked
+from hmf_jax.pallas_kernels.gka.step import check_step, with_gradient
+from hmf_jax.pallas_kernels.recurrent import from_chunks, to_chunks
+from hmf_jax.pallas_kernels.segments import documents
 
 try:  # an optional extra
     import jax_triton  # pyright: ignore[reportMissingImports]

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pallas_kernels import sharded
-from pallas_kernels.dispatch import resolve
-from pallas_kernels.recurrent import (
+from hmf_jax.pallas_kernels import sharded
+from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.recurrent import (
     check,
     check_heads,
     check_segments,
     mask_padding,
     why_not_jla,
 )
-from pallas_kernels.ssd import chunked, jla, reference
+from hmf_jax.pallas_kernels.ssd import chunked, jla, reference
 
 __all__ = ["ssd", "ssd_step"]
 

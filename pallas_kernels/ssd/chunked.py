@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.recurrent import decays, from_chunks, to_chunks
+from hmf_jax.pallas_kernels.recurrent import decays, from_chunks, to_chunks
 
 
 def ssd(

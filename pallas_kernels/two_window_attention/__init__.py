@@ -12,10 +12,16 @@ from functools import partial
 import jax
 from jax.sharding import Mesh
 
-from pallas_kernels import sharded
-from pallas_kernels.attention import check_alignment, check_heads, check_ndim, check_rows, mosaic
-from pallas_kernels.dispatch import resolve
-from pallas_kernels.two_window_attention import chunked, cudnn, reference
+from hmf_jax.pallas_kernels import sharded
+from hmf_jax.pallas_kernels.attention import (
+    check_alignment,
+    check_heads,
+    check_ndim,
+    check_rows,
+    mosaic,
+)
+from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.two_window_attention import chunked, cudnn, reference
 
 __all__ = ["two_window_attention", "two_window_decode"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.attention import chunked
-from pallas_kernels.attention.chunked import document_ids, joint_attention, make_stream
+from hmf_jax.pallas_kernels.attention import chunked
+from hmf_jax.pallas_kernels.attention.chunked import document_ids, joint_attention, make_stream
 
 
 def two_window_attention(

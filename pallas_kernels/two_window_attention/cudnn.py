@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import cudnn
-from pallas_kernels.dispatch import with_gradient_of
-from pallas_kernels.two_window_attention import chunked
+from hmf_jax.pallas_kernels.attention import cudnn
+from hmf_jax.pallas_kernels.dispatch import with_gradient_of
+from hmf_jax.pallas_kernels.two_window_attention import chunked
 
 _BACKWARD: Any = getattr(cudnn.internals, "_dot_product_attention_bwd_p_wrapper", None)
 _RULE: Any = getattr(cudnn.internals, "_dot_product_attention_bwd_rule", None)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.reference import blank, dense_attention, own_tokens, visible_keys
+from hmf_jax.pallas_kernels.attention.reference import (
+    blank,
+    dense_attention,
+    own_tokens,
+    visible_keys,
+)
 
 
 def two_window_attention(

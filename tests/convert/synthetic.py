@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from convert import mapping
-from convert.safetensors_io import DTYPES, Pending, write
 from hmf_jax.config import BMojoConfig, GDNConfig, GKAConfig, HybridConfig, Mamba2Config
+from hmf_jax.convert import mapping
+from hmf_jax.convert.safetensors_io import DTYPES, Pending, write
 
 FLOAT32 = ("A_log", "dt_bias", "D")
 

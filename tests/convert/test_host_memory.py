@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import mapping
-from convert.hf_to_jax import THREADS
-from convert.safetensors_io import Pending, write
 from hmf_jax.config import HybridConfig
+from hmf_jax.convert import mapping
+from hmf_jax.convert.hf_to_jax import THREADS
+from hmf_jax.convert.safetensors_io import Pending, write
 
 GIB = 2**30
 # 8B shapes, few layers, small vocabulary: 2 GiB of which the largest tensor is 96 MiB.

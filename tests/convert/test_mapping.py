@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from convert import mapping
 from hmf_jax.config import BMojoConfig, GDNConfig, GKAConfig, HybridConfig, Mamba2Config
+from hmf_jax.convert import mapping
 from tests.convert.synthetic import FULL
 from tests.goldens import cases, recorded
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from convert import hf_to_jax, jax_to_hf
-from convert.safetensors_io import INDEX, SINGLE, Checkpoint
 from hmf_jax.config import HybridConfig
+from hmf_jax.convert import hf_to_jax, jax_to_hf
+from hmf_jax.convert.safetensors_io import INDEX, SINGLE, Checkpoint
 from tests.convert import synthetic
 from tests.convert.synthetic import FULL
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.safetensors_io import (
+from hmf_jax.convert.safetensors_io import (
     INDEX,
     SINGLE,
     Checkpoint,

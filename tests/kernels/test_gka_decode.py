@@ -14,8 +14,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
 
-from pallas_kernels.gka import gka_step, mosaic_decode
-from pallas_kernels.gka.mosaic_decode import gka_decode
+from hmf_jax.pallas_kernels.gka import gka_step, mosaic_decode
+from hmf_jax.pallas_kernels.gka.mosaic_decode import gka_decode
 from tests.kernels.recurrent_laws import normal, unit
 from tests.util import rel
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from pallas_kernels.gka import gka, gka_step, triton
+from hmf_jax.pallas_kernels.gka import gka, gka_step, triton
 from tests.kernels.recurrent_laws import normal, unit
 from tests.util import rel
 

@@ -13,8 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.attention import chunked
-from pallas_kernels.two_window_attention import cudnn, two_window_attention, two_window_decode
+from hmf_jax.pallas_kernels.attention import chunked
+from hmf_jax.pallas_kernels.two_window_attention import (
+    cudnn,
+    two_window_attention,
+    two_window_decode,
+)
 from tests.goldens import expected, golden
 from tests.kernels.test_attention import (
     KEYWORDS,

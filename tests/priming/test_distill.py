@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from convert.verify import run_stage1, verify_dir
 from hmf_jax.config import SWAConfig
+from hmf_jax.convert.verify import run_stage1, verify_dir
 from hmf_jax.loading import flat_params, from_pretrained, save_pretrained
 from hmf_jax.priming import (
     DistillConfig,

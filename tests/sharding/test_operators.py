@@ -16,7 +16,7 @@ import pytest
 from jax.nn import log_sigmoid, sigmoid, softplus
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import (
+from hmf_jax.pallas_kernels import (
     attention,
     causal_conv1d,
     decode_attention,
@@ -30,7 +30,7 @@ from pallas_kernels import (
     two_window_attention,
     two_window_decode,
 )
-from pallas_kernels.shapes import SHAPES
+from hmf_jax.pallas_kernels.shapes import SHAPES
 from tests.util import rel
 
 # b batch, t tokens, h heads, k key/value heads, d and e head_dim, s cache, w taps, z = w - 1.

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from convert import mapping
 from hmf_jax.config import BMojoConfig
+from hmf_jax.convert import mapping
 from hmf_jax.training import TrainState, make_train_step, select_parameters
 from tests.parity import oracle
 from tests.training.test_step import SIX
