@@ -308,7 +308,7 @@ class Bench:
         positions = offset[:, None] + jnp.arange(tokens)
         rope = rope_table(positions, self.s.config)
         num_iter = None if self.s.num_iter is None else jnp.int32(self.s.num_iter)
-        return Context(rope, None, None, offset, num_iter, fresh, self.s.impl, None)
+        return Context(rope, None, None, offset, num_iter, None, fresh, self.s.impl, None)
 
     def _hidden(self, tokens: int) -> list[Array]:
         shape = (self.s.batch, tokens, self.s.config.hidden_size)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from hmf_jax.config import HybridConfig, streams
 from hmf_jax.convert.mapping import num_parameters
@@ -60,25 +60,8 @@ def state_memory(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS, *, 
 
 
 def abstract_state(model: HybridLM, batch: int, capacity: int) -> ModelState:
-    """`model.init_state(batch, capacity)` as shapes, dtypes and shardings; needs hardly any memory.
-
-    Without a mesh, shardings are None. The split depends on heads, and on whether the mesh divides
-    the batch: it is read off a state with room for one token, of as few rows as are split alike.
-    """
-    state = jax.eval_shape(lambda: model.init_state(batch, capacity))
-    mesh = model.mesh
-    if mesh is None:
-        return state
-    parts = row_parts(mesh)
-    small = model.init_state(1 if batch % parts else parts, 1)
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def place(x: jax.ShapeDtypeStruct, like: jax.Array) -> jax.ShapeDtypeStruct:
-        split = like.sharding if isinstance(like.sharding, NamedSharding) else whole
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
-
-    leaves = map(place, jax.tree.leaves(state), jax.tree.leaves(small))
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+    """`HybridLM.abstract_state`: shapes, dtypes and shardings of a state, without its memory."""
+    return model.abstract_state(batch, capacity)
 
 
 def device_bytes(tree: Any) -> int:

@@ -7,8 +7,8 @@ it directly. What it remembers between calls is a `ModelState`, passed in and re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ from jax.sharding import Mesh
 from hmf_jax.config import HybridConfig, streams
 from hmf_jax.layers import MLP, RMSNorm, linear, one_row_twice, rope_table
 from hmf_jax.mixers import Context, Mixer, make_mixer
-from hmf_jax.pallas_kernels.segments import documents
+from hmf_jax.mixers.base import abstract_zeros, zeros
+from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
+from hmf_jax.padding import arrange, restore, valid_first
 from hmf_jax.sharding import constrain, for_model, named_sharding
 from hmf_jax.state import ModelState
 
@@ -56,6 +58,15 @@ class Block(nnx.Module):
         x = constrain(x + mixed, ctx.mesh, "batch", "tokens", None)
         fed = self.mlp(self.post_attention_layernorm(x))
         return constrain(x + fed, ctx.mesh, "batch", "tokens", None), mixed, fed, state
+
+
+class LayerOutput(NamedTuple):
+    """What one layer made of its input: the output of its mixer and the residual stream after the
+    layer, both [B, T, d], and its new state (None without one)."""
+
+    mixed: Array
+    x: Array
+    state: Any
 
 
 @jax.jit
@@ -150,8 +161,13 @@ class HybridLM(nnx.Module):
         layers = tuple(
             block.mixer.init_state(batch, capacity, self.dtype, self.mesh) for block in self.layers
         )
-        length, position = jnp.zeros((2, batch), jnp.int32)
+        length, position = (zeros((batch,), (None,), jnp.int32, self.mesh) for _ in range(2))
         return ModelState(layers, length, position, capacity)
+
+    def abstract_state(self, batch: int, capacity: int) -> ModelState:
+        """`init_state` as `jax.ShapeDtypeStruct`s with shardings (without a mesh: None)."""
+        with abstract_zeros():
+            return self.init_state(batch, capacity)
 
     def __call__(
         self,
@@ -159,6 +175,7 @@ class HybridLM(nnx.Module):
         *,
         positions: Array | None = None,
         segment_ids: Array | None = None,
+        lengths: Array | None = None,
         state: ModelState | None = None,
         num_iter: Array | int | None = None,
         last_only: bool = False,
@@ -172,6 +189,8 @@ class HybridLM(nnx.Module):
           segment_ids: [B, T]; 0 marks padding (anywhere; it leaves no trace), other numbers mark
             packed documents, which do not see each other. With a state every non-zero number means
             "valid": packing is for whole sequences.
+          lengths: [B]; the first lengths[b] tokens of row b are valid, the others padding. Instead
+            of segment_ids, and cheaper: no token has to be moved.
           state: from `init_state` or an earlier call; a row must not outgrow its capacity (tokens
             beyond it are lost to full attention layers, so check before you call).
           num_iter: Chebyshev iterations of GKA layers, a number or one per row [B]; 0 = plain gated
@@ -183,15 +202,20 @@ class HybridLM(nnx.Module):
           logits [B, T, V] in the model's dtype ([B, 1, V] with last_only), unspecified at padding;
           the new state, or None without one.
         """
-        x, order, ctx = self._enter(tokens, positions, segment_ids, state, num_iter, impl)
-        x, layers, _ = self._run(x, ctx, state)
-        if last_only:
-            last = tokens.shape[1] - 1 if ctx.lengths is None else jnp.maximum(ctx.lengths - 1, 0)
-            rows = jnp.broadcast_to(last, tokens.shape[:1])[:, None, None]
-            x = jnp.take_along_axis(x, rows, axis=1)
-        return self._head(_restore(x, None if last_only else order)), _advance(
-            state, layers, ctx, tokens.shape[1]
-        )
+        x, ctx = self.embed(
+            tokens, positions=positions, segment_ids=segment_ids, lengths=lengths, state=state,
+            num_iter=num_iter, impl=impl,
+        )  # fmt: skip
+        layers = []
+        for layer in self.blocks(x, ctx, state):
+            x = layer.x
+            layers.append(layer.state)
+        new = _advance(state, layers, ctx, tokens.shape[1])
+        if not last_only:
+            return self._head(restore(x, ctx.place)), new
+        last = tokens.shape[1] - 1 if ctx.lengths is None else jnp.maximum(ctx.lengths - 1, 0)
+        rows = jnp.broadcast_to(last, tokens.shape[:1])[:, None, None]
+        return self._head(jnp.take_along_axis(x, rows, axis=1)), new
 
     def hidden(
         self,
@@ -206,8 +230,12 @@ class HybridLM(nnx.Module):
 
         `hidden(tokens) @ head_kernel()` are the logits; a training loss makes them in pieces.
         """
-        x, order, ctx = self._enter(tokens, positions, segment_ids, None, num_iter, impl)
-        return self.norm(_restore(self._run(x, ctx, None)[0], order))
+        x, ctx = self.embed(
+            tokens, positions=positions, segment_ids=segment_ids, num_iter=num_iter, impl=impl
+        )
+        for layer in self.blocks(x, ctx):
+            x = layer.x
+        return self.norm(restore(x, ctx.place))
 
     def head_kernel(self) -> Array:
         """The output head [d, V]; with tied embeddings their transpose."""
@@ -215,10 +243,10 @@ class HybridLM(nnx.Module):
         return tied.T if self.lm_head is None else self.lm_head.kernel[...]
 
     def generate(self, prompts: Any, **kwargs: Any) -> Any:
-        """`hmf_jax.generate` with this model: token lists in, one `Generation` per prompt out."""
-        from hmf_jax.generation import generate  # it imports this module
+        """`hmf_jax.generate` with this model: token lists in, one `Output` per prompt out."""
+        import hmf_jax  # the engine is built on models, not the other way around
 
-        return generate(self, prompts, **kwargs)
+        return hmf_jax.generate(self, prompts, **kwargs)
 
     def trace(
         self,
@@ -229,12 +257,82 @@ class HybridLM(nnx.Module):
         impl: str = "auto",
     ) -> tuple[Array, ModelState | None, list[tuple[Array, Array]]]:
         """`__call__`, and the mixer output and residual stream after each layer, [B, T, d]."""
-        x, _, ctx = self._enter(tokens, None, None, state, num_iter, impl)
-        x, layers, seen = self._run(x, ctx, state)
+        x, ctx = self.embed(tokens, state=state, num_iter=num_iter, impl=impl)
+        layers, seen = [], []
+        for layer in self.blocks(x, ctx, state):
+            x = layer.x
+            layers.append(layer.state)
+            seen.append((layer.mixed, x))
         return self._head(x), _advance(state, layers, ctx, tokens.shape[1]), seen
 
-    def _enter(self, tokens, positions, segment_ids, state, num_iter, impl):
-        """Embed the tokens and describe them; padding moves to the end of each row."""
+    def embed(
+        self,
+        tokens: Array,
+        *,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+        state: ModelState | None = None,
+        num_iter: Array | int | None = None,
+        impl: str = "auto",
+    ) -> tuple[Array, Context]:
+        """Where a forward pass begins, for loops over layers of one's own (see `blocks`).
+
+        Arguments as in `__call__`.
+
+        Returns:
+          x [B, T, d], the embeddings with the valid tokens of each row first, and what the layers
+          are told about them; `restore(x, ctx.place)` of `hmf_jax.padding` undoes the order.
+        """
+        self._check_tokens(tokens, positions, segment_ids, lengths, state)
+        if isinstance(num_iter, int) and num_iter < 0:
+            raise ValueError(f"num_iter={num_iter} must be 0 or more.")
+        B, T = tokens.shape
+        place, lengths = None, None if lengths is None else jnp.asarray(lengths, jnp.int32)
+        if segment_ids is not None:
+            valid = segment_ids != 0
+            lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
+            if T > 1:
+                place = valid_first(valid)
+                tokens, segment_ids = arrange(tokens, place), arrange(segment_ids, place)
+                positions = None if positions is None else arrange(positions, place)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+            if state is not None:
+                positions = positions + state.position[:, None]
+            elif segment_ids is not None:
+                changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+                starts = jnp.concatenate([jnp.zeros((B, 1), bool), changes], axis=1)
+                positions = positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
+        if lengths is not None and (segment_ids is None or state is not None):
+            segment_ids = (jnp.arange(T) < lengths[:, None]).astype(jnp.int32)
+        ctx = Context(
+            rope=rope_table(positions, self.config),
+            segment_ids=segment_ids,
+            lengths=lengths,
+            offset=jnp.zeros(B, jnp.int32) if state is None else state.length,
+            num_iter=None if num_iter is None else jnp.asarray(num_iter, jnp.int32),
+            place=place,
+            fresh=state is not None and state.fresh,
+            impl=impl,
+            mesh=self.mesh,
+        )
+        # The table is split along d over sp x fsdp; the compiler moves one axis at a time well.
+        x = one_row_twice(self.embed_tokens, tokens)
+        x = constrain(x, self.mesh, "batch", None, "tokens")
+        return constrain(x, self.mesh, "batch", "tokens", None), ctx
+
+    def blocks(
+        self, x: Array, ctx: Context, state: ModelState | None = None
+    ) -> Iterator[LayerOutput]:
+        """Runs layer after layer on what `embed` returned; what was yielded is not kept here."""
+        states = [None] * len(self.layers) if state is None else state.layers
+        for block, before in zip(self.layers, states, strict=True):
+            x, mixed, after = _run_block(block, x, ctx, before)
+            yield LayerOutput(mixed, x, after)
+            del mixed, after
+
+    def _check_tokens(self, tokens, positions, segment_ids, lengths, state) -> None:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{tokens.shape}.")
         B, T = tokens.shape
@@ -245,57 +343,15 @@ class HybridLM(nnx.Module):
         for name, a in (("positions", positions), ("segment_ids", segment_ids)):
             if a is not None and a.shape != tokens.shape:
                 raise ValueError(f"{name} has shape {a.shape}, but tokens have {tokens.shape}.")
+        if lengths is not None and segment_ids is not None:
+            raise ValueError("lengths and segment_ids both say what is padding; pass one of them.")
+        if lengths is not None and lengths.shape != (B,):
+            raise ValueError(f"lengths has shape {lengths.shape}, but there are {B} rows.")
         if state is not None and state.length.shape != (B,):
             raise ValueError(
                 f"The state holds {state.length.shape[0]} rows, but tokens have {B}; "
                 f"make one with init_state({B}, capacity)."
             )
-        if isinstance(num_iter, int) and num_iter < 0:
-            raise ValueError(f"num_iter={num_iter} must be 0 or more.")
-        order = lengths = None
-        if segment_ids is not None:
-            valid = segment_ids != 0
-            lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
-            if state is not None:
-                segment_ids = valid.astype(jnp.int32)
-            if T > 1:
-                order = jnp.argsort(~valid, axis=1, stable=True)
-                tokens = jnp.take_along_axis(tokens, order, axis=1)
-                segment_ids = jnp.take_along_axis(segment_ids, order, axis=1)
-                if positions is not None:
-                    positions = jnp.take_along_axis(positions, order, axis=1)
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-            if state is not None:
-                positions = positions + state.position[:, None]
-            elif segment_ids is not None:
-                doc, _ = documents(segment_ids)
-                starts = jnp.concatenate([jnp.zeros((B, 1), bool), doc[:, 1:] != doc[:, :-1]], 1)
-                positions = positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
-        ctx = Context(
-            rope=rope_table(positions, self.config),
-            segment_ids=segment_ids,
-            lengths=lengths,
-            offset=jnp.zeros(B, jnp.int32) if state is None else state.length,
-            num_iter=None if num_iter is None else jnp.asarray(num_iter, jnp.int32),
-            fresh=state is not None and state.fresh,
-            impl=impl,
-            mesh=self.mesh,
-        )
-        # The table is split along d over sp x fsdp; the compiler moves one axis at a time well.
-        x = one_row_twice(self.embed_tokens, tokens)
-        x = constrain(x, self.mesh, "batch", None, "tokens")
-        x = constrain(x, self.mesh, "batch", "tokens", None)
-        return x, order, ctx
-
-    def _run(self, x: Array, ctx: Context, state: ModelState | None):
-        """All blocks: (x, layer states, [(mixer output, layer output)])."""
-        states = [None] * len(self.layers) if state is None else list(state.layers)
-        seen = []
-        for i, block in enumerate(self.layers):
-            x, mixed, states[i] = _run_block(block, x, ctx, states[i])
-            seen.append((mixed, x))
-        return x, tuple(states), seen
 
     def _head(self, x: Array) -> Array:
         x = self.norm(x)
@@ -306,66 +362,9 @@ class HybridLM(nnx.Module):
         return constrain(logits, self.mesh, "batch", "tokens", "vocab")
 
 
-def _restore(x: Array, order: Array | None) -> Array:
-    """Undo the reordering of tokens that put padding last."""
-    if order is None:
-        return x
-    return jnp.take_along_axis(x, jnp.argsort(order, axis=1)[:, :, None], axis=1)
-
-
 def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelState | None:
     if state is None:
         return None
     new = T if ctx.lengths is None else ctx.lengths
     seen = dict(length=state.length + new, position=state.position + new)
-    return dataclasses.replace(state, layers=layers, **seen, fresh=False)
-
-
-@jax.tree_util.register_pytree_node_class
-class PackedModel:
-    """A model as programs are called with it over and over: a list of arrays.
-
-    Taking the modules of a 36-layer model apart costs every call of a jitted function 4 ms of
-    Python on one device and 11 on eight; a list costs a tenth.
-
-        packed = PackedModel.of(model)
-        step = jax.jit(lambda packed, tokens, state: packed.model()(tokens, state=state))
-    """
-
-    _structures: dict[Any, Any] = {}  # equal ones are one object, so that comparing them is free
-
-    def __init__(self, arrays: Sequence[Any], structure: _Structure):
-        self.arrays, self.structure = arrays, structure
-
-    @classmethod
-    def of(cls, model: HybridLM) -> PackedModel:
-        """The model's arrays, not copies of them."""
-        arrays, treedef = jax.tree.flatten(model)
-        structure = _Structure(treedef)
-        return cls(arrays, cls._structures.setdefault(structure, structure))
-
-    def model(self) -> HybridLM:
-        """The model again; within a program at no cost."""
-        return jax.tree.unflatten(self.structure.treedef, self.arrays)
-
-    def tree_flatten(self):
-        return self.arrays, self.structure
-
-    @classmethod
-    def tree_unflatten(cls, structure: _Structure, arrays: Sequence[Any]) -> PackedModel:
-        return cls(arrays, structure)
-
-
-class _Structure:
-    """A tree definition that is hashed once."""
-
-    def __init__(self, treedef: Any):
-        self.treedef, self._hash = treedef, hash(treedef)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        return isinstance(other, _Structure) and self.treedef == other.treedef
+    return dataclasses.replace(state, layers=tuple(layers), **seen, fresh=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ class Context:
       lengths: [B] int32, valid tokens of each row in this call; None = T.
       offset: [B] int32, tokens that the state already holds; zeros without a state.
       num_iter: Chebyshev iterations, scalar or [B] int32; None = the config's.
+      place: [B, T] int32, where each token of the caller is in this layout; None: where it was.
       fresh: static; the state is empty, so this call sees whole sequences from their start.
       impl: static; implementation of the operators ("auto" or a name that they all know).
       mesh: static; the device mesh, or None.
@@ -38,6 +41,7 @@ class Context:
     lengths: Array | None
     offset: Array
     num_iter: Array | None
+    place: Array | None
     fresh: bool = dataclasses.field(metadata={"static": True})
     impl: str = dataclasses.field(metadata={"static": True})
     mesh: Mesh | None = dataclasses.field(metadata={"static": True})
@@ -84,7 +88,23 @@ class Mixer(nnx.Module):
         """The state before the first token, for rows of at most `capacity` tokens."""
 
 
+_abstract = contextvars.ContextVar("abstract", default=False)
+
+
+@contextlib.contextmanager
+def abstract_zeros() -> Iterator[None]:
+    """In this context `zeros` makes no arrays, only their `jax.ShapeDtypeStruct`s."""
+    token = _abstract.set(True)
+    try:
+        yield
+    finally:
+        _abstract.reset(token)
+
+
 def zeros(shape: Sequence[int], dims: Sequence[str | None], dtype, mesh: Mesh | None) -> Array:
-    """An array of zeros, laid out on the mesh by its dimension names."""
-    made = jnp.zeros(shape, dtype, device=named_sharding(mesh, dims, shape))
+    """An array of zeros, laid out on the mesh by its dimension names; states are made of these."""
+    split = named_sharding(mesh, dims, shape)
+    if _abstract.get():
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=split)  # pyright: ignore
+    made = jnp.zeros(shape, dtype, device=split)
     return constrain(made, mesh, *dims)  # in a trace, `device` is no constraint

@@ -33,6 +33,7 @@ from hmf_jax.layers import exact
 from hmf_jax.loading import flat_params, resolve
 from hmf_jax.mixers import Context
 from hmf_jax.model import Block, HybridLM
+from hmf_jax.padding import arrange
 from hmf_jax.priming.unfuse import check_fused
 from hmf_jax.training.config import TrainConfig, fine_tune, plan
 from hmf_jax.training.loss import next_token_targets
@@ -251,11 +252,13 @@ def _streams(
     weights [B, T], in the order of tokens; None: 1 for valid tokens, 0 for padding.
     """
     students(model.config)
-    x, order, ctx = model._enter(tokens, positions, segment_ids, None, num_iter, impl)
+    x, ctx = model.embed(
+        tokens, positions=positions, segment_ids=segment_ids, num_iter=num_iter, impl=impl
+    )
     if weights is None:
         weights = ctx.mask(jnp.ones(tokens.shape, jnp.float32))
-    elif order is not None:  # padding moved
-        weights = jnp.take_along_axis(weights, order, axis=1)
+    else:
+        weights = arrange(weights, ctx.place)
     student, teacher = x, jax.lax.stop_gradient(x)
     rows: list[tuple[Array, ...]] = []
     for block in model.layers:

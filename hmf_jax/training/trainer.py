@@ -489,8 +489,8 @@ def _finite_forward(
     """For each layer whether the mixer's output is finite, and the block's; and the loss."""
     model = state.model()
     positions, segment_ids = batch.get("positions"), batch.get("segment_ids")
-    x, _, ctx = model._enter(batch["tokens"], positions, segment_ids, None, None, "auto")
-    _, _, seen = model._run(x, ctx, None)
+    x, ctx = model.embed(batch["tokens"], positions=positions, segment_ids=segment_ids)
+    seen = [(layer.mixed, layer.x) for layer in model.blocks(x, ctx)]
     valid = jnp.ones(x.shape[:2], bool)
     if ctx.lengths is not None:  # padding is last here, and may hold anything
         valid = jnp.arange(x.shape[1]) < ctx.lengths[:, None]

@@ -15,6 +15,7 @@ import pytest
 from hmf_jax.config import SWAConfig
 from hmf_jax.convert.verify import run_stage1, verify_dir
 from hmf_jax.loading import flat_params, from_pretrained, save_pretrained
+from hmf_jax.padding import arrange
 from hmf_jax.priming import (
     DistillConfig,
     distillation_loss,
@@ -174,10 +175,10 @@ def test_errors_of_padding_do_not_count():
     """Some operators leave zeros at padding, where the streams then agree; others need not."""
     model = fused_model()
     ids = np.asarray([[0, 0, 1, 1, 0, 2] + [3] * 6])
-    _, order, ctx = model._enter(tokens_for(rows=1), None, jnp.asarray(ids), None, None, "auto")
+    _, ctx = model.embed(tokens_for(rows=1), segment_ids=jnp.asarray(ids))
     weights = ctx.mask(jnp.ones((1, T)))
     a, b = (jnp.asarray(np.random.default_rng(s).random((1, T, 5)), jnp.float32) for s in (0, 1))
-    wanted = ((a - b) ** 2).mean(-1)[np.take_along_axis(ids, np.asarray(order), 1) != 0].sum()
+    wanted = ((a - b) ** 2).mean(-1)[np.asarray(arrange(jnp.asarray(ids), ctx.place)) != 0].sum()
     assert np.isclose(_square_error(a, b, weights), wanted, rtol=1e-6)
 
 
