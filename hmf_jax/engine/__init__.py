@@ -1,0 +1,56 @@
+"""Generation: requests share the rows of a batch; everything but the programs is plain Python.
+
+    request    what is asked, what comes back
+    scheduler  which request gets which row, and what the device does next
+    programs   everything that is compiled, as pure functions
+    buffers    the rows on the device: the only part that knows how their memory is laid out
+    engine     add, abort, step -> events
+    api        generate, stream, warmup
+
+Tokens only; text is the business of `hmf_jax.text`. Programs are compiled per bucket: rows and
+capacity are rounded up to powers of two, prompts are cut into chunks of `prefill_chunk` tokens, the
+last one rounded up to a power of two. Everything else (prompt lengths, sampling settings, end
+tokens, limits) is a run-time value; so is num_iter once it differs from the config's.
+"""
+
+from hmf_jax.engine.api import (
+    capacity_for,
+    enable_compilation_cache,
+    generate,
+    start,
+    stream,
+    warmup,
+)
+from hmf_jax.engine.engine import Engine
+from hmf_jax.engine.request import (
+    GREEDY,
+    Output,
+    Request,
+    Tokens,
+    check_prompts,
+    check_room,
+    requests,
+)
+from hmf_jax.engine.scheduler import Event, Finished, New, Scheduler, Started
+
+__all__ = [
+    "GREEDY",
+    "Engine",
+    "Event",
+    "Finished",
+    "New",
+    "Output",
+    "Request",
+    "Scheduler",
+    "Started",
+    "Tokens",
+    "capacity_for",
+    "check_prompts",
+    "check_room",
+    "enable_compilation_cache",
+    "generate",
+    "requests",
+    "start",
+    "stream",
+    "warmup",
+]

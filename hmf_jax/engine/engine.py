@@ -1,0 +1,170 @@
+"""The engine: requests in, events out; many requests share the rows of one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+from hmf_jax.engine.buffers import Buffers
+from hmf_jax.engine.programs import MOST_STEPS
+from hmf_jax.engine.request import Request, check_prompts, check_room
+from hmf_jax.engine.scheduler import Event, New, Scheduler, Started
+from hmf_jax.model import HybridLM
+from hmf_jax.state import ModelState
+
+
+class Engine:
+    """Continues many prompts at a time.
+
+        engine = Engine(model, rows=8, capacity=4096)
+        id = engine.add(Request(prompt, max_new_tokens=100))
+        while engine.busy:
+            for event in engine.step():
+                ...  # Started, New (tokens) and Finished, each with the id of its request
+
+    Everything runs in `step`: prompts that wait get free rows and are fed, or all rows decode some
+    tokens. What a request becomes does not depend on the others. One thread may use an engine.
+
+    Args:
+      model: the model.
+      rows: how many requests run at a time; see `hmf_jax.memory.plan_memory` for how many fit.
+      capacity: most tokens of a row, prompts and generated tokens together.
+      prefill_chunk: prompts are fed in pieces of this many tokens; never changes the result.
+      together: feed all prompts that wait and find a row in one program. By default they are fed
+        one by one, so that their activations take no more memory than those of one chunk.
+      state: what the rows hold at first, one row each (a copy is made); `held` are the ids to
+        continue them by: `Request(prompt, after=engine.held[row])`.
+      clock: seconds, for `Started.waited`.
+
+    Raises:
+      ValueError: capacity beyond the model's max_position_embeddings; anything below 1; a state
+        that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: HybridLM,
+        rows: int,
+        *,
+        capacity: int,
+        prefill_chunk: int = 2048,
+        together: bool = False,
+        state: ModelState | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if min(rows, capacity, prefill_chunk) < 1:
+            raise ValueError(f"{rows=}, {capacity=} and {prefill_chunk=} must be at least 1.")
+        longest = model.config.max_position_embeddings
+        if state is not None and (len(state.length), state.capacity) != (rows, capacity):
+            raise ValueError(
+                f"The state holds {len(state.length)} rows of {state.capacity} tokens at most, but "
+                f"{rows=} and {capacity=}."
+            )
+        ahead = 0 if state is None else int((state.position - state.length).max())
+        if capacity + ahead > longest:
+            raise ValueError(
+                f"capacity={capacity} is more than max_position_embeddings={longest} allows; "
+                "choose a smaller one, or raise max_position_embeddings in the model's config."
+            )
+        self.model, self.capacity = model, capacity
+        self._buffers = Buffers(
+            model, rows, capacity=capacity, prefill_chunk=prefill_chunk, state=state
+        )
+        self._ids = itertools.count()
+        held = [] if state is None else [next(self._ids) for _ in range(rows)]
+        lengths = [] if state is None else state.length.tolist()
+        self._scheduler = Scheduler(rows, together=together, held=held, clock=clock)
+        self._requests: dict[int, Request] = {}  # that wait or run
+        self._rows = {id: _Row(n) for id, n in zip(held, lengths, strict=True)}  # by request
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs, or `step` has something to tell."""
+        return self._scheduler.busy
+
+    @property
+    def held(self) -> list[int]:
+        """The ids of requests whose rows keep what they hold, in the order of the rows."""
+        rows = self._scheduler.held
+        return sorted(rows, key=rows.__getitem__)
+
+    def context(self, id: int) -> list[int]:
+        """The tokens in the row of a request that runs or is held, without those of a `state`.
+
+        The newest generated token is not one of them: it is fed when the next one is needed.
+        """
+        return list(self._rows[id].tokens)
+
+    def add(self, request: Request) -> int:
+        """Queues a request.
+
+        Returns:
+          Its id, which its events carry.
+
+        Raises:
+          ValueError: a prompt that is empty, not made of token ids or too long; `after` a request
+            that is not held.
+        """
+        (prompt,) = check_prompts([request.prompt], self.model.config.vocab_size)
+        before = None if request.after is None else self._rows.get(request.after)
+        held = 0 if before is None else before.held
+        check_room(self.model.config, [prompt], [held], self.capacity)
+        id = next(self._ids)
+        self._scheduler.submit(id, after=request.after, keep=request.keep)
+        self._requests[id] = dataclasses.replace(request, prompt=prompt)
+        return id
+
+    def abort(self, id: int) -> None:
+        """Ends a request wherever it is; its next event is `Finished(id, "stop")`."""
+        self._scheduler.cancel(id)
+
+    def release(self, id: int) -> None:
+        """Gives up the row of a held request."""
+        self._scheduler.release(id)
+        self._rows.pop(id, None)
+
+    def step(self, steps: int = MOST_STEPS) -> list[Event]:
+        """Feeds prompts that wait if rows are free, else decodes up to `steps` (at most 64) tokens.
+
+        Returns:
+          What has happened to the requests, in order.
+        """
+        turn = self._scheduler.plan(max(steps, 1))
+        result = None
+        if turn is not None:
+            result = self._buffers.collect(self._buffers.enqueue(turn, self._requests))
+        events = self._scheduler.commit(turn, result)
+        for event in events:
+            if isinstance(event, Started):
+                request = self._requests[event.id]
+                row = _Row() if request.after is None else self._rows.pop(request.after)
+                self._rows[event.id] = row.fed(request.prompt)
+            elif isinstance(event, New):
+                self._rows[event.id].push(event.tokens)
+            elif not self._requests.pop(event.id).keep:
+                self._rows.pop(event.id, None)
+        return events
+
+
+@dataclasses.dataclass
+class _Row:
+    """What a row holds: tokens of a `state`, those fed since; and the newest, not fed yet."""
+
+    before: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    newest: int | None = None
+
+    @property
+    def held(self) -> int:
+        return self.before + len(self.tokens)
+
+    def fed(self, prompt: Sequence[int]) -> _Row:
+        return _Row(self.before, [*self.tokens, *prompt])
+
+    def push(self, new: list[int]) -> None:
+        if new and self.newest is not None:
+            self.tokens.append(self.newest)
+        self.tokens += new[:-1]
+        self.newest = new[-1] if new else self.newest
