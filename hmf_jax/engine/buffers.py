@@ -28,7 +28,7 @@ _NOBODY = Request((), 1, GREEDY)
 
 
 class Ticket(NamedTuple):
-    """What a turn will have produced: tokens and logprobs [n, ...] and reasons [n] of these rows."""
+    """What a turn will have produced: tokens and logprobs [n, ...], reasons [n] of these rows."""
 
     rows: Sequence[int]
     tokens: jax.Array
@@ -130,17 +130,16 @@ class Buffers:
         """Feeds one prompt to a row of its own, which then takes its place."""
         (row,), (goes_on,) = feed.rows, feed.continued
         request, layout = self._asked[row], Layout.of(self._packed, 1, self.capacity)
-        # `fresh` is part of what a program is compiled for, and no row of several is any more.
-        state = dataclasses.replace(self._rows.state, fresh=False)
-        self._rows = dataclasses.replace(self._rows, state=state)
         one, logits = programs.empty.on(layout)(self._packed, 1, self.capacity)
         if goes_on:
-            one = programs.take.on(layout)(self._rows, np.int32(row))
+            one = programs.take.on(layout)(programs.begun(self._rows), np.int32(row))
         settings = self._stack([request])
         one, logits = self._prefill(layout, one, logits, [request.prompt], settings)
         left = np.array([request.max_new_tokens], np.int32)
         one, *out = programs.first.on(layout)(one, logits, np.ones(1, bool), left, settings)
-        self._rows = programs.insert.on(self._layout)(self._rows, one, np.int32(row))
+        self._rows = programs.insert.on(self._layout)(
+            programs.begun(self._rows), one, np.int32(row)
+        )
         self._used[row] = True
         return Ticket(feed.rows, *out)
 

@@ -3,7 +3,7 @@
     rows, logits = empty(packed, size, capacity)
     rows, logits = prefill(packed, rows, logits, tokens, lengths, num_iter)        # again and again
     rows, tokens, logprobs, reasons = first(rows, logits, starts, left, settings)        # one token
-    rows, tokens, logprobs, reasons = decode(packed, rows, ends, steps, settings)       # many tokens
+    rows, tokens, logprobs, reasons = decode(packed, rows, ends, steps, settings)      # many tokens
 
 They can be called in programs of one's own. The engine calls `program.on(layout)`, compiled for one
 layout of its results, which is also that of its arguments: one program each, on every mesh.
@@ -222,24 +222,24 @@ def prefill(
 @program(others=0, donate_argnames=("rows",))
 def insert(rows: Rows, one: Rows, row: jax.Array) -> Rows:
     """Row 0 of `one` in place of a row."""
-    state = dataclasses.replace(rows.state, fresh=False)
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=0)
-    return jax.tree.map(put, dataclasses.replace(rows, state=state), one)
+    return jax.tree.map(put, begun(rows), one)
 
 
 @program(others=0)
 def take(rows: Rows, row: jax.Array) -> Rows:
     """A copy of one row, as a batch of one."""
-    state = dataclasses.replace(rows.state, fresh=False)
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=row, slice_size=1, axis=0)
-    return jax.tree.map(cut, dataclasses.replace(rows, state=state))
+    return jax.tree.map(cut, begun(rows))
 
 
 @program(others=0, donate_argnames=("rows",))
 def clear(rows: Rows, which: jax.Array) -> Rows:
     """Empties the rows where `which` [B] is True."""
-    state = dataclasses.replace(rows.state.reset(which), fresh=False)
-    return dataclasses.replace(rows, state=state, seen=rows.seen & ~which[:, None])
+    rows = begun(rows)
+    return dataclasses.replace(
+        rows, state=rows.state.reset(which), seen=rows.seen & ~which[:, None]
+    )
 
 
 @program(others=3, donate_argnames=("rows",))
@@ -272,7 +272,7 @@ def decode(
     """
     model = packed.model()
     stopped = ends & (rows.reason == RUNNING)
-    rows = dataclasses.replace(rows, reason=jnp.where(stopped, STOPPED, rows.reason))
+    rows = dataclasses.replace(begun(rows), reason=jnp.where(stopped, STOPPED, rows.reason))
     shape = (len(ends), MOST_STEPS)
 
     def body(carry):
@@ -295,6 +295,11 @@ def decode(
     start = (jnp.int32(0), rows, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     _, rows, tokens, logprobs = jax.lax.while_loop(more, body, start)
     return rows, tokens, logprobs, rows.reason
+
+
+def begun(rows: Rows) -> Rows:
+    """The rows, of which some hold something: `fresh` is part of what a program is compiled for."""
+    return dataclasses.replace(rows, state=dataclasses.replace(rows.state, fresh=False))
 
 
 def piece_size(mesh: Mesh | None, tokens: int) -> int:

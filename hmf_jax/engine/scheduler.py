@@ -197,16 +197,17 @@ class Scheduler:
     def _admit(self) -> list[tuple[int, _Ask]]:
         """Rows for the requests that are next in the queue."""
         fed: list[tuple[int, _Ask]] = []
-        while self._queue and (self._together or not fed):
-            ask = self._queue[0]
+        for ask in list(self._queue):
+            if fed and not self._together:
+                break
             if ask.after is not None:
                 row = self._held.pop(ask.after)
                 self._claimed.remove(ask.after)
             elif self._free:
                 row = self._free.pop(0)
-            else:
-                break
-            self._queue.popleft()
+            else:  # others in the queue may have a row that waits for them
+                continue
+            self._queue.remove(ask)
             self._running[row] = ask
             self._events.append(Started(ask.id, self._clock() - ask.since))
             fed.append((row, ask))

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax import generation
 from hmf_jax.config import HybridConfig
-from hmf_jax.generation import Decoder, generate, stream, warmup
-from hmf_jax.model import HybridLM, PackedModel
+from hmf_jax.engine import Engine, Finished, New, Request, generate, programs, stream, warmup
+from hmf_jax.model import HybridLM
+from hmf_jax.packed import PackedModel
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.sharding import make_mesh
 from hmf_jax.training.lora import apply_lora
@@ -31,7 +31,7 @@ _compiled: list[str] = []
 
 def _count(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
-        _compiled.append(event)
+        _compiled.append(str(kwargs.get("fun_name")))
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
@@ -231,13 +231,13 @@ def test_packed_models_share_programs():
         traced.append(packed)
         return packed.model()(tokens)[0]
 
-    for kinds, programs in ((("GKA", "*"), 1), (("*", "GKA"), 2)):
+    for kinds, count in ((("GKA", "*"), 1), (("*", "GKA"), 2)):
         for seed in (0, 1):
             one = random_model(tiny_config(kinds), jnp.float32, seed)
             packed = PackedModel.of(one)
             assert all(a is b for a, b in zip(packed.arrays, jax.tree.leaves(one), strict=True))
             assert rel(run(packed, tokens), one(tokens)[0]) < 1e-5
-        assert len(traced) == programs
+        assert len(traced) == count
 
 
 @pytest.mark.slow
@@ -250,36 +250,61 @@ def test_warmup_compiles_everything(model):
     assert len(_compiled) == before
 
 
-def test_continuing_a_decoder(model):
+def tokens_of(events, id: int) -> list[int]:
+    return [t for e in events if isinstance(e, New) and e.id == id for t in e.tokens]
+
+
+def test_continuing_a_request(model):
     """Prompt, some output, then more tokens: the same as one prompt of all of them."""
-    first, second = prompts_of(11, 6, seed=3)
-    decoder = Decoder(model, 1, capacity=256)
-    ((tokens, _),) = decoder.start([first], max_new_tokens=50)
-    tokens = tokens + decoder.step(5)[0][0]
+    prompt, more = prompts_of(11, 6, seed=3)
+    engine = Engine(model, 1, capacity=256)
+    one = engine.add(Request(prompt, 50, keep=True))
+    tokens = tokens_of(engine.step() + engine.step(5), one)
     assert len(tokens) == 6
     # The newest token is not in the state yet.
-    assert decoder.context == [first + tokens[:-1]]
-    decoder.stop(0)
-    assert not decoder.active and decoder.finish_reason == ["stop"]
-    assert decoder.step(5) == [([], [])]
-    ((new, _),) = decoder.start([second], max_new_tokens=8)
-    new = new + decoder.step()[0][0]
-    whole = first + tokens[:-1] + second
+    assert engine.context(one) == prompt + tokens[:-1]
+    engine.abort(one)
+    assert engine.step(5) == [Finished(one, "stop")]
+    assert not engine.busy and engine.held == [one]
+    two = engine.add(Request(more, 8, after=one, keep=True))
+    with pytest.raises(ValueError, match=f"request {one} is not held"):
+        engine.add(Request(more, 8, after=one))
+    new = tokens_of(engine.step() + engine.step(), two)
+    whole = prompt + tokens[:-1] + more
     (expected,) = generate(model, [whole], max_new_tokens=8, capacity=256)
     assert new == expected.tokens
-    assert decoder.context == [whole + new[:-1]]
+    assert engine.context(two) == whole + new[:-1] and engine.held == [two]
+    # Its row is free again, and what it held leaves no trace.
+    engine.release(two)
+    assert engine.held == []
+    three = engine.add(Request(whole, 8))
+    assert tokens_of(engine.step() + engine.step(), three) == expected.tokens
+    with pytest.raises(ValueError, match=f"request {two} is not held"):
+        engine.add(Request(more, 8, after=two))
+
+
+def test_a_row_fed_together_is_emptied_first(model):
+    first, second = prompts_of(20, 30)
+    engine = Engine(model, 2, capacity=256, together=True)
+    for prompt in (first, second):
+        id = engine.add(Request(prompt, 6))
+        got: list[int] = []
+        while engine.busy:
+            got += tokens_of(engine.step(), id)
+        assert got == generate(model, [prompt], max_new_tokens=6, capacity=256)[0].tokens
 
 
 def test_stopping_one_row_leaves_the_other(model):
     prompts = prompts_of(5, 12)
     expected = generate(model, prompts[1:], max_new_tokens=20)[0].tokens
-    decoder = Decoder(model, 2, capacity=256)
-    got = decoder.start(prompts, max_new_tokens=20)[1][0]
-    decoder.stop(0)
-    while decoder.active:
-        (stopped, _), (more, _) = decoder.step(4)
-        assert stopped == []
-        got = got + more
+    engine = Engine(model, 2, capacity=256, together=True)
+    one, two = (engine.add(Request(prompt, 20)) for prompt in prompts)
+    got = tokens_of(engine.step(), two)
+    engine.abort(one)
+    while engine.busy:
+        events = engine.step(4)
+        assert tokens_of(events, one) == []
+        got += tokens_of(events, two)
     assert got == expected
 
 
@@ -297,14 +322,57 @@ def test_mesh_gives_the_same_tokens_and_compiles_once(model):
     assert len(_compiled) == before
 
 
+@pytest.mark.parametrize("axes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
+def test_one_program_each_on_every_mesh(axes):
+    """What a program returns lies as it takes it, so that none is compiled for several layouts."""
+    model = HybridLM.init(
+        tiny_config(("*", "GKA")),
+        dtype=jnp.float32,
+        mesh=make_mesh(**axes, devices=jax.devices()[:2]),
+    )
+    settings: dict[str, Any] = dict(capacity=256, prefill_chunk=16, eos_ids=(), max_new_tokens=70)
+
+    def compiled(count: int, **more: Any) -> dict[str, int]:
+        before = len(_compiled)
+        generate(model, [[1] * 40, [2] * 40, [3] * 40][:count], **settings, **more)
+        names = [name.removeprefix("jit(").removesuffix(")") for name in _compiled[before:]]
+        return {name: names.count(name) for name in sorted(set(names))}
+
+    # A first and a later piece of a prompt are two programs.
+    assert compiled(2) == {"decode": 1, "empty": 1, "first": 1, "prefill": 2}
+    assert compiled(2) == {}
+    # Those of one row; the two rows decode as before.
+    assert compiled(3, slots=2) == {"empty": 1, "first": 1, "insert": 1, "prefill": 2}
+
+
+def test_rows_are_donated(model):
+    """No program holds the rows twice: what it takes them in is what it returns them in."""
+    packed = PackedModel.of(model)
+    rows, logits = programs.empty.on(None)(packed, 2, 256)
+    ask = programs.stack_settings(30, [SamplingParams()] * 2, [[]] * 2, [None] * 2)
+    tokens, lengths, mask = np.ones((2, 64), np.int32), np.ones(2, np.int32), np.ones(2, bool)
+    one, _ = programs.empty.on(None)(packed, 1, 256)
+    calls = {
+        "prefill": (packed, rows, logits, tokens, lengths, None),
+        "first": (rows, logits, mask, lengths, ask),
+        "decode": (packed, rows, mask, np.int32(1), ask),
+        "insert": (rows, one, np.int32(0)),
+        "clear": (rows, mask),
+    }
+    held = sum(x.nbytes for x in jax.tree.leaves(rows))
+    for name, args in calls.items():
+        program = getattr(programs, name).on(None).lower(*args).compile()
+        assert program.memory_analysis().alias_size_in_bytes >= held, name
+
+
 def test_halves_of_a_chunk_on_several_devices(model, monkeypatch):
     """Prompts that end in the first half of a chunk and in the second half of a later one."""
     sharded = build(("*", "GKA"), make_mesh(tp=4, devices=jax.devices()[:4]))
     prompts = prompts_of(90, 9)
     settings: dict[str, Any] = dict(max_new_tokens=1, prefill_chunk=48, logprobs=True)
     expected = generate(model, prompts, **settings)
-    monkeypatch.setattr(generation, "why_no_hopper", lambda: None)
-    monkeypatch.setattr(generation, "SMALLEST_HALF", 24)
+    monkeypatch.setattr(programs, "why_no_hopper", lambda: None)
+    monkeypatch.setattr(programs, "SMALLEST_HALF", 24)
     call, seen = HybridLM.__call__, set()
 
     def spy(self, tokens, **kwargs):
@@ -343,7 +411,7 @@ def test_halves_of_a_chunk_on_several_devices(model, monkeypatch):
     ],
 )
 def test_bad_input(model, monkeypatch, prompts, settings, message):
-    monkeypatch.setattr(generation, "_prefill", None)  # nothing may run
+    monkeypatch.setattr(programs, "prefill", None)  # nothing may run
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **settings)
     with pytest.raises(ValueError, match=message):
@@ -353,7 +421,7 @@ def test_bad_input(model, monkeypatch, prompts, settings, message):
 @pytest.mark.slow
 def test_compilation_cache_serves_the_next_process(tmp_path):
     code = (
-        "import jax, jax.numpy as jnp, hmf_jax.generation as g\n"
+        "import jax, jax.numpy as jnp, hmf_jax as g\n"
         "hits = []\n"
         "jax.monitoring.register_event_listener(lambda e, **k: hits.append(e))\n"
         f"assert g.enable_compilation_cache({str(tmp_path)!r}).is_dir()\n"

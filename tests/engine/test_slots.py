@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hmf_jax import HybridConfig, HybridLM, make_mesh
-from hmf_jax.generation import Decoder, generate
+from hmf_jax.engine import generate
 from hmf_jax.sampling import SamplingParams
 
 VOCAB = 64
@@ -72,9 +72,3 @@ def test_bad_input(model: HybridLM) -> None:
         generate(model, [[1]], slots=0)
     with pytest.raises(ValueError, match="Prompt 1 has 300 tokens"):
         generate(model, [[1], [1] * 300], slots=1, capacity=256)
-    rows = Decoder(model, 2, capacity=256)
-    with pytest.raises(ValueError, match="capacity of 256"):
-        rows.adopt(0, Decoder(model, 1, capacity=128))
-    rows.start([[1], [2]])
-    with pytest.raises(ValueError, match="Row 1 is still generating"):
-        rows.adopt(1, Decoder(model, 1, capacity=256))
