@@ -223,7 +223,7 @@ def prefill(
 def insert(rows: Rows, one: Rows, row: jax.Array) -> Rows:
     """Row 0 of `one` in place of a row."""
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=0)
-    return jax.tree.map(put, begun(rows), one)
+    return jax.tree.map(put, begun(rows), begun(one))
 
 
 @program(others=0)
