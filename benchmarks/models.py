@@ -15,18 +15,22 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+import numpy as np
+from jax.sharding import Mesh
 
 import hmf_jax.model
 from benchmarks.rows import Row
 from benchmarks.timing import SETS, device_time, milliseconds
 from hmf_jax.config import HybridConfig
+from hmf_jax.engine import programs
 from hmf_jax.layers import rope_table
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
 from hmf_jax.mixers import Context, Mixer
-from hmf_jax.model import HybridLM, PackedModel
+from hmf_jax.model import HybridLM
+from hmf_jax.packed import PackedModel
 from hmf_jax.pallas_kernels import dispatch
-from hmf_jax.sharding import constrain, make_mesh, named_sharding
+from hmf_jax.sampling import SamplingParams
+from hmf_jax.sharding import make_mesh, named_sharding
 from hmf_jax.state import AttentionState, ModelState
 
 Array = jax.Array
@@ -45,7 +49,7 @@ class Settings:
         state when decoding starts.
       layers: keep the first `layers` layers only; None keeps all.
       chunk: tokens per prefill call; None prefills in one.
-      steps: tokens decoded per timed call, which is one dispatch.
+      steps: room for new tokens behind the prompt, of which the first comes with it.
       num_iter: Chebyshev iterations of GKA layers; None where there are none, or the config's.
       impl: see `pallas_kernels.dispatch`; "auto" picks per operator.
       axes: of the mesh that the model lives on, {"tp": 2}; empty: one device.
@@ -139,11 +143,13 @@ class Bench:
         """One of `MODELS`:
 
         * model: logits of all `length` tokens, without a state.
-        * ttft: an empty state, prefill of `length` tokens, the greedy first token, waited for.
-        * decode_throughput: greedy tokens after `length` others, `steps` per dispatch, the state
-          donated; ms is per token of every row. The state starts from values that no prompt left
-          there (see `random_state`), which takes no time to speak of. step_bytes: what has to be
-          read and written for one token of every row, gb_per_s: the rate at which that happened.
+        * ttft: empty rows, prefill of `length` tokens, the greedy first token, waited for, by the
+          programs of `generate`.
+        * decode_throughput: greedy tokens after `length` others, `steps` - 1 per dispatch, by the
+          program of `generate`; ms is per token of every row. The state starts from values that no
+          prompt left there (see `random_state`), which takes no time to speak of. step_bytes: what
+          has to be read and written for one token of every row, gb_per_s: the rate at which that
+          happened.
         * train_step: mean cross-entropy of the next token, its gradient, a plain SGD update.
         * mixer: one layer of the kind `mixer` alone (projections and operator, no MLP), without a
           state; mixer_decode: the same on one token per row, `length` tokens in the state.
@@ -173,55 +179,72 @@ class Bench:
     def _forward(self, model: HybridLM, tokens: Array) -> Array:
         return model(tokens, num_iter=self.s.num_iter, impl=self.s.impl)[0]
 
+    def _settings(self) -> programs.Settings:
+        """What `generate` makes of greedy requests that nothing ends."""
+        rows, own = self.s.batch, self.s.config.gka
+        own = None if own is None else own.num_iter
+        greedy = [SamplingParams()] * rows
+        return programs.stack_settings(own, greedy, [[]] * rows, [self.s.num_iter] * rows)
+
+    def _abstract_rows(self, capacity: int, fresh: bool) -> tuple[programs.Rows, Any]:
+        """Rows that hold nothing and their logits, without arrays."""
+        state = abstract_state(self.model, self.s.batch, capacity)
+        split = state.length.sharding
+        shape = self.s.batch, self.s.config.vocab_size
+
+        def of(shape: tuple[int, ...], dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+
+        number = of(shape[:1], jnp.int32)
+        state = dataclasses.replace(state, fresh=fresh)
+        rows = programs.Rows(state, of(shape, jnp.bool_), number, number, number)
+        return rows, of(shape, self.s.dtype)
+
     def _prefill_program(self, capacity: int):
-        """(compiled programs, (model, tokens) -> first token and state)."""
-
-        def chunk(packed: PackedModel, tokens: Array, state: ModelState):
-            logits, new = packed.model()(
-                tokens, state=state, num_iter=self.s.num_iter, last_only=True, impl=self.s.impl
-            )
-            assert new is not None
-            return self._greedy(logits), new
-
-        rows, packed = self.s.batch, PackedModel.of(self.model)
-        empty = abstract_state(self.model, rows, capacity)
-        fresh, used = (dataclasses.replace(empty, fresh=fresh) for fresh in (True, False))
-        make = jax.jit(lambda: self.model.init_state(rows, capacity), out_shardings=_split(fresh))
-        step = self.s.chunk or self.s.length
-        sizes = [min(step, self.s.length - at) for at in range(0, self.s.length, step)]
-        programs: dict[Any, Any] = {}
+        """(compiled programs, (model, tokens) -> first token and rows): those of `generate`."""
+        s, packed = self.s, PackedModel.of(self.model)
+        layout = programs.Layout.of(packed, s.batch, capacity)
+        settings, impl = self._settings(), s.impl
+        step = s.chunk or s.length
+        sizes = [min(step, s.length - at) for at in range(0, s.length, step)]
+        compiled: dict[Any, Any] = {}
         for i, size in enumerate(sizes):  # before anything that takes memory
-            split = named_sharding(self.model.mesh, ("batch", None), (rows, size))
-            part = jax.ShapeDtypeStruct((rows, size), jnp.int32, sharding=split)
-            if (size, i == 0) not in programs:
-                jitted = jax.jit(chunk, donate_argnums=2, out_shardings=(None, _split(used)))
-                lowered = jitted.lower(packed, part, used if i else fresh)
-                programs[size, i == 0] = lowered.compile()
+            if (size, i == 0) not in compiled:
+                part = np.zeros((s.batch, size), np.int32)
+                rows, logits = self._abstract_rows(capacity, fresh=i == 0)
+                lengths = np.full(s.batch, size, np.int32)
+                compiled[size, i == 0] = (
+                    programs.prefill.on(layout)
+                    .lower(packed, rows, logits, part, lengths, settings.num_iter, impl=impl)
+                    .compile()
+                )
+        starts, left = np.ones(s.batch, bool), np.full(s.batch, s.steps, np.int32)
 
-        def prefill(packed: PackedModel, tokens: Array) -> tuple[Array, ModelState]:
-            state, first, at = make(), tokens[:, 0], 0
+        def prefill(packed: PackedModel, tokens: np.ndarray) -> tuple[Array, programs.Rows]:
+            rows, logits = programs.empty.on(layout)(packed, s.batch, capacity)
+            at = 0
             for i, size in enumerate(sizes):
                 part, at = tokens[:, at : at + size], at + size
-                first, state = programs[size, i == 0](packed, part, state)
-            return first, state
+                lengths = np.full(s.batch, size, np.int32)
+                rows, logits = compiled[size, i == 0](
+                    packed, rows, logits, part, lengths, settings.num_iter
+                )
+            rows, token, *_ = programs.first.on(layout)(rows, logits, starts, left, settings)
+            return token, rows
 
-        return programs, prefill
-
-    def _greedy(self, logits: Array) -> Array:
-        """The next tokens [B] after logits [B, T, V], int32."""
-        token = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
-        return constrain(token, self.model.mesh, "batch")
+        return compiled, prefill
 
     def _rate(self, tokens: int, ms: float) -> float:
         """Tokens per second and device."""
         return 1e3 * tokens / ms / self.s.devices
 
     def _ttft(self):
-        programs, prefill = self._prefill_program(self.s.length)
-        sets, packed = self.s.tokens(self.model.mesh), PackedModel.of(self.model)
+        compiled, prefill = self._prefill_program(self.s.length + self.s.steps)
+        sets = [np.asarray(tokens) for tokens in self.s.tokens(None)]
+        packed = PackedModel.of(self.model)
         ms = milliseconds(lambda tokens: prefill(packed, tokens)[0], sets, queue=False)
-        largest = max(programs.values(), key=_program_bytes)
-        state = abstract_state(self.model, self.s.batch, self.s.length)
+        largest = max(compiled.values(), key=_program_bytes)
+        state = abstract_state(self.model, self.s.batch, self.s.length + self.s.steps)
         extra: dict[str, Any] = {"state_bytes": device_bytes(state)}
         extra["tokens_per_s"] = self._rate(self.s.batch * self.s.length, ms)
         if profile := device_time(lambda: prefill(packed, sets[0])[0]):
@@ -229,54 +252,57 @@ class Bench:
         return "fwd", ms, largest, extra
 
     def _decode_program(self):
-        """(compiled program, tokens to start from, state to start from)."""
+        """(compiled program, its rows): that of `generate`, with `length` tokens in each row.
 
-        def decode(packed: PackedModel, token: Array, state: ModelState):
-            model = packed.model()
-            # Every timed call starts at `length` again: the cache holds room for one call.
-            held = jnp.full_like(state.length, self.s.length)
-            state = dataclasses.replace(state, length=held, position=held)
+        A row ends when its buffer is full; the token that `first` chose is one of `steps`, so that
+        a call makes `steps` - 1.
+        """
+        s, packed = self.s, PackedModel.of(self.model)
+        size = s.batch, s.length + s.steps
+        layout = programs.Layout.of(packed, *size)
+        rows, _ = self._abstract_rows(size[1], fresh=False)
+        nobody, settings = np.zeros(s.batch, bool), self._settings()
+        args = nobody, np.int32(s.steps - 1), settings
+        program = programs.decode.on(layout).lower(packed, rows, *args, impl=s.impl).compile()
+        state = random_state(self.model, *size)  # after the program, which needs memory, too
 
-            def one(carry: tuple[Array, ModelState], _: None):
-                token, state = carry
-                logits, new = model(
-                    token[:, None], state=state, num_iter=self.s.num_iter, impl=self.s.impl
-                )
-                assert new is not None
-                return (self._greedy(logits), new), token
+        def zeros(x: jax.ShapeDtypeStruct) -> Array:
+            return jnp.zeros(x.shape, x.dtype, device=x.sharding)
 
-            (token, state), _ = jax.lax.scan(one, (token, state), None, self.s.steps)
-            return token, state
+        rest = {n: zeros(getattr(rows, n)) for n in ("seen", "token", "reason", "left")}
+        rest["token"] = jax.device_put(np.asarray(s.tokens(None)[0][:, 0]), rows.token.sharding)
 
-        mesh = self.model.mesh
-        token = self.s.tokens(mesh)[0][:, 0]
-        split = named_sharding(mesh, ("batch",), token.shape)
-        token = jax.device_put(token, split)
-        size = self.s.batch, self.s.length + self.s.steps
-        empty = dataclasses.replace(abstract_state(self.model, *size), fresh=False)
-        jitted = jax.jit(decode, donate_argnums=2, out_shardings=(split, _split(empty)))
-        packed = PackedModel.of(self.model)
-        program = jitted.lower(packed, token, empty).compile()  # before the state takes memory
-        return program, token, random_state(self.model, *size)
+        @functools.partial(jax.jit, donate_argnums=0, out_shardings=layout and layout.rows(False))
+        def again(rows: programs.Rows) -> programs.Rows:
+            """Every timed call starts at `length`: the buffers hold room for one call."""
+            held = jnp.full(s.batch, s.length, jnp.int32)
+            state = dataclasses.replace(rows.state, length=held, position=held)
+            left = jnp.full(s.batch, s.steps, jnp.int32)
+            return dataclasses.replace(rows, state=state, reason=jnp.zeros_like(held), left=left)
+
+        def decode(rows: programs.Rows) -> tuple[programs.Rows, Array]:
+            rows, tokens, *_ = program(packed, again(rows), *args)
+            return rows, tokens
+
+        return program, decode, programs.Rows(state, **rest)
 
     def _decode_throughput(self):
-        program, token, state = self._decode_program()
-        packed = PackedModel.of(self.model)
-        moved = device_bytes(self.model) + step_bytes(state, self.s.length)
+        program, decode, rows = self._decode_program()
+        moved = device_bytes(self.model) + step_bytes(rows.state, self.s.length)
         if not self.s.config.tie_word_embeddings:
             moved -= device_bytes(self.model.embed_tokens)
-        state_bytes = device_bytes(state)
+        state_bytes, steps = device_bytes(rows.state), self.s.steps - 1
 
         def call(_: None) -> Array:
-            nonlocal token, state
-            token, state = program(packed, token, state)
-            return token
+            nonlocal rows
+            rows, tokens = decode(rows)
+            return tokens
 
-        ms = milliseconds(call, [None]) / self.s.steps
+        ms = milliseconds(call, [None]) / steps
         extra: dict[str, Any] = {"tokens_per_s": self._rate(self.s.batch, ms)}
         extra |= {"state_bytes": state_bytes, "step_bytes": moved, "gb_per_s": moved / ms / 1e6}
         if profile := device_time(lambda: call(None)):
-            extra |= profile.per(self.s.steps)
+            extra |= profile.per(steps)
         return "decode", ms, program, extra
 
     def _train_step(self):
@@ -500,13 +526,6 @@ def _watch_dispatch() -> Iterator[dict[str, str]]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-
-
-def _split(state: ModelState) -> ModelState | None:
-    """How each array of a state is split over the mesh; None without one."""
-    if not isinstance(state.length.sharding, NamedSharding):
-        return None
-    return jax.tree.map(lambda x: x.sharding, state)
 
 
 def _peak_bytes() -> int | None:

@@ -177,11 +177,14 @@ def test_a_mesh_gives_the_tokens_and_states_of_one_device(axes: dict[str, int]) 
             ),
             {},
         )
-        program, token, state = bench._decode_program()
-        bytes_ = device_bytes((bench.model, state))
+        _, decode, rows = bench._decode_program()
+        bytes_ = device_bytes((bench.model, rows.state))
         packed = PackedModel.of(bench.model)
-        first, filled = bench._prefill_program(12)[1](packed, bench.s.tokens(bench.model.mesh)[0])
-        return (first, program(packed, token, state)[0]), filled.layers, bytes_
+        prompt = np.asarray(bench.s.tokens(None)[0])
+        first, filled = bench._prefill_program(16)[1](packed, prompt)
+        tokens = decode(rows)[1][:, :3]
+        assert (tokens >= 0).all()
+        return (first, tokens), filled.state.layers, bytes_
 
     tokens, state, bytes_ = run({})
     got_tokens, got_state, got_bytes = run(axes)

@@ -192,7 +192,7 @@ def empty(packed: PackedModel, size: int, capacity: int) -> tuple[Rows, jax.Arra
     return rows, logits
 
 
-@program(others=1, donate_argnames=("rows", "logits"))
+@program(others=1, donate_argnames=("rows", "logits"), static_argnames=("impl",))
 def prefill(
     packed: PackedModel,
     rows: Rows,
@@ -200,6 +200,7 @@ def prefill(
     tokens: jax.Array,
     lengths: jax.Array,
     num_iter: Any,
+    impl: str = "auto",
 ) -> tuple[Rows, jax.Array]:
     """Feed the first lengths[b] of tokens [B, T]; logits [B, V] change in the rows that got any."""
     model, state = packed.model(), rows.state
@@ -212,6 +213,7 @@ def prefill(
             state=state,
             num_iter=num_iter,
             last_only=True,
+            impl=impl,
         )
         logits = jnp.where((count > 0)[:, None], new[:, 0], logits)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
@@ -261,9 +263,14 @@ def first(
     return rows, token[:, None], logprob[:, None], rows.reason
 
 
-@program(others=3, donate_argnames=("rows",))
+@program(others=3, donate_argnames=("rows",), static_argnames=("impl",))
 def decode(
-    packed: PackedModel, rows: Rows, ends: jax.Array, steps: jax.Array, settings: Settings
+    packed: PackedModel,
+    rows: Rows,
+    ends: jax.Array,
+    steps: jax.Array,
+    settings: Settings,
+    impl: str = "auto",
 ) -> tuple[Rows, jax.Array, jax.Array, jax.Array]:
     """Up to `steps` tokens for each row that runs and is not to end now, `ends` [B] bool.
 
@@ -284,6 +291,7 @@ def decode(
             state=rows.state,
             num_iter=settings.num_iter,
             last_only=True,
+            impl=impl,
         )
         rows, logprob = _choose(dataclasses.replace(rows, state=state), logits[:, 0], settings)
         tokens = tokens.at[:, i].set(jnp.where(runs, rows.token, -1))
