@@ -10,7 +10,13 @@ Names are imported when they are first used, so that importing this package cost
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "convert")):
+    raise ImportError(
+        "hmf_jax/convert should be a symbolic link: clone with git clone -c core.symlinks=true"
+    )
 
 if TYPE_CHECKING:  # what `__getattr__` does, for type checkers; a test compares the two
     from hmf_jax.chat import ChatSession, generate_text, stream_text
