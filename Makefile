@@ -51,7 +51,7 @@ lint: $(TOOLS)
 
 # Strict: a broken link or an unknown name in a docstring's cross reference is an error.
 docs: $(TOOLS)
-	$(PY) -m mkdocs build --quiet --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --site-dir build/site
 
 # Two at a time, the longest first: they mostly compile, which one core does, and as quickly here as
 # in the tests.

@@ -1,8 +1,8 @@
 """Hybrid language models in JAX: load a checkpoint, run it, generate.
 
-model = hmf_jax.from_pretrained("path/or/repo")
-chat = hmf_jax.ChatSession(model)
-print(chat.send("Hello!"))
+    model = hmf_jax.from_pretrained("path/or/repo")
+    chat = hmf_jax.ChatSession(model)
+    print(chat.send("Hello!"))
 
 Names are imported when they are first used, so that importing this package costs next to nothing.
 """
