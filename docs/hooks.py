@@ -1,4 +1,4 @@
-"""The site also holds files from outside docs/, and links to them work here as they do on GitHub."""
+"""The site also holds files from outside docs/; links to them work as they do in the repository."""
 
 from __future__ import annotations
 

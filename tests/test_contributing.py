@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md work."""
+"""The worked examples of CONTRIBUTING.md work; texts at the top of the repository link to files."""
 
 from __future__ import annotations
 
@@ -51,3 +51,11 @@ def test_the_operator_example_is_whole():
     folder = "pallas_kernels/ops/decayed_sum"
     files = {f"{folder}/{name}.py" for name in ("api", "inputs", "reference", "chunked")}
     assert set(BLOCKS) == files | {"tests/kernels/test_decayed_sum.py"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(name):
+    """Those of docs/ are checked by `make docs`."""
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text())
+    missing = [x for x in links if "://" not in x and not (ROOT / x).exists()]
+    assert links and not missing, missing
