@@ -145,7 +145,7 @@ def generate(
     tp: TP = 1,
 ) -> None:
     """Continue one or more texts (plain continuation; see `chat` for conversations)."""
-    from hmf_jax.chat import generate_text, stream_text
+    from hmf_jax.text import generate_text, stream_text
 
     loaded, sampling = _load(
         model,
@@ -202,7 +202,7 @@ def chat(
     tp: TP = 1,
 ) -> None:
     """Talk to a model. /reset forgets the conversation, /exit or Ctrl-D ends it."""
-    from hmf_jax.chat import ChatSession
+    from hmf_jax.text import ChatSession
 
     loaded, sampling = _load(
         model,
@@ -595,10 +595,10 @@ def _load(
     """
     import jax
 
-    from hmf_jax.chat import default_sampling
     from hmf_jax.generation import enable_compilation_cache
     from hmf_jax.loading import from_pretrained, resolve
     from hmf_jax.sharding import make_mesh
+    from hmf_jax.text import default_sampling
 
     if tp > jax.device_count():
         raise ValueError(f"--tp {tp} needs {tp} devices, but there are {jax.device_count()}.")
@@ -617,10 +617,10 @@ def _score(
     base: str, data: Path, file: Path, length: int, rows: int, window: int, dtype: DType
 ) -> None:
     """Adds the log-likelihood of the data under the base and its variants to a CSV of scores."""
-    from hmf_jax.chat import load_tokenizer
     from hmf_jax.generation import enable_compilation_cache
     from hmf_jax.loading import from_pretrained, resolve
     from hmf_jax.priming import likelihood, score_layers
+    from hmf_jax.text import load_tokenizer
     from hmf_jax.training import Batches
 
     enable_compilation_cache()

@@ -15,13 +15,13 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from hmf_jax import embedded, generation
-from hmf_jax.chat import ChatSession, generate_text, load_tokenizer
 from hmf_jax.cli import app
 from hmf_jax.config import HybridConfig
 from hmf_jax.demo import write_checkpoint
 from hmf_jax.loading import from_pretrained
 from hmf_jax.memory import memory_table, size_text, state_memory
 from hmf_jax.sampling import SamplingParams
+from hmf_jax.text import ChatSession, generate_text, load_tokenizer
 from tests.goldens import golden
 
 COMMANDS = ("generate", "chat", "convert", "verify", "info", "train", "prime", "demo", "bench")

@@ -24,12 +24,12 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hmf_jax.chat import load_tokenizer
 from hmf_jax.config import HybridConfig
 from hmf_jax.loading import from_pretrained, resolve, save_pretrained
 from hmf_jax.memory import size_text
 from hmf_jax.model import HybridLM
 from hmf_jax.sharding import BATCH_AXES, for_model, make_mesh, row_parts
+from hmf_jax.text import load_tokenizer
 from hmf_jax.training.checkpoint import Checkpoints
 from hmf_jax.training.data import Batches
 from hmf_jax.training.optimizer import RECIPES, Recipe

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jinja2 import TemplateError
 
-from hmf_jax.chat import END_THINK
+from hmf_jax.text.thinking import END_THINK
 
 COLUMNS = ("messages", "conversations", "text")
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # of "conversations"
