@@ -27,7 +27,18 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.convert import hf_to_jax, jax_to_hf, mapping
 from hmf_jax.convert.safetensors_io import DTYPES, dtype_name
 from hmf_jax.model import HybridLM
-from hmf_jax.sharding import for_model, named_sharding
+from hmf_jax.parameters import abstract_params, flat_params, with_params
+from hmf_jax.sharding import for_model
+
+__all__ = [
+    "abstract_params",  # of hmf_jax.parameters
+    "flat_params",
+    "from_pretrained",
+    "resolve",
+    "save_orbax",
+    "save_pretrained",
+    "with_params",
+]
 
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*", "vocab.*", "merges.*"]
 _PARAMS, _DTYPES = "params", "stored_dtypes.json"
@@ -190,37 +201,6 @@ def resolve(repo_or_dir: str | Path, *, revision: str | None = None, progress: b
             f"cannot download {name}: no such directory here, and huggingface.co says: {e}. Check "
             "the name and revision; for private or gated models run `hf auth login` first"
         ) from e
-
-
-def abstract_params(model: Any, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Parameter path -> shape, dtype and sharding (from each parameter's `dims`) on this mesh."""
-    out = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        value = variable.get_value()
-        sharding = named_sharding(mesh, variable.get_metadata()["dims"], value.shape)
-        out[_join(path)] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-    return out
-
-
-def flat_params(model: nnx.Module) -> dict[str, jax.Array]:
-    """Parameter path ("layers.3.mixer.q_proj.kernel") -> array, of a model or a part of one."""
-    return {
-        _join(path): variable.get_value()
-        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
-
-
-def _join(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
-
-
-def with_params(model: Any, params: Mapping[str, jax.Array]) -> HybridLM:
-    """The abstract model with its parameters filled in."""
-    graphdef, state = nnx.split(model)
-    leaves = [
-        (path, variable.replace(params[_join(path)])) for path, variable in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
 def _is_orbax(directory: Path) -> bool:

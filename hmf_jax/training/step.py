@@ -20,6 +20,7 @@ from hmf_jax.convert import mapping
 from hmf_jax.layers import exact, exact_dtype
 from hmf_jax.mixers import Context
 from hmf_jax.model import Block, HybridLM
+from hmf_jax.parameters import abstract_params, flat_params
 from hmf_jax.sharding import constrain
 from hmf_jax.training.loss import next_token_loss
 
@@ -50,9 +51,9 @@ def select_parameters(model: HybridLM, trainable: str | Sequence[str] | None = N
     Raises:
       ValueError: no patterns, or one that selects nothing (it may be a slip of the pen).
     """
-    names = _template(model)[0].names
+    names = list(flat_params(model))
     if trainable is None:
-        return list(names)
+        return names
     stored = {e.path: e.name for e in mapping.table(model.config)}
     text = {path: f"{stored.get(path, '')} {path}" for path in names}
     given = trainable if isinstance(trainable, str) else ",".join(trainable)
@@ -77,18 +78,17 @@ class Template:
     names: tuple[str, ...]
     dtypes: tuple[np.dtype, ...]
 
+    @classmethod
+    def of(cls, model: HybridLM) -> Self:
+        """That of this model, or of its abstract twin."""
+        params = flat_params(model)
+        dtypes = tuple(np.dtype(a.dtype) for a in params.values())
+        return cls(jax.tree.structure(model), tuple(params), dtypes)
+
     def model(self, params: Params) -> HybridLM:
         """The model with these parameters, each in the dtype that it came with."""
         pairs = zip(self.names, self.dtypes, strict=True)
         return jax.tree.unflatten(self.structure, [params[n].astype(d) for n, d in pairs])
-
-
-def _template(model: HybridLM) -> tuple[Template, list[Any]]:
-    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    names = tuple(name.removesuffix(".value") for name in names)
-    dtypes = tuple(np.dtype(leaf.dtype) for _, leaf in leaves)
-    return Template(structure, names, dtypes), [leaf for _, leaf in leaves]
 
 
 @jax.tree_util.register_dataclass
@@ -153,7 +153,7 @@ class TrainState:
         mesh = model.mesh
         if mesh is None:
             return state
-        shardings = dict(zip(state.template.names, _shardings(model), strict=True))
+        shardings = _shardings(model)
 
         def place(path: Any, a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             sharding = shardings.get(getattr(path[-1], "key", None))  # of a parameter or a moment
@@ -163,15 +163,14 @@ class TrainState:
 
     @classmethod
     def _make(cls, model: HybridLM, optimizer: Any, trainable: Any, master_weights: bool) -> Self:
-        template, leaves = _template(model)
+        everything = flat_params(model)
         chosen = set(select_parameters(model, trainable))
-        everything = dict(zip(template.names, leaves, strict=True))
         params = {n: p for n, p in everything.items() if n in chosen}
         frozen = {n: p for n, p in everything.items() if n not in chosen}
         opt_state = optimizer.init({n: exact(p) for n, p in params.items()})
         if master_weights:
             params = {n: exact(p) for n, p in params.items()}
-        return cls(params, frozen, opt_state, jnp.zeros((), jnp.int32), template)
+        return cls(params, frozen, opt_state, jnp.zeros((), jnp.int32), Template.of(model))
 
     def model(self) -> HybridLM:
         """The model as trained so far, in the dtypes it came with."""
@@ -242,7 +241,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         model = state.model()
-        shardings = dict(zip(state.template.names, _shardings(model), strict=True))
+        shardings = _shardings(model)
         rows = _check(batch, accumulate)
         batch = {k: constrain(jnp.asarray(a), model.mesh, "batch", None) for k, a in batch.items()}
 
@@ -327,11 +326,10 @@ def _check(batch: Mapping[str, Any], accumulate: int) -> int:
     return B
 
 
-def _shardings(model: HybridLM) -> list[NamedSharding | None]:
-    """The sharding of each parameter, in the order of `Template.names`."""
-    if model.mesh is None:
-        return [None] * len(jax.tree.leaves(model))
-    return jax.tree.leaves(model.shardings())
+def _shardings(model: HybridLM) -> dict[str, NamedSharding | None]:
+    """Path -> sharding of each parameter; None without a mesh."""
+    params = abstract_params(model, model.mesh)
+    return {path: a.sharding for path, a in params.items()}  # pyright: ignore[reportReturnType]
 
 
 def _canonical(sharding: Any, mesh: Mesh) -> NamedSharding:
