@@ -100,75 +100,108 @@ def train[S](
         state, done = checkpoints.restore(state, batches)
     if diagnose is None and isinstance(state, TrainState):
         diagnose = find_not_finite  # pyright: ignore[reportAssignmentType]
-    several, mesh = jax.process_count() > 1, _mesh(state)
     log = Log(directory, loggers, done, steps, progress)
-    skip = 0 if hasattr(batches, "set_state") else done
-    iterator = itertools.islice(batches, skip, None)
-    padding: Batch | None = getattr(batches, "padding", lambda: None)() if several else None
-    pending: tuple[int, Mapping[str, Any], Batch] | None = None
+    log.flops_per_token = flops_per_token
+    loop = _Loop(state, step, done, checkpoints, diagnose, log)
+    del state  # the loop has it, and lets go of what a step has replaced
+    loop.run(batches, steps, Path(str(directory)) / "profile" if profile else None)
+    return loop.state
 
-    def settle() -> bool:
+
+class _Loop[S]:
+    """The state of `train`, and the step whose metrics the host has not read yet."""
+
+    def __init__(
+        self,
+        state: S,
+        step: Step,
+        done: int,
+        checkpoints: Checkpoints | None,
+        diagnose: Callable[[S, Batch], str] | None,
+        log: Log,
+    ) -> None:
+        self.state, self.done = state, done  # done: steps whose metrics are known and finite
+        self._step, self._checkpoints, self._diagnose, self._log = step, checkpoints, diagnose, log
+        self._mesh, self._several = _mesh(state), jax.process_count() > 1
+        self._pending: tuple[int, Mapping[str, Any], Batch] | None = None
+
+    def run(self, batches: Iterable[Batch], steps: int, profile: Path | None) -> None:
+        """All that is left of `steps`; traces the third to the fifth step into `profile`."""
+        first, checkpoints = self.done + 1, self._checkpoints
+        skip = 0 if hasattr(batches, "set_state") else self.done
+        iterator = itertools.islice(batches, skip, None)
+        padding = getattr(batches, "padding", lambda: None)() if self._several else None
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._log.close, batches)
+            if checkpoints is not None:
+                stack.enter_context(checkpoints)
+            stopped = stack.enter_context(_signals())
+            tracing = stack.enter_context(contextlib.ExitStack())
+            for number in range(first, steps + 1):
+                batch = next(iterator, padding)
+                if batch is None:
+                    break
+                if number == first:
+                    self._reckon_flops(batch)
+                if profile is not None and number == first + 2:
+                    tracing.enter_context(jax.profiler.trace(str(profile)))
+                if not self._dispatch(number, batch):
+                    break
+                stop = stopped(number)
+                save = checkpoints is not None and (stop or number % checkpoints.every == 0)
+                traced = profile is not None and number == first + 4
+                if (save or stop or traced) and not self._settle():
+                    break
+                if traced:
+                    tracing.close()
+                if checkpoints is not None:
+                    checkpoints.check()
+                    if save:
+                        checkpoints.save(number, self.state, batches)
+                if stop:
+                    raise KeyboardInterrupt(f"stopped by a signal after step {number}")
+            self._settle()
+            if checkpoints is not None and self.done >= first and checkpoints.latest != self.done:
+                checkpoints.save(self.done, self.state, batches)
+
+    def _reckon_flops(self, batch: Batch) -> None:
+        """The log needs them for the MFU; the caller may have said how many there are."""
+        if self._log.flops_per_token is None and isinstance(self.state, TrainState):
+            length = np.shape(batch["tokens"])[1]
+            self._log.flops_per_token = training_flops(self.state, length)
+
+    def _dispatch(self, number: int, batch: Batch) -> bool:
+        """Start a step on the devices, and meanwhile settle the one before it."""
+        placed = place(batch, self._mesh)
+        self.state, metrics = self._step(self.state, placed)
+        if not self._settle():
+            return False
+        self._pending = number, metrics, placed
+        return True
+
+    def _settle(self) -> bool:
         """Read the metrics of the last step; False if no process had anything to learn from."""
-        nonlocal pending, done
-        if pending is None:
+        if self._pending is None:
             return True
-        number, metrics, batch = pending
-        pending = None
+        number, metrics, batch = self._pending
+        self._pending = None
         values = {name: float(x) for name, x in jax.device_get(dict(metrics)).items()}
         values = {"loss": values.pop("loss"), **values}
         if not values.pop("finite", True) or not math.isfinite(values["loss"]):
-            numbers = ", ".join(f"{k} {v:g}" for k, v in values.items())
-            where = "" if diagnose is None else f" {diagnose(state, batch)}"
-            good = None if checkpoints is None else checkpoints.latest
-            raise FloatingPointError(
-                f"step {number} is not finite: {numbers}.{where} The last checkpoint is "
-                + ("none" if good is None else f"that of step {good}")
-            )
-        if several and values.get("tokens") == 0:
+            raise FloatingPointError(self._what_is_not_finite(number, values, batch))
+        if self._several and values.get("tokens") == 0:
             return False
-        done = number
-        log.write(number, values, batch["tokens"].size)
+        self.done = number
+        self._log.write(number, values, batch["tokens"].size)
         return True
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(log.close, batches)
-        if checkpoints is not None:
-            stack.enter_context(checkpoints)
-        stopped = stack.enter_context(_signals())
-        tracing = stack.enter_context(contextlib.ExitStack())
-        first = done + 1
-        for number in range(first, steps + 1):
-            batch = next(iterator, padding)
-            if batch is None:
-                break
-            if number == first:
-                if flops_per_token is None and isinstance(state, TrainState):
-                    flops_per_token = training_flops(state, np.shape(batch["tokens"])[1])
-                log.flops_per_token = flops_per_token
-            if profile and number == first + 2:
-                tracing.enter_context(jax.profiler.trace(str(Path(str(directory)) / "profile")))
-            placed = place(batch, mesh)
-            state, metrics = step(state, placed)
-            if not settle():
-                break
-            pending = number, metrics, placed
-            stop = stopped(number)
-            save = checkpoints is not None and (stop or number % checkpoints.every == 0)
-            traced = profile and number == first + 4
-            if (save or stop or traced) and not settle():
-                break
-            if traced:
-                tracing.close()
-            if checkpoints is not None:
-                checkpoints.check()
-                if save:
-                    checkpoints.save(number, state, batches)
-            if stop:
-                raise KeyboardInterrupt(f"stopped by a signal after step {number}")
-        settle()
-        if checkpoints is not None and done >= first and checkpoints.latest != done:
-            checkpoints.save(done, state, batches)
-    return state
+    def _what_is_not_finite(self, number: int, values: Mapping[str, float], batch: Batch) -> str:
+        numbers = ", ".join(f"{k} {v:g}" for k, v in values.items())
+        where = "" if self._diagnose is None else f" {self._diagnose(self.state, batch)}"
+        good = None if self._checkpoints is None else self._checkpoints.latest
+        return f"step {number} is not finite: {numbers}.{where} The last checkpoint is " + (
+            "none" if good is None else f"that of step {good}"
+        )
 
 
 def data_shard(mesh: Mesh | None) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, loggers, a bar, loss.png."""
+"""What a training run reports: metrics.jsonl, loss.png, a progress bar, further loggers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,19 @@ METRICS = "metrics.jsonl"
 
 
 class Log:
-    """Metrics of the steps, to whoever wants to see them; silent but on process 0."""
+    """Takes the metrics of each step to the files, the bar and the loggers. Process 0 alone writes
+    files and shows a bar.
+
+    Args:
+      directory: of metrics.jsonl and loss.png; None: no files. Records of steps after `done`, which
+        a killed run left behind, are dropped.
+      loggers: objects with `log_scalar(name, value, step=)` and `close()`.
+      done: steps before this call; steps: in all, where the bar ends.
+      progress: show the bar.
+
+    Attributes:
+      flops_per_token: model FLOPs, for the MFU; None: no MFU.
+    """
 
     def __init__(
         self,
@@ -54,6 +66,7 @@ class Log:
         self._last = time.perf_counter()
 
     def write(self, step: int, values: dict[str, float], tokens: int) -> None:
+        """Report a step; `tokens` are those of its batch, padding included."""
         now = time.perf_counter()
         self._times.append((now, tokens))
         record = {"step": step, **values, "seconds": now - self._last}
@@ -81,6 +94,7 @@ class Log:
         self._bar.update()
 
     def close(self, batches: Any) -> None:
+        """Close everything, draw loss.png, and warn of the bad rows that the batches left out."""
         self._bar.close()
         for logger in self._loggers:
             logger.close()
