@@ -1,9 +1,9 @@
-"""Training data: files of texts and chats become batches of packed rows of tokens.
+"""Batches: rows of a fixed number of tokens, packed from documents.
 
-source -> shuffle, shard, epochs (grain) -> tokens and targets of each row (threads)
--> rows of fixed length -> batches. Where the iterator stands is a few integers, from which it goes
-on exactly: the shuffled stream can be entered anywhere, and packing is repeated from the beginning
-of a window of rows.
+Rows of the source are shuffled, split over processes and repeated by grain, become tokens and
+targets in background threads (`documents`, `encode`), and are packed here. Where the iterator
+stands is a few integers, from which it goes on exactly: grain can begin anywhere in the shuffled
+order, and packing is repeated from the beginning of a window of rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ _CHOICES = {
     "on_bad": ("skip", "error"),
     "padding_side": ("right", "left"),
 }
-
 
 # Tokens and targets of (a part of) a document, [N] int32 and [N] bool.
 Piece = tuple[np.ndarray, np.ndarray]
@@ -130,7 +129,7 @@ class Batches:
         self._reading = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=max(128, threads)
         )
-        self._stream: Any = None
+        self._reader: Any = None
         self.problems: list[str] = []
         zero = dict.fromkeys(
             ("documents", "tokens", "targets", "empty", "malformed", "overlong"), 0
@@ -163,15 +162,15 @@ class Batches:
 
     def _enter(self, state: dict[str, Any]) -> None:
         """To the beginning of a window of rows."""
-        self._row: int = state["row"]  # of the stream: the next document not yet packed
+        self._row: int = state["row"]  # in the shuffled order: the next document not yet packed
         self._piece: int = state["piece"]  # of that document: the next one not yet packed
         self._counts: dict[str, int] = dict(state["counts"])
         self._start, self._rows, self._taken = self._snapshot(), [], 0
         self._pieces: list[Piece] | None = None
         self._overlong, self._bad_run = False, 0  # of these pieces; bad rows without a good one
-        if self._stream is not None:
-            self._stream.close()
-        self._stream = iter(self._data[self._row :].to_iter_dataset(self._reading))
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = iter(self._data[self._row :].to_iter_dataset(self._reading))
 
     def _snapshot(self) -> dict[str, Any]:
         return {"row": self._row, "piece": self._piece, "counts": dict(self._counts)}
@@ -243,7 +242,7 @@ class Batches:
     def _next_document(self) -> list[Piece] | None:
         """The pieces of the next good document, None at the end. Counts bad ones."""
         while self._pieces is None:
-            document = next(self._stream, None)
+            document = next(self._reader, None)
             if document is None:
                 return None
             pieces, bad, why = self._cut(document)

@@ -1,4 +1,4 @@
-"""Where a run that is not finite went wrong."""
+"""Where the first value that is not finite (infinite or not a number) arose in a training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many FLOPs a training step takes, and how many a device can do."""
+"""FLOPs: how many a training step takes, and how many a device can do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would take: the dry run."""
+"""What a training run would do and take, without running it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hmf_jax.memory import size_text
+from hmf_jax.memory import device_bytes, size_text
 from hmf_jax.sharding import BATCH_AXES
 from hmf_jax.training.flops import peak_flops, training_flops
 from hmf_jax.training.run import Run, describe_data
@@ -20,7 +20,7 @@ from hmf_jax.training.step import Loss, TrainState
 def plan(config: TrainConfig, *, loss: Loss | None = None) -> str:
     """What a run would do and take, in words: data, trained parameters, memory and cost of a step.
 
-    The step is compiled for the devices of this machine; no weight is loaded, nothing is written.
+    Arguments and errors as for `fine_tune`. The step is compiled for the devices of this machine; no weight is loaded, nothing is written.
     """
     run = Run.prepare(config, loss)
     state = run.abstract_state()
@@ -58,35 +58,25 @@ def _describe_parameters(state: TrainState) -> list[str]:
 
 def _describe_memory(state: TrainState, analysis: Any) -> list[str]:
     parts = {
-        "frozen weights": _bytes(state.frozen),
-        "trained weights": _bytes(state.params),
-        "optimizer": _bytes(state.opt_state),
+        "frozen weights": device_bytes(state.frozen),
+        "trained weights": device_bytes(state.params),
+        "optimizer": device_bytes(state.opt_state),
         "gradients, activations, workspace": analysis.temp_size_in_bytes,
     }
-    float32 = sum(_local_size(p) * 4 for p in state.params.values())
+    float32 = sum(4 * (device_bytes(p) // p.dtype.itemsize) for p in state.params.values())
     lines = [f"  {size_text(n):>12}  {name}" for name, n in parts.items()]
     lines[-1] += f" (gradients are {size_text(float32)})"
     total = size_text(sum(parts.values()))
     return ["memory   of one device, as compiled:", *lines, f"  {total:>12}  in all"]
 
 
-def _bytes(tree: Any) -> int:
-    return sum(_local_size(a) * a.dtype.itemsize for a in jax.tree.leaves(tree))
-
-
-def _local_size(a: Any) -> int:
-    return math.prod(a.shape if a.sharding is None else a.sharding.shard_shape(a.shape))
-
-
 def _describe_cost(run: Run, state: TrainState, cost: Any) -> list[str]:
     tokens = run.batch_size * run.config.seq_len
     flops = training_flops(state, run.config.seq_len) * tokens
     peak = peak_flops()
-    seconds = (
-        ""
-        if peak is None
-        else (f"; {flops / peak / jax.device_count():.2f} s at the peak of the device(s)")
-    )
+    seconds = ""
+    if peak is not None:
+        seconds = f"; {flops / peak / jax.device_count():.2f} s at the peak of the device(s)"
     return [
         f"step     {tokens:,} tokens, {flops:.3g} model FLOPs{seconds}",
         f"         as compiled, per device: {cost.get('flops', math.nan):.3g} FLOPs, "

@@ -30,7 +30,7 @@ from hmf_jax.training.loop import data_shard, train
 from hmf_jax.training.schema import TrainConfig, yaml_module
 from hmf_jax.training.step import Loss, TrainState, make_train_step
 
-# Fields that are passed on as they are.
+# Fields that are passed on as they are, to `Batches` and to `make_train_step`.
 _DATA = ("column", "template_options", "packing", "overlong", "on_bad", "padding_side")
 _DATA += ("shuffle", "seed")
 _STEP = ("accumulate", "remat", "max_grad_norm", "num_iter", "impl", "chunk_size")
@@ -100,20 +100,37 @@ def fine_tune(
         gather = functools.partial(multihost_utils.process_allgather, tiled=True)
         model = jax.tree.map(gather, model)
     if first:
-        if config.lora_rank is not None:
-            from hmf_jax.training.lora import merge_lora, save_lora
-
-            shutil.rmtree(output / "adapter", ignore_errors=True)  # of an earlier, shorter run
-            save_lora(model, output / "adapter")
-            model = merge_lora(model)
-        save_pretrained(model, output / "model", overwrite=True, progress=progress)
+        _export(model, output, lora=config.lora_rank is not None, progress=progress)
         report(f"Wrote {output / 'model'}.")
     return output / "model"
 
 
+def _export(model: HybridLM, output: Path, *, lora: bool, progress: bool) -> None:
+    """Writes the adapters if there are any, and the model with the adapters merged."""
+    if lora:
+        from hmf_jax.training.lora import merge_lora, save_lora
+
+        shutil.rmtree(output / "adapter", ignore_errors=True)  # of an earlier, shorter run
+        save_lora(model, output / "adapter")
+        model = merge_lora(model)
+    save_pretrained(model, output / "model", overwrite=True, progress=progress)
+
+
 @dataclasses.dataclass
 class Run:
-    """What a config means on this machine; made before any weight is loaded."""
+    """What a config means on this machine; made before any weight is loaded.
+
+    Attributes:
+      config: what it was made from.
+      source: directory of the model to start from.
+      model_config: its config, with the overrides.
+      mesh: the devices; None: one.
+      batch_size: rows of a batch, on all processes together.
+      batches: makes the data of the run from their beginning.
+      seen: such data, read to their end if the length of the run depends on them, else not yet.
+      steps: of the whole run.
+      optimizer, step: the functions that train.
+    """
 
     config: TrainConfig
     source: Path
@@ -121,17 +138,17 @@ class Run:
     mesh: Mesh | None
     batch_size: int
     batches: Callable[..., Batches]
-    seen: Batches  # has been read to its end if the length depends on the data, else not at all
+    seen: Batches
     steps: int
     optimizer: optax.GradientTransformation
     step: jax.stages.Wrapped
 
     @classmethod
     def prepare(cls, config: TrainConfig, loss: Loss | None) -> Self:
+        """Finds what is wrong with a config: raises what `fine_tune` raises. Joins the other
+        processes if the config says so."""
         if config.distributed and not jax.distributed.is_initialized():
-            given = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
-            count, index = (None if n is None else int(n) for n in given)
-            jax.distributed.initialize(num_processes=count, process_id=index)
+            _join_processes()
         source = resolve(config.model)
         model_config = HybridConfig.from_json(source).override(config.config_overrides)
         mesh = for_model(_mesh(config), model_config)
@@ -169,6 +186,7 @@ class Run:
 
     @property
     def selection(self) -> dict[str, Any]:
+        """What to train, as arguments of `TrainState.create`."""
         return {"trainable": self.config.trainable, "master_weights": self.config.master_weights}
 
     def adapt(self, model: HybridLM) -> HybridLM:
@@ -188,6 +206,7 @@ class Run:
         )
 
     def abstract_state(self) -> TrainState:
+        """The state as shapes, dtypes and shardings."""
         dtype = jnp.dtype(self.config.dtype)
         model = nnx.eval_shape(
             lambda: self.adapt(HybridLM(self.model_config, dtype=dtype, mesh=self.mesh))
@@ -195,6 +214,7 @@ class Run:
         return TrainState.abstract(model, self.optimizer, **self.selection)
 
     def describe(self) -> str:
+        """Model, devices and length in words."""
         c, device = self.config, jax.devices()[0].device_kind
         shape = (
             "one device"
@@ -207,6 +227,13 @@ class Run:
             f"length   {self.steps} steps of {self.batch_size} rows of {c.seq_len} tokens, "
             f"{c.accumulate} micro-batch(es) each"
         )
+
+
+def _join_processes() -> None:
+    """JAX finds the others under SLURM, Open MPI and Kubernetes; elsewhere the environment says."""
+    given = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    count, index = (None if n is None else int(n) for n in given)
+    jax.distributed.initialize(num_processes=count, process_id=index)
 
 
 def _mesh(config: TrainConfig) -> Mesh | None:
@@ -244,5 +271,6 @@ def _loggers(config: TrainConfig, output: Path) -> list[Any]:
 
 
 def describe_data(batches: Batches) -> str:
+    """How many rows, documents and tokens were read, in words."""
     counts = ", ".join(f"{n:,} {name}" for name, n in batches.counts.items())
     return f"data     read by this process: {counts}"

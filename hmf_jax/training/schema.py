@@ -33,8 +33,7 @@ class TrainConfig(Recipe):
       lora_alpha, lora_modules, lora_quantize: see `apply_lora`.
       batch_size: rows of one optimizer step, on all devices together; None: one per micro-batch
         and data parallel device.
-      column, template_options, packing, on_bad, padding_side, shuffle, seed: of
-        `Batches`.
+      column, template_options, packing, on_bad, padding_side, shuffle, seed: of `Batches`.
       remat, num_iter, impl, chunk_size: of `make_train_step`.
       dp, fsdp, sp, tp: the mesh, see `make_mesh`; fsdp None: all devices that the others leave.
       distributed: join the other processes of the run (`jax.distributed`): found by itself under
@@ -143,6 +142,7 @@ class TrainConfig(Recipe):
 
 
 def yaml_module() -> Any:
+    """PyYAML; ImportError, which says how to install it, if it is missing."""
     try:
         import yaml
     except ImportError as e:
