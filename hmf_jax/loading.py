@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import jax
@@ -32,6 +32,7 @@ from hmf_jax.sharding import for_model
 
 __all__ = [
     "abstract_params",  # of hmf_jax.parameters
+    "convert_directory",
     "flat_params",
     "from_pretrained",
     "resolve",
@@ -165,6 +166,41 @@ def save_orbax(
             (tmp / _DTYPES).write_text(json.dumps(stored, indent=0) + "\n")
         if source is not None:
             jax_to_hf.copy_companions(source, tmp)
+
+
+def convert_directory(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: Literal["orbax", "hf"] | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Literal["orbax", "hf"]:
+    """A model directory in the other format, every number bit-identical.
+
+    Args:
+      source: directory or repository of a model.
+      target: the directory to write.
+      to: the format to write; None: Orbax from safetensors, else Hugging Face's.
+      max_shard_size, overwrite, progress: see `save_pretrained`.
+
+    Returns:
+      the format written.
+
+    Raises: what `from_pretrained` and `save_pretrained` raise.
+    """
+    directory = resolve(source, progress=progress)
+    if to is None:
+        to = "orbax" if any(directory.glob("*.safetensors")) else "hf"
+    model = from_pretrained(directory, dtype=None, progress=progress)
+    if to == "orbax":
+        save_orbax(model, target, overwrite=overwrite)
+    else:
+        save_pretrained(
+            model, target, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+        )
+    return to
 
 
 def resolve(repo_or_dir: str | Path, *, revision: str | None = None, progress: bool = True) -> Path:

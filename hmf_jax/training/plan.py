@@ -20,7 +20,8 @@ from hmf_jax.training.step import Loss, TrainState
 def plan(config: TrainConfig, *, loss: Loss | None = None) -> str:
     """What a run would do and take, in words: data, trained parameters, memory and cost of a step.
 
-    Arguments and errors as for `fine_tune`. The step is compiled for the devices of this machine; no weight is loaded, nothing is written.
+    Arguments and errors are those of `fine_tune`. The step is compiled for the devices of this
+    machine; no weight is loaded, nothing is written.
     """
     run = Run.prepare(config, loss)
     state = run.abstract_state()
