@@ -18,7 +18,8 @@ from flax import nnx
 from hmf_jax import embedded
 from hmf_jax.config import HybridConfig
 from hmf_jax.embedded import corpus
-from hmf_jax.embedded.train import NUM_ITER, accuracy
+from hmf_jax.embedded.plan import NUM_ITER
+from hmf_jax.embedded.recall import accuracy
 from hmf_jax.generation import generate
 from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.memory import describe, memory_table
