@@ -17,6 +17,11 @@ class TextStream:
       tokenizer: a Hugging Face tokenizer.
       stop: generation ends before the first of these strings to be completed.
       end_ids: tokens that have no text.
+
+    Attributes:
+      text: all pieces so far.
+      tokens, logprobs: all that was pushed, up to the token that completed a stop string.
+      stopped: whether a stop string was completed.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), end_ids: Sequence[int] = ()):

@@ -102,7 +102,7 @@ def train[S](
         diagnose = find_not_finite  # pyright: ignore[reportAssignmentType]
     log = Log(directory, loggers, done, steps, progress)
     log.flops_per_token = flops_per_token
-    loop = _Loop(state, step, done, checkpoints, diagnose, log)
+    loop: _Loop[Any] = _Loop(state, step, done, checkpoints, diagnose, log)
     del state  # the loop has it, and lets go of what a step has replaced
     loop.run(batches, steps, Path(str(directory)) / "profile" if profile else None)
     return loop.state

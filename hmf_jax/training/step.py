@@ -156,7 +156,7 @@ class TrainState:
         shardings = _shardings(model)
 
         def place(path: Any, a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            sharding = shardings.get(getattr(path[-1], "key", None))  # of a parameter or a moment
+            sharding = shardings.get(getattr(path[-1], "key", ""))  # of a parameter or a moment
             return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_canonical(sharding, mesh))
 
         return jax.tree_util.tree_map_with_path(place, state)
@@ -331,7 +331,9 @@ def _check_settings(accumulate: int, max_grad_norm: float | None, chunk_size: in
 
 def _remat_choices(remat: str | Mapping[str, str]) -> dict[str, str]:
     """Layer kind -> key of `REMAT`."""
-    choices = dict.fromkeys(LAYER_KINDS, remat) if isinstance(remat, str) else dict(remat)
+    if isinstance(remat, str):
+        remat = {kind: remat for kind in LAYER_KINDS}
+    choices = dict(remat)
     for kind, choice in choices.items():
         if kind not in LAYER_KINDS or choice not in REMAT:
             raise ValueError(
