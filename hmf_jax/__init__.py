@@ -19,7 +19,6 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "convert")):
     )
 
 if TYPE_CHECKING:  # what `__getattr__` does, for type checkers; a test compares the two
-    from hmf_jax.chat import ChatSession, generate_text, stream_text
     from hmf_jax.composition import compose
     from hmf_jax.config import HybridConfig
     from hmf_jax.generation import enable_compilation_cache, generate, stream, warmup
@@ -28,11 +27,12 @@ if TYPE_CHECKING:  # what `__getattr__` does, for type checkers; a test compares
     from hmf_jax.sampling import SamplingParams
     from hmf_jax.sharding import make_mesh
     from hmf_jax.state import ModelState
+    from hmf_jax.text import ChatSession, generate_text, stream_text
 
 __version__ = "0.2.0.dev0"
 
 _HOME = {
-    "ChatSession": "chat",
+    "ChatSession": "text",
     "HybridConfig": "config",
     "HybridLM": "model",
     "ModelState": "state",
@@ -42,15 +42,16 @@ _HOME = {
     "enable_compilation_cache": "generation",
     "from_pretrained": "loading",
     "generate": "generation",
-    "generate_text": "chat",
+    "generate_text": "text",
     "make_mesh": "sharding",
     "save_orbax": "loading",
     "save_pretrained": "loading",
     "stream": "generation",
-    "stream_text": "chat",
+    "stream_text": "text",
     "warmup": "generation",
 }
-_ROOMS = ("embedded", "memory", "priming", "training")  # `hmf_jax.training.train` needs no import
+# `hmf_jax.training.train` needs no import of `hmf_jax.training`.
+_ROOMS = ("embedded", "memory", "priming", "text", "training")
 
 __all__ = [
     "ChatSession",

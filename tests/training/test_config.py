@@ -23,7 +23,8 @@ from hmf_jax.cli import app
 from hmf_jax.demo import write_checkpoint
 from hmf_jax.loading import flat_params, from_pretrained
 from hmf_jax.training import RECIPES, read_metrics, train
-from hmf_jax.training.config import TrainConfig, _loggers
+from hmf_jax.training.config import TrainConfig
+from hmf_jax.training.run import _loggers
 
 pytest.importorskip("grain")
 NEEDED = {"model": "m", "data": "d.jsonl", "output": "o"}
