@@ -3,8 +3,9 @@
 #   make demo         build a tiny hybrid checkpoint, convert it, verify it, generate from it
 #   make test         the test suite            make test-slow   the tests that take minutes
 #   make test-gpu     the tests that need a GPU, with the Python that PYTHON names
-#   make lint         ruff and pyright          make notebooks   run the notebooks
-#   make bench        tiny operator benchmark   make clean       remove everything made here
+#   make lint         ruff, pyright, imports    make notebooks   run the notebooks
+#   make docs         the site, in build/site   make bench       tiny operator benchmark
+#   make clean        remove everything made here
 #
 #   make test JAX=0.11.2           the same with that jax, in an environment of its own
 #   make test PYTHON=/path/python  with that Python (3.12 or newer)
@@ -22,7 +23,7 @@ INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(addprefix 
 # On a CPU XLA's triangular solves run in OpenBLAS, whose waiting threads starve the other workers.
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test test-slow test-gpu lint notebooks bench clean
+.PHONY: demo test test-slow test-gpu lint docs notebooks bench clean
 
 demo: $(LIBRARY)
 	$(VENV)/bin/hmf-jax demo $(ARGS)
@@ -44,7 +45,13 @@ test-gpu:
 
 lint: $(TOOLS)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/basedpyright --level error
+
+# Strict: a broken link or an unknown name in a docstring's cross reference is an error.
+docs: $(TOOLS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --site-dir build/site
 
 # Two at a time, the longest first: they mostly compile, which one core does, and as quickly here as
 # in the tests.
@@ -58,7 +65,7 @@ bench: $(LIBRARY)
 	$(PY) -m benchmarks.run --out build/bench.jsonl $(ARGS)
 
 clean:
-	rm -rf .venv .venv-jax* build dist .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-jax* build dist .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A demo needs the library alone; everything else needs the development tools too.

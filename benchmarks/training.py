@@ -24,8 +24,8 @@ from hmf_jax.memory import device_bytes
 from hmf_jax.model import HybridLM
 from hmf_jax.sharding import BATCH_AXES
 from hmf_jax.training import TrainState, make_train_step, training_flops
+from hmf_jax.training.flops import peak_flops
 from hmf_jax.training.lora import apply_lora
-from hmf_jax.training.trainer import peak_flops
 
 STEPS = ("lora_step", "mixers_step", "full_step")
 

@@ -1,8 +1,8 @@
 """Hybrid language models in JAX: load a checkpoint, run it, generate.
 
-model = hmf_jax.from_pretrained("path/or/repo")
-chat = hmf_jax.ChatSession(model)
-print(chat.send("Hello!"))
+    model = hmf_jax.from_pretrained("path/or/repo")
+    chat = hmf_jax.ChatSession(model)
+    print(chat.send("Hello!"))
 
 Names are imported when they are first used, so that importing this package costs next to nothing.
 """
@@ -10,41 +10,49 @@ Names are imported when they are first used, so that importing this package cost
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "convert")):
+    raise ImportError(
+        "hmf_jax/convert should be a symbolic link: clone with git clone -c core.symlinks=true"
+    )
+
 if TYPE_CHECKING:  # what `__getattr__` does, for type checkers; a test compares the two
-    from hmf_jax.chat import ChatSession, generate_text, stream_text
     from hmf_jax.composition import compose
     from hmf_jax.config import HybridConfig
-    from hmf_jax.generation import enable_compilation_cache, generate, stream, warmup
+    from hmf_jax.engine import enable_compilation_cache, generate, stream, warmup
     from hmf_jax.loading import from_pretrained, save_orbax, save_pretrained
-    from hmf_jax.model import HybridLM, PackedModel
+    from hmf_jax.model import HybridLM
+    from hmf_jax.packed import PackedModel
     from hmf_jax.sampling import SamplingParams
     from hmf_jax.sharding import make_mesh
     from hmf_jax.state import ModelState
+    from hmf_jax.text import ChatSession, generate_text, stream_text
 
 __version__ = "0.2.0.dev0"
 
 _HOME = {
-    "ChatSession": "chat",
+    "ChatSession": "text",
     "HybridConfig": "config",
     "HybridLM": "model",
     "ModelState": "state",
-    "PackedModel": "model",
+    "PackedModel": "packed",
     "SamplingParams": "sampling",
     "compose": "composition",
-    "enable_compilation_cache": "generation",
+    "enable_compilation_cache": "engine",
     "from_pretrained": "loading",
-    "generate": "generation",
-    "generate_text": "chat",
+    "generate": "engine",
+    "generate_text": "text",
     "make_mesh": "sharding",
     "save_orbax": "loading",
     "save_pretrained": "loading",
-    "stream": "generation",
-    "stream_text": "chat",
-    "warmup": "generation",
+    "stream": "engine",
+    "stream_text": "text",
+    "warmup": "engine",
 }
-_ROOMS = ("embedded", "memory", "priming", "training")  # `hmf_jax.training.train` needs no import
+# `hmf_jax.training.train` needs no import of `hmf_jax.training`.
+_ROOMS = ("embedded", "engine", "memory", "priming", "text", "training")
 
 __all__ = [
     "ChatSession",

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hmf_jax.generation import Tokens, check_prompts
+from hmf_jax.engine import Tokens, check_prompts
 from hmf_jax.mixers.attention import chronological, refill
 from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.state import (

@@ -18,8 +18,9 @@ from flax import nnx
 from hmf_jax import embedded
 from hmf_jax.config import HybridConfig
 from hmf_jax.embedded import corpus
-from hmf_jax.embedded.train import NUM_ITER, accuracy
-from hmf_jax.generation import generate
+from hmf_jax.embedded.plan import NUM_ITER
+from hmf_jax.embedded.recall import accuracy
+from hmf_jax.engine import generate
 from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.memory import describe, memory_table
 from hmf_jax.model import HybridLM
@@ -123,32 +124,50 @@ def run_demo(say: Callable[[str], None], name: str = "gka", seed: int = 0) -> bo
     if name not in embedded.HYBRIDS:
         raise ValueError(f"no embedded hybrid {name!r}; choose {' or '.join(embedded.HYBRIDS)}")
     model = from_pretrained(embedded.directory(name), dtype=jnp.float32, progress=False)
-    config, rng = model.config, random.Random(seed)
-    assert config.swa is not None and config.gka is not None
-    window = config.swa.window_size
+    rng = random.Random(seed)
     say("A tiny hybrid that was really trained (hmf_jax/embedded/train.py); its tokens are bytes")
-    say(_indent(describe(config)))
+    say(_indent(describe(model.config)))
+    text = _show_questions(say, model, rng)
+    remembers = _show_recall(say, model, rng)
+    _show_speed_and_memory(say, model, text)
+    say(f"\n{'It remembers.' if remembers else 'IT DOES NOT REMEMBER.'}")
+    return remembers
 
+
+def _show_questions(say: Callable[[str], None], model: HybridLM, rng: random.Random) -> str:
+    """The model reads a text and answers four questions about it; returns the text."""
+    assert model.config.swa is not None
     text, facts = corpus.context(rng, 256, 8, 80)
     say(f"\n1. It reads {len(text) + 1} tokens: {len(facts)} facts, then something else")
     say(_indent(textwrap.fill(text, 92)))
+    window = model.config.swa.window_size
     say(f"\n2. Questions. Its windows hold {window} tokens; what is older is in its states only")
     asked = rng.sample(facts, 4)
     prompts = [corpus.encode(f"{text}\n{corpus.ask(fact)[0]}") for fact in asked]
     for fact, answer in zip(asked, generate(model, prompts, max_new_tokens=16), strict=True):
-        said = f"{fact[0]} {corpus.decode(answer.tokens)}"  # the name is given
+        said = f"{fact[0]} {corpus.decode(answer.tokens)}"  # the prompt ends with the name
         right = said == f"{' '.join(fact)}."
         say(f"   you: {fact[0]}?   model: {said}{'' if right else f'  (no: {fact[2]})'}")
+    return text
 
+
+def _show_recall(say: Callable[[str], None], model: HybridLM, rng: random.Random) -> bool:
+    """Right answers with more and fewer solver iterations, and without states; whether all is well:
+    at least half are right, hardly any without states."""
+    assert model.config.gka is not None
     count, length = 64, 256
-    others = corpus.questions(rng, count, length, length // 32, length // 3)
+    asked = corpus.questions(rng, count, length, length // 32, length // 3)
     say(f"\n3. {count} other contexts of {length} tokens: right answers by Chebyshev iterations")
-    found = {n: accuracy(model, others, num_iter=n) for n in NUM_ITER}
-    zeroed = accuracy(model, others, forgetful=True)
+    found = {n: accuracy(model, asked, num_iter=n) for n in NUM_ITER}
+    zeroed = accuracy(model, asked, forgetful=True)
     for n, right in found.items():
         say(f"   num_iter {n:2d}: {right:4.0%}  {'#' * round(40 * right)}")
     say(f"   states zeroed before the question: {zeroed:.0%} (guessing: 1%)")
+    return found[model.config.gka.num_iter] >= 0.5 and zeroed < 0.1
 
+
+def _show_speed_and_memory(say: Callable[[str], None], model: HybridLM, text: str) -> None:
+    """Tokens per second of a reply to the text; state sizes of this model and of a large one."""
     say("\n4. Speed and memory")
     settings: dict[str, Any] = dict(max_new_tokens=256, eos_ids=(), capacity=512)
     prompt = corpus.encode(text[:200])
@@ -160,11 +179,8 @@ def run_demo(say: Callable[[str], None], name: str = "gka", seed: int = 0) -> bo
     say(
         "   State of one sequence in bfloat16: this model, and Qwen3-8B with half of its layers GKA"
     )
-    say(_indent(memory_table(config, (256, 4096, 131072))))
+    say(_indent(memory_table(model.config, (256, 4096, 131072))))
     say(_indent(memory_table(HybridConfig.preset("8b"), (4096, 131072))))
-    passed = found[config.gka.num_iter] >= 0.5 and zeroed < 0.1
-    say(f"\n{'It remembers.' if passed else 'IT DOES NOT REMEMBER.'}")
-    return passed
 
 
 def _indent(text: str) -> str:

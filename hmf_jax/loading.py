@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import jax
@@ -27,7 +27,19 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.convert import hf_to_jax, jax_to_hf, mapping
 from hmf_jax.convert.safetensors_io import DTYPES, dtype_name
 from hmf_jax.model import HybridLM
-from hmf_jax.sharding import for_model, named_sharding
+from hmf_jax.parameters import abstract_params, flat_params, with_params
+from hmf_jax.sharding import for_model
+
+__all__ = [
+    "abstract_params",  # of hmf_jax.parameters
+    "convert_directory",
+    "flat_params",
+    "from_pretrained",
+    "resolve",
+    "save_orbax",
+    "save_pretrained",
+    "with_params",
+]
 
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*", "vocab.*", "merges.*"]
 _PARAMS, _DTYPES = "params", "stored_dtypes.json"
@@ -156,6 +168,41 @@ def save_orbax(
             jax_to_hf.copy_companions(source, tmp)
 
 
+def convert_directory(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: Literal["orbax", "hf"] | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Literal["orbax", "hf"]:
+    """A model directory in the other format, every number bit-identical.
+
+    Args:
+      source: directory or repository of a model.
+      target: the directory to write.
+      to: the format to write; None: Orbax from safetensors, else Hugging Face's.
+      max_shard_size, overwrite, progress: see `save_pretrained`.
+
+    Returns:
+      the format written.
+
+    Raises: what `from_pretrained` and `save_pretrained` raise.
+    """
+    directory = resolve(source, progress=progress)
+    if to is None:
+        to = "orbax" if any(directory.glob("*.safetensors")) else "hf"
+    model = from_pretrained(directory, dtype=None, progress=progress)
+    if to == "orbax":
+        save_orbax(model, target, overwrite=overwrite)
+    else:
+        save_pretrained(
+            model, target, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+        )
+    return to
+
+
 def resolve(repo_or_dir: str | Path, *, revision: str | None = None, progress: bool = True) -> Path:
     """The local directory of a model: `repo_or_dir` itself, or the cached download of a repository.
 
@@ -190,37 +237,6 @@ def resolve(repo_or_dir: str | Path, *, revision: str | None = None, progress: b
             f"cannot download {name}: no such directory here, and huggingface.co says: {e}. Check "
             "the name and revision; for private or gated models run `hf auth login` first"
         ) from e
-
-
-def abstract_params(model: Any, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Parameter path -> shape, dtype and sharding (from each parameter's `dims`) on this mesh."""
-    out = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        value = variable.get_value()
-        sharding = named_sharding(mesh, variable.get_metadata()["dims"], value.shape)
-        out[_join(path)] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-    return out
-
-
-def flat_params(model: nnx.Module) -> dict[str, jax.Array]:
-    """Parameter path ("layers.3.mixer.q_proj.kernel") -> array, of a model or a part of one."""
-    return {
-        _join(path): variable.get_value()
-        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
-
-
-def _join(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
-
-
-def with_params(model: Any, params: Mapping[str, jax.Array]) -> HybridLM:
-    """The abstract model with its parameters filled in."""
-    graphdef, state = nnx.split(model)
-    leaves = [
-        (path, variable.replace(params[_join(path)])) for path, variable in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
 def _is_orbax(directory: Path) -> bool:

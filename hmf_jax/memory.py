@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from hmf_jax.config import HybridConfig, streams
 from hmf_jax.convert.mapping import num_parameters
 from hmf_jax.model import HybridLM
+from hmf_jax.parameters import abstract_params
 from hmf_jax.sharding import row_parts
 from hmf_jax.state import ModelState
 
@@ -124,7 +125,7 @@ def plan_memory(
     parts = 1 if model.mesh is None else row_parts(model.mesh)
     state = device_bytes(abstract_state(model, parts, context).layers)  # a sequence per device
     sequence = state + config.vocab_size * (dtype.itemsize + 8)  # logits and float32 copies of them
-    weights = device_bytes(_placed(model))
+    weights = device_bytes(abstract_params(model, model.mesh))
     workspace = 64 * prefill_chunk * config.hidden_size * dtype.itemsize
     sequences = parts * int((fraction * memory - weights - workspace) // sequence)
     if sequences < 1:
@@ -136,14 +137,6 @@ def plan_memory(
             "context or smaller prefill chunks"
         )
     return MemoryPlan(weights, sequence, workspace, sequences)
-
-
-def _placed(model: HybridLM) -> Any:
-    """An abstract model whose parameters say how they are split."""
-    if model.mesh is None:
-        return model
-    place = lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)  # noqa: E731
-    return jax.tree.map(place, model, model.shardings())
 
 
 def memory_table(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS) -> str:

@@ -16,13 +16,14 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Mesh
 
+from hmf_jax import parameters
 from hmf_jax.config import HybridConfig, streams
 from hmf_jax.layers import MLP, RMSNorm, linear, one_row_twice, rope_table
 from hmf_jax.mixers import Context, Mixer, make_mixer
 from hmf_jax.mixers.base import abstract_zeros, zeros
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
 from hmf_jax.padding import arrange, restore, valid_first
-from hmf_jax.sharding import constrain, for_model, named_sharding
+from hmf_jax.sharding import constrain, for_model
 from hmf_jax.state import ModelState
 
 Array = jax.Array
@@ -75,19 +76,11 @@ def _run_block(block: Block, x: Array, ctx: Context, state: Any) -> tuple[Array,
     return block(x, ctx, state)
 
 
-def _shardings(module: nnx.Module, mesh: Mesh) -> Any:
-    """A pytree like the module with the sharding of each parameter."""
-    is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    leaves = jax.tree.leaves(module, is_leaf=is_param)
-    split = [named_sharding(mesh, p.get_metadata()["dims"], p.shape) for p in leaves]
-    return jax.tree.unflatten(jax.tree.structure(module), split)
-
-
 def _split[M: nnx.Module](module: M, mesh: Mesh | None) -> M:
     """The module with its parameters on their shards; as it is without a mesh or in a trace."""
     if mesh is None or any(isinstance(x, Tracer) for x in jax.tree.leaves(module)):
         return module
-    return jax.block_until_ready(jax.device_put(module, _shardings(module, mesh)))
+    return jax.block_until_ready(jax.device_put(module, parameters.shardings(module, mesh)))
 
 
 class HybridLM(nnx.Module):
@@ -143,7 +136,7 @@ class HybridLM(nnx.Module):
 
     def shardings(self) -> Any:
         """A pytree like the model with the sharding of each parameter (None without a mesh)."""
-        return None if self.mesh is None else _shardings(self, self.mesh)
+        return None if self.mesh is None else parameters.shardings(self, self.mesh)
 
     def init_state(self, batch: int, capacity: int) -> ModelState:
         """An empty state for `batch` rows of at most `capacity` tokens each.

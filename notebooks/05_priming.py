@@ -148,7 +148,7 @@ losses = [r["loss"] for r in training.read_metrics(work / "stage2")]
 
 # %% [markdown]
 # The package also holds hybrids without any full attention that were trained longer in the same
-# way; the README's table says what they remember.
+# way; `docs/embedded.md` says what they remember.
 
 # %%
 for name in embedded.HYBRIDS:

@@ -1,7 +1,7 @@
 """Golden cases of the original code, unpacked on demand into Hugging Face directories.
 
-They live outside the repository: in the packed directory named by HMF_GOLDENS, by default
-../shared/goldens next to the repository. Tests that need them are skipped where they are absent.
+Four small ones are in tests/data/goldens. HMF_GOLDENS names a directory with all of them, in the
+same format, which is then read instead; tests of cases that are not there are skipped, saying so.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-_ROOT = Path(__file__).resolve().parents[1]
-PACKED = Path(os.environ.get("HMF_GOLDENS", _ROOT / ".." / "shared" / "goldens"))
-MISSING = f"golden cases not found in {PACKED}: set HMF_GOLDENS to the directory with cases.json"
+SMALL = Path(__file__).parent / "data" / "goldens"
+_GIVEN = Path(os.environ.get("HMF_GOLDENS", SMALL))
+PACKED = _GIVEN if (_GIVEN / "cases.json").is_file() else SMALL
+MISSING = (
+    f"not among the golden cases of {PACKED}; HMF_GOLDENS names the directory with all of them"
+)
 
 
 @functools.cache
 def _cases() -> dict[str, Any]:
-    file = PACKED / "cases.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return json.loads((PACKED / "cases.json").read_text())
 
 
 def cases(kind: str) -> list[Any]:
@@ -65,10 +67,10 @@ def _recipe():
 def golden(name: str) -> Path:
     """Directory of one case: case.json, expected.safetensors and, for models, a checkpoint.
 
-    Unpacked once per session; skips the calling test if the golden cases are not there.
+    Unpacked once per session; skips the calling test if the case is not there.
     """
-    if not _cases():
-        pytest.skip(MISSING)
+    if name not in _cases():
+        pytest.skip(f"{name}: {MISSING}")
     case = dict(_cases()[name])
     shapes, config = case.pop("shapes", None), case.pop("config", None)
     directory = _target() / name

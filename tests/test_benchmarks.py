@@ -26,7 +26,7 @@ from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.pallas_kernels import tuning
 from hmf_jax.pallas_kernels.shapes import SHAPES, TP
 from hmf_jax.sharding import make_mesh
-from hmf_jax.training import trainer
+from hmf_jax.training import flops
 from tests.util import rel
 
 FIELDS = {
@@ -253,7 +253,7 @@ def test_training_steps(
     tmp_path: Path, op: str, mesh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "rows.jsonl"
-    monkeypatch.setattr(trainer, "PEAK_FLOPS", {jax.devices()[0].device_kind: 1e9})
+    monkeypatch.setattr(flops, "PEAK_FLOPS", {jax.devices()[0].device_kind: 1e9})
     argv = f"--ops {op} --mixers GDN --layers 2 --lengths 24 --batches 2 {mesh}"
     run.main([*argv.split(), "--out", str(out)])
     (r,) = read(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from hmf_jax.chat import (
 )
 from hmf_jax.config import HybridConfig
 from hmf_jax.demo import build_tokenizer
-from hmf_jax.generation import Decoder, generate
+from hmf_jax.engine import Engine, Finished, New, generate
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingParams
 
@@ -47,19 +48,21 @@ def session(model: HybridLM, **options: Any) -> ChatSession:
 def fed(monkeypatch) -> list[int]:
     """The number of tokens of each prefill."""
     seen: list[int] = []
-    start = Decoder.start
+    add = Engine.add
 
-    def spy(self, prompts, **settings):
-        seen.extend(len(p) for p in prompts)
-        return start(self, prompts, **settings)
+    def spy(self, request):
+        seen.append(len(request.prompt))
+        return add(self, request)
 
-    monkeypatch.setattr(Decoder, "start", spy)
+    monkeypatch.setattr(Engine, "add", spy)
     return seen
 
 
-def decoder_of(chat: ChatSession) -> Decoder:
-    assert chat._decoder is not None
-    return chat._decoder
+def context_of(chat: ChatSession) -> list[int]:
+    """The tokens that the session's state holds."""
+    assert chat._engine is not None
+    (id,) = chat._engine.held
+    return chat._engine.context(id)
 
 
 # --- pieces of text ---------------------------------------------------------------------------
@@ -210,23 +213,33 @@ def test_conversation_and_its_cached_state(model, fed):
     assert chat.last is first and len(first.tokens) == 12
 
 
-class Scripted:
-    """Makes a decoder "generate" given tokens, whatever the model says (state included)."""
+def script(monkeypatch, replies: list[list[int]]) -> None:
+    """Makes engines "generate" given tokens, whatever the model says (state included)."""
+    add, step, rest = Engine.add, Engine.step, iter(replies)
+    scripted: dict[int, list[int]] = {}
 
-    def __init__(self, monkeypatch, replies: list[list[int]]):
-        start, step = Decoder.start, Decoder.step
-        script = iter(replies)
+    def scripted_add(engine, request):
+        reply = next(rest)
+        # Feeding prompt + reply[:-1] leaves the state exactly as generating reply would.
+        prompt = [*request.prompt, *reply[:-1]]
+        id = add(engine, dataclasses.replace(request, prompt=prompt, max_new_tokens=1))
+        scripted[id] = reply
+        return id
 
-        def scripted_start(decoder, prompts, **settings):
-            reply = next(script)
-            # Feeding prompt + reply[:-1] leaves the state exactly as generating reply would.
-            start(decoder, [prompts[0] + reply[:-1]], **settings)
-            decoder._newest = [reply[-1]]
-            decoder.finish_reason = ["eos" if reply[-1] == END else "length"]
-            return [(reply, [0.0] * len(reply))]
+    def scripted_step(engine, steps=64):
+        out = []
+        for event in step(engine, steps):
+            reply = scripted[event.id]
+            if isinstance(event, New):
+                engine._rows[event.id].newest = reply[-1]
+                event = New(event.id, reply, [0.0] * len(reply))
+            elif isinstance(event, Finished):
+                event = Finished(event.id, "eos" if reply[-1] == END else "length")
+            out.append(event)
+        return out
 
-        monkeypatch.setattr(Decoder, "start", scripted_start)
-        self.step = step
+    monkeypatch.setattr(Engine, "add", scripted_add)
+    monkeypatch.setattr(Engine, "step", scripted_step)
 
 
 def reply_tokens(text: str, end: bool = True) -> list[int]:
@@ -235,32 +248,32 @@ def reply_tokens(text: str, end: bool = True) -> list[int]:
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_second_turn_prefills_only_what_is_new(model, monkeypatch, ended):
-    Scripted(monkeypatch, [reply_tokens("A fox, é.", ended), reply_tokens("A dog.")])
+    script(monkeypatch, [reply_tokens("A fox, é.", ended), reply_tokens("A dog.")])
     made: list[int] = []
-    init = Decoder.__init__
+    init = Engine.__init__
     monkeypatch.setattr(
-        Decoder, "__init__", lambda self, *a, **k: (made.append(1), init(self, *a, **k))[1]
+        Engine, "__init__", lambda self, *a, **k: (made.append(1), init(self, *a, **k))[1]
     )
     chat = session(model)
     assert chat.send("Who?").text == "A fox, é."
-    held = list(decoder_of(chat).context[0])
+    held = context_of(chat)
     assert chat.send("And then?").text == "A dog."
     assert len(made) == 1  # the same state goes on
-    context = decoder_of(chat).context[0]
+    context = context_of(chat)
     assert context[: len(held)] == held
     conversation = TOKENIZER.apply_chat_template(chat.messages, tokenize=False)
     assert TOKENIZER.decode(context) + "<|im_end|>\n" == conversation
     chat.reset()
-    assert chat.messages == [] and chat._decoder is None
+    assert chat.messages == [] and chat._engine is None
 
 
 def test_a_continued_state_gives_the_reply_of_a_fresh_one(model, monkeypatch):
     """The second reply is the same with the cached state and with everything prefilled again."""
     with monkeypatch.context() as patch:
-        Scripted(patch, [reply_tokens("A fox.")])
+        script(patch, [reply_tokens("A fox.")])
         chat = session(model)
         chat.send("Who?")
-    assert chat._decoder is not None
+    assert chat._engine is not None
     cached = chat.send("And then?")
     fresh = session(model)
     fresh.messages = [dict(m) for m in chat.messages[:2]]
@@ -268,13 +281,13 @@ def test_a_continued_state_gives_the_reply_of_a_fresh_one(model, monkeypatch):
 
 
 def test_changed_history_starts_over(model, monkeypatch, fed):
-    Scripted(monkeypatch, [reply_tokens("A fox."), reply_tokens("A dog.")])
+    script(monkeypatch, [reply_tokens("A fox."), reply_tokens("A dog.")])
     chat = session(model)
     chat.send("Who?")
     chat.messages[0]["content"] = "What?"
     chat.send("And then?")
     conversation = TOKENIZER.apply_chat_template(chat.messages, tokenize=False)
-    assert TOKENIZER.decode(decoder_of(chat).context[0]) + "<|im_end|>\n" == conversation
+    assert TOKENIZER.decode(context_of(chat)) + "<|im_end|>\n" == conversation
 
 
 def test_stream_is_send_and_may_be_closed(model):
@@ -299,10 +312,10 @@ def test_interrupt_drops_the_state_but_not_the_conversation(model, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "step", interrupt)
+        patch.setattr(Engine, "step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             chat.send("Hello")
-    assert chat._decoder is None and len(chat.messages) == 2
+    assert chat._engine is None and len(chat.messages) == 2
     assert chat.send("Again").tokens
 
 
@@ -319,7 +332,7 @@ def test_thinking_switch(model, monkeypatch):
             return prompts[-1]
 
     thought = reply_tokens("<think>\nhm\n</think>\n\nYes.")
-    Scripted(monkeypatch, [thought, thought, thought])
+    script(monkeypatch, [thought, thought, thought])
     for thinking in (None, True, False):
         chat = ChatSession(model, Spy(), thinking=thinking, max_new_tokens=50)
         reply = chat.send("Really?")

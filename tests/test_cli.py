@@ -14,14 +14,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from hmf_jax import embedded, generation
-from hmf_jax.chat import ChatSession, generate_text, load_tokenizer
+import hmf_jax
+from hmf_jax import embedded, engine
 from hmf_jax.cli import app
 from hmf_jax.config import HybridConfig
 from hmf_jax.demo import write_checkpoint
 from hmf_jax.loading import from_pretrained
 from hmf_jax.memory import memory_table, size_text, state_memory
 from hmf_jax.sampling import SamplingParams
+from hmf_jax.text import ChatSession, generate_text, load_tokenizer
 from tests.goldens import golden
 
 COMMANDS = ("generate", "chat", "convert", "verify", "info", "train", "prime", "demo", "bench")
@@ -30,7 +31,7 @@ COMMANDS = ("generate", "chat", "convert", "verify", "info", "train", "prime", "
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch):
     """The tests must not write to the user's compilation cache."""
-    monkeypatch.setattr(generation, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(engine, "enable_compilation_cache", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +178,26 @@ def test_debug_shows_the_traceback(tmp_path):
     assert isinstance(result.exception, FileNotFoundError)
 
 
-def test_as_a_process(tmp_path):
-    command = [sys.executable, "-m", "hmf_jax.cli", "info", str(tmp_path / "none")]
+@pytest.mark.parametrize("module", ["hmf_jax", "hmf_jax.cli"])
+def test_as_a_process(tmp_path, module):
+    command = [sys.executable, "-m", module, "info", str(tmp_path / "none")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and result.stdout == ""
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_version():
+    assert run("--version").stdout == f"hmf-jax {hmf_jax.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["prime", "init", "--help"]])
+def test_help_does_not_wait_for_jax(arguments):
+    code = (
+        "import sys, hmf_jax.cli as cli\n"
+        f"try: cli.app({arguments!r}, standalone_mode=False)\n"
+        "finally: assert not {'jax', 'flax', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 @pytest.mark.slow

@@ -77,8 +77,6 @@ class Buffers:
         """Hands a turn to the device; `asked` are the requests by id."""
         if turn.feed is None:
             return self._decode(turn.ends, turn.steps)
-        if turn.ends:
-            self._decode(turn.ends, 0)
         for id, row in zip(turn.feed.ids, turn.feed.rows, strict=True):
             self._asked[row] = asked[id]
         self._settings = self._stack(self._asked)

@@ -36,10 +36,10 @@ class Feed(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What the device does in one go: end some rows, then feed prompts or decode `steps` tokens."""
+    """What the device does in one go: feed prompts, or end some rows and decode `steps` tokens."""
 
-    ends: tuple[int, ...] = ()
     feed: Feed | None = None
+    ends: tuple[int, ...] = ()
     steps: int = 0
 
 
@@ -168,19 +168,19 @@ class Scheduler:
 
         None if the device has nothing to do.
         """
-        fed = self._admit()
-        ends, self._ends = tuple(self._ends), []
-        if fed:
+        if fed := self._admit():
             feed = Feed(
                 ids=tuple(ask.id for _, ask in fed),
                 rows=tuple(row for row, _ in fed),
                 alone=not self._together,
                 continued=tuple(ask.after is not None for _, ask in fed),
             )
-            return Turn(ends, feed)
+            self._ends = [row for row in self._ends if row not in feed.rows]
+            return Turn(feed)
         if self._running:
-            return Turn(ends, None, steps)
-        return Turn(ends) if ends else None
+            ends, self._ends = tuple(self._ends), []
+            return Turn(None, ends, steps)
+        return None
 
     def commit(self, turn: Turn | None, result: Result | None) -> list[Event]:
         """Books what a turn produced; everything there is to tell, in order."""

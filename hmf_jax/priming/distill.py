@@ -35,8 +35,10 @@ from hmf_jax.mixers import Context
 from hmf_jax.model import Block, HybridLM
 from hmf_jax.padding import arrange
 from hmf_jax.priming.unfuse import check_fused
-from hmf_jax.training.config import TrainConfig, fine_tune, plan
 from hmf_jax.training.loss import next_token_targets
+from hmf_jax.training.plan import plan
+from hmf_jax.training.run import fine_tune
+from hmf_jax.training.schema import TrainConfig
 from hmf_jax.training.step import REMAT, Remat, make_train_step
 
 Array = jax.Array

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,8 +22,11 @@ from flax import nnx
 
 from hmf_jax.config import HybridConfig, SWAConfig
 from hmf_jax.convert.jax_to_hf import replacing
-from hmf_jax.loading import flat_params, with_params
+from hmf_jax.loading import from_pretrained, resolve
 from hmf_jax.model import HybridLM
+from hmf_jax.parameters import flat_params, with_params
+from hmf_jax.text import load_tokenizer
+from hmf_jax.training.batches import Batches
 from hmf_jax.training.loss import next_token_loss
 
 WINDOW = 2048  # the original's default
@@ -182,6 +186,44 @@ def likelihood(batches: Iterable[Mapping[str, Any]]) -> Callable[[HybridLM], dic
     return score
 
 
+def score_directory(
+    base: str | Path,
+    data: str | Path,
+    file: str | Path,
+    *,
+    length: int = 8192,
+    rows: int = 16,
+    window: int = WINDOW,
+    dtype: Any = jnp.bfloat16,
+    progress: bool = True,
+    report: Callable[[str], object] = lambda text: None,
+) -> LayerScores:
+    """`score_layers` from files: adds the log-likelihood of the data to a CSV of scores.
+
+    Args:
+      base: directory or repository of the model.
+      data: a JSONL or Parquet file of texts or chats, see `hmf_jax.training.Batches`.
+      file: the CSV, see `score_layers`.
+      length: tokens per row; rows: how many rows are scored.
+      window: of the limited layer, in tokens.
+      dtype: of the model.
+      progress: show bars.
+      report: is told of each layer that was scored.
+
+    Raises: what `from_pretrained`, `Batches` and `score_layers` raise.
+    """
+    directory = resolve(base, progress=progress)
+    tokenizer = load_tokenizer(directory)
+    batches = Batches([str(data)], tokenizer, length=length, batch_size=1, epochs=1, shuffle=False)
+    score = likelihood(itertools.islice(batches, rows))
+    model = from_pretrained(directory, dtype=dtype, progress=progress)
+
+    def done(layer: int) -> None:
+        report(f"scored {'the base' if layer < 0 else f'layer {layer}'}")
+
+    return score_layers(model, score, file, window=window, done=done)
+
+
 def read_scores(file: str | Path) -> LayerScores:
     """Reads a CSV of scores.
 
@@ -289,6 +331,19 @@ def select_layers(
             f"{first} were taken because their rows come first"
         )
     return Selection(tuple(sorted(i for i, _ in taken)), tuple(ranking), tie)
+
+
+def describe(chosen: Selection, num_layers: int, kind: str) -> str:
+    """A text: the ranking, a tie if there is one, the chosen layers, and the fused pattern."""
+    lines = [
+        f"{layer:5d}  {mean:10.4f}{'  chosen' if layer in chosen.layers else ''}"
+        for layer, mean in chosen.ranking
+    ]
+    if chosen.tie is not None:
+        lines.append(f"tie: {chosen.tie}.")
+    lines.append(f"layers: {','.join(map(str, chosen.layers))}")
+    lines.append(f"pattern: {pattern(chosen.layers, num_layers, kind)}")
+    return "\n".join(lines)
 
 
 def pattern(layers: Iterable[int], num_layers: int, kind: str, *, fused: bool = True) -> str:

@@ -10,20 +10,18 @@ state = train(state, step, batches, steps=1000, checkpoints=saved, directory="ru
 model = state.model()
 """
 
+from hmf_jax.training.batches import Batches
 from hmf_jax.training.checkpoint import Checkpoints
-from hmf_jax.training.data import Batches, Documents, encode_chat, encode_text
+from hmf_jax.training.diagnosis import find_not_finite
+from hmf_jax.training.documents import Documents
+from hmf_jax.training.encode import encode_chat, encode_text
+from hmf_jax.training.flops import training_flops
+from hmf_jax.training.loop import data_shard, train
 from hmf_jax.training.lora import apply_lora, load_lora, merge_lora, save_lora
 from hmf_jax.training.loss import cross_entropy, next_token_loss, next_token_targets
 from hmf_jax.training.optimizer import RECIPES, Recipe, decay_mask
+from hmf_jax.training.report import plot_loss, read_metrics
 from hmf_jax.training.step import TrainState, make_train_step, select_parameters
-from hmf_jax.training.trainer import (
-    data_shard,
-    find_not_finite,
-    plot_loss,
-    read_metrics,
-    train,
-    training_flops,
-)
 
 __all__ = [
     "RECIPES",

@@ -34,8 +34,9 @@ from hmf_jax.convert import mapping
 from hmf_jax.convert.jax_to_hf import replacing
 from hmf_jax.layers import exact, exact_dtype, one_row_twice
 from hmf_jax.model import HybridLM
+from hmf_jax.parameters import flat_params, with_params
 from hmf_jax.sharding import named_sharding
-from hmf_jax.training.step import _template, select_parameters
+from hmf_jax.training.step import select_parameters
 
 Array = jax.Array
 Quantize = Literal["int8", "nf4"]
@@ -157,16 +158,13 @@ def merge_lora(model: HybridLM) -> HybridLM:
     Raises:
       ValueError: the model has no adapters.
     """
-    template, leaves = _template(model)
-    params = dict(zip(template.names, leaves, strict=True))
+    params = flat_params(model)
     adapters = _adapters(model)
     for path, a in adapters.items():
         held = (a.kernel if a.quantized is None else a.qvalue)[...]  # may be a copy on the host
         params[f"{path}.kernel"] = jax.device_put(a.merged(), getattr(held, "sharding", None))
-    plain, _ = _template(
-        nnx.eval_shape(lambda: HybridLM(model.config, dtype=model.dtype, mesh=model.mesh))
-    )
-    merged = jax.tree.unflatten(plain.structure, [params[name] for name in plain.names])
+    plain = nnx.eval_shape(lambda: HybridLM(model.config, dtype=model.dtype, mesh=model.mesh))
+    merged = with_params(plain, params)
     merged.source = model.source
     return merged
 

@@ -20,6 +20,7 @@ from hmf_jax.convert import mapping
 from hmf_jax.layers import exact, exact_dtype
 from hmf_jax.mixers import Context
 from hmf_jax.model import Block, HybridLM
+from hmf_jax.parameters import abstract_params, flat_params
 from hmf_jax.sharding import constrain
 from hmf_jax.training.loss import next_token_loss
 
@@ -50,9 +51,9 @@ def select_parameters(model: HybridLM, trainable: str | Sequence[str] | None = N
     Raises:
       ValueError: no patterns, or one that selects nothing (it may be a slip of the pen).
     """
-    names = _template(model)[0].names
+    names = list(flat_params(model))
     if trainable is None:
-        return list(names)
+        return names
     stored = {e.path: e.name for e in mapping.table(model.config)}
     text = {path: f"{stored.get(path, '')} {path}" for path in names}
     given = trainable if isinstance(trainable, str) else ",".join(trainable)
@@ -77,18 +78,17 @@ class Template:
     names: tuple[str, ...]
     dtypes: tuple[np.dtype, ...]
 
+    @classmethod
+    def of(cls, model: HybridLM) -> Self:
+        """That of this model, or of its abstract twin."""
+        params = flat_params(model)
+        dtypes = tuple(np.dtype(a.dtype) for a in params.values())
+        return cls(jax.tree.structure(model), tuple(params), dtypes)
+
     def model(self, params: Params) -> HybridLM:
         """The model with these parameters, each in the dtype that it came with."""
         pairs = zip(self.names, self.dtypes, strict=True)
         return jax.tree.unflatten(self.structure, [params[n].astype(d) for n, d in pairs])
-
-
-def _template(model: HybridLM) -> tuple[Template, list[Any]]:
-    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    names = tuple(name.removesuffix(".value") for name in names)
-    dtypes = tuple(np.dtype(leaf.dtype) for _, leaf in leaves)
-    return Template(structure, names, dtypes), [leaf for _, leaf in leaves]
 
 
 @jax.tree_util.register_dataclass
@@ -153,25 +153,24 @@ class TrainState:
         mesh = model.mesh
         if mesh is None:
             return state
-        shardings = dict(zip(state.template.names, _shardings(model), strict=True))
+        shardings = _shardings(model)
 
         def place(path: Any, a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            sharding = shardings.get(getattr(path[-1], "key", None))  # of a parameter or a moment
+            sharding = shardings.get(getattr(path[-1], "key", ""))  # of a parameter or a moment
             return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_canonical(sharding, mesh))
 
         return jax.tree_util.tree_map_with_path(place, state)
 
     @classmethod
     def _make(cls, model: HybridLM, optimizer: Any, trainable: Any, master_weights: bool) -> Self:
-        template, leaves = _template(model)
+        everything = flat_params(model)
         chosen = set(select_parameters(model, trainable))
-        everything = dict(zip(template.names, leaves, strict=True))
         params = {n: p for n, p in everything.items() if n in chosen}
         frozen = {n: p for n, p in everything.items() if n not in chosen}
         opt_state = optimizer.init({n: exact(p) for n, p in params.items()})
         if master_weights:
             params = {n: exact(p) for n, p in params.items()}
-        return cls(params, frozen, opt_state, jnp.zeros((), jnp.int32), template)
+        return cls(params, frozen, opt_state, jnp.zeros((), jnp.int32), Template.of(model))
 
     def model(self) -> HybridLM:
         """The model as trained so far, in the dtypes it came with."""
@@ -206,7 +205,7 @@ def make_train_step(
         tokens and their number, and is differentiated with respect to the model.
       accumulate: micro-batches that the batch is cut into; must divide B.
       remat: what the backward pass computes again: "none"; "block": everything inside a block (only
-        the residual stream [B, T, d] is kept); "dots": all but matrix products with weights. Or one
+        its input [B, T, d] is kept); "dots": all but matrix products with weights. Or one
         choice per layer kind: {"GKA": "block", "*": "dots"}; kinds left out keep everything.
       max_grad_norm: gradients are scaled down to this global norm.
       num_iter: Chebyshev iterations of GKA layers; None: the config's.
@@ -216,34 +215,22 @@ def make_train_step(
     Raises:
       ValueError: bad arguments; when called, a batch with unknown keys or wrong shapes.
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate} must be at least 1.")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm={max_grad_norm} must be positive; None does not clip.")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
-    remat = dict.fromkeys(LAYER_KINDS, remat) if isinstance(remat, str) else dict(remat)
-    for kind, choice in remat.items():
-        if kind not in LAYER_KINDS or choice not in REMAT:
-            raise ValueError(
-                f"remat {kind!r}: {choice!r} is unknown; kinds are {LAYER_KINDS}, choices "
-                f"{tuple(REMAT)}."
-            )
-
+    _check_settings(accumulate, max_grad_norm, chunk_size)
+    choice_of = _remat_choices(remat)
     if loss is None:
         loss = functools.partial(next_token_loss, chunk_size=chunk_size)
 
     def objective(params: Params, frozen: Params, template: Template, batch: Mapping[str, Any]):
         model = template.model(frozen | params)
-        choices = [remat.get(kind, "none") for kind in model.config.student_kinds]
+        choices = [choice_of.get(kind, "none") for kind in model.config.student_kinds]
         pairs = zip(model.layers, choices, strict=True)
         model.layers = nnx.List([b if c == "none" else Remat(b, c) for b, c in pairs])
         return loss(model, **batch, num_iter=num_iter, impl=impl)
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         model = state.model()
-        shardings = dict(zip(state.template.names, _shardings(model), strict=True))
-        rows = _check(batch, accumulate)
+        shardings = _shardings(model)
+        _check(batch, accumulate)
         batch = {k: constrain(jnp.asarray(a), model.mesh, "batch", None) for k, a in batch.items()}
 
         def gradients(micro: Params):
@@ -254,22 +241,13 @@ def make_train_step(
         if accumulate == 1:
             (value, tokens), grads = gradients(batch)
         else:
-            # Micro-batch i has the rows i, i + accumulate, ...: they stay on their devices.
-            micros = {
-                k: jnp.swapaxes(a.reshape(rows // accumulate, accumulate, -1), 0, 1)
-                for k, a in batch.items()
-            }
-
-            def add(total, micro: Params):
-                return jax.tree.map(jnp.add, total, gradients(micro)), None
-
             zeros = {
                 n: _like(jnp.zeros(p.shape, exact_dtype(p.dtype)), shardings[n])
                 for n, p in state.params.items()
             }
             zero = jnp.zeros((), exact_dtype(model.dtype))
             start = ((zero, jnp.zeros((), jnp.float32)), zeros)
-            ((value, tokens), grads), _ = jax.lax.scan(add, start, micros)
+            (value, tokens), grads = _accumulated(gradients, batch, accumulate, start)
 
         share = 1.0 / jnp.where(tokens > 0, tokens, 1)
         value, grads = value * share, jax.tree.map(lambda g: g * share, grads)
@@ -278,26 +256,55 @@ def make_train_step(
         if max_grad_norm is not None:
             scale = jnp.minimum(1.0, max_grad_norm / norm)
             grads = jax.tree.map(lambda g: g * scale, grads)
-        old = jax.tree.map(exact, state.params)
-        result: Any = optimizer.update(grads, state.opt_state, old)
-        updates, opt_state = result
-        params = {
-            n: _like((old[n] + updates[n]).astype(p.dtype), shardings[n])
-            for n, p in state.params.items()
-        }
-        new = (params, opt_state, state.step + 1)
-        apply = finite & (tokens > 0)
-        new = jax.tree.map(
-            lambda a, b: jnp.where(apply, a, b), new, (state.params, state.opt_state, state.step)
-        )
+        new, rate = _updated(optimizer, state, grads, shardings, finite & (tokens > 0))
         metrics = {"loss": value, "grad_norm": norm, "tokens": tokens}
         metrics = {name: x.astype(jnp.float32) for name, x in metrics.items()} | {"finite": finite}
-        rates: Any = optax.tree.get_all_with_path(opt_state, "learning_rate")
-        if rates:
-            metrics["learning_rate"] = jnp.asarray(rates[0][1], jnp.float32)
-        return TrainState(new[0], state.frozen, new[1], new[2], state.template), metrics
+        return new, metrics if rate is None else {**metrics, "learning_rate": rate}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _accumulated(
+    gradients: Callable[[Params], Any], batch: Params, accumulate: int, zeros: Any
+) -> Any:
+    """The sum of `gradients` over micro-batches, one after the other; `zeros` is like one of them.
+
+    Micro-batch i has the rows i, i + accumulate, ...: they stay on their devices.
+    """
+    micros = {
+        k: jnp.swapaxes(a.reshape(len(a) // accumulate, accumulate, -1), 0, 1)
+        for k, a in batch.items()
+    }
+
+    def add(total: Any, micro: Params) -> Any:
+        return jax.tree.map(jnp.add, total, gradients(micro)), None
+
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
+def _updated(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: Params,
+    shardings: Mapping[str, NamedSharding | None],
+    apply: Array,
+) -> tuple[TrainState, Array | None]:
+    """The state after the optimizer's update if `apply`, else as it is; and the learning rate."""
+    old = jax.tree.map(exact, state.params)
+    result: Any = optimizer.update(grads, state.opt_state, old)
+    updates, opt_state = result
+    params = {
+        n: _like((old[n] + updates[n]).astype(p.dtype), shardings[n])
+        for n, p in state.params.items()
+    }
+    new = jax.tree.map(
+        lambda a, b: jnp.where(apply, a, b),
+        (params, opt_state, state.step + 1),
+        (state.params, state.opt_state, state.step),
+    )
+    rates: Any = optax.tree.get_all_with_path(opt_state, "learning_rate")
+    rate = jnp.asarray(rates[0][1], jnp.float32) if rates else None
+    return TrainState(new[0], state.frozen, new[1], new[2], state.template), rate
 
 
 class Remat(Block):
@@ -313,8 +320,31 @@ class Remat(Block):
         return jax.checkpoint(run, policy=REMAT[self.choice])(self.block, x, ctx, state)
 
 
-def _check(batch: Mapping[str, Any], accumulate: int) -> int:
-    """The number of rows of a batch that is fit for `accumulate` micro-batches."""
+def _check_settings(accumulate: int, max_grad_norm: float | None, chunk_size: int) -> None:
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be at least 1.")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm={max_grad_norm} must be positive; None does not clip.")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
+
+
+def _remat_choices(remat: str | Mapping[str, str]) -> dict[str, str]:
+    """Layer kind -> key of `REMAT`."""
+    if isinstance(remat, str):
+        remat = {kind: remat for kind in LAYER_KINDS}
+    choices = dict(remat)
+    for kind, choice in choices.items():
+        if kind not in LAYER_KINDS or choice not in REMAT:
+            raise ValueError(
+                f"remat {kind!r}: {choice!r} is unknown; kinds are {LAYER_KINDS}, choices "
+                f"{tuple(REMAT)}."
+            )
+    return choices
+
+
+def _check(batch: Mapping[str, Any], accumulate: int) -> None:
+    """Raises ValueError unless the batch can be cut into `accumulate` micro-batches."""
     unknown = sorted(set(batch) - set(BATCH))
     if unknown or "tokens" not in batch:
         raise ValueError(f"A batch has tokens and may have {BATCH[1:]}; this has {sorted(batch)}.")
@@ -324,14 +354,12 @@ def _check(batch: Mapping[str, Any], accumulate: int) -> int:
         raise ValueError(f"All arrays of a batch must be [B, T], at least one row; got {shapes}.")
     if B % accumulate:
         raise ValueError(f"accumulate={accumulate} does not divide the {B} rows of the batch.")
-    return B
 
 
-def _shardings(model: HybridLM) -> list[NamedSharding | None]:
-    """The sharding of each parameter, in the order of `Template.names`."""
-    if model.mesh is None:
-        return [None] * len(jax.tree.leaves(model))
-    return jax.tree.leaves(model.shardings())
+def _shardings(model: HybridLM) -> dict[str, NamedSharding | None]:
+    """Path -> sharding of each parameter; None without a mesh."""
+    params = abstract_params(model, model.mesh)
+    return {path: a.sharding for path, a in params.items()}  # pyright: ignore[reportReturnType]
 
 
 def _canonical(sharding: Any, mesh: Mesh) -> NamedSharding:

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from hmf_jax.chat import load_tokenizer
 from hmf_jax.embedded import corpus
+from hmf_jax.text import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ import pytest
 
 from hmf_jax import embedded, from_pretrained
 from hmf_jax.embedded import corpus
-from hmf_jax.embedded.train import HYBRIDS, WINDOW, accuracy, slug
+from hmf_jax.embedded.plan import HYBRIDS, WINDOW
+from hmf_jax.embedded.recall import accuracy
+from hmf_jax.embedded.results import slug
 
 
 @pytest.mark.parametrize("name", embedded.HYBRIDS)

@@ -12,7 +12,12 @@ from optax import contrib
 
 import hmf_jax
 from hmf_jax.embedded import corpus, train
+from hmf_jax.embedded.fit import optimizer, start
+from hmf_jax.embedded.plan import BMOJO, HYBRIDS, MIXERS, NUM_ITER, PLAIN, PRIMED, SMALL, Plan
+from hmf_jax.embedded.recall import accuracy, answers, forget
+from hmf_jax.embedded.results import summarize, table
 from hmf_jax.loading import flat_params
+from hmf_jax.priming import prime
 from tests.util import random_model, rel, tiny_config
 
 
@@ -25,7 +30,7 @@ def test_stacking_parameters_changes_no_update():
     plain = contrib.muon(
         0.02, adam_b2=0.98, adam_learning_rate=0.005, muon_weight_dimension_numbers=matrices
     )
-    stacked = train.optimizer()
+    stacked = optimizer()
     one: Any = plain.init(params)
     two: Any = stacked.init(params)
     two = two._replace(hyperparams={**two.hyperparams, "learning_rate": jnp.float32(0.02)})
@@ -39,7 +44,7 @@ def test_stacking_parameters_changes_no_update():
 
 
 def test_rates_rise_stay_and_fall():
-    rates = train.Plan(learning_rate=0.5).rates(100)
+    rates = Plan(learning_rate=0.5).rates(100)
     assert rates[0] == pytest.approx(0.025) and (rates[19:50] == 0.5).all()
     assert rates[99] == pytest.approx(0.01) and (np.diff(rates[50:]) < 0).all()
 
@@ -48,8 +53,8 @@ def test_rates_rise_stay_and_fall():
 def test_states_start_with_a_long_memory(kinds):
     """The decay per token is 1 / memory in every head; nothing else differs from stage 0."""
     base = random_model(tiny_config(("*", "*"), vocab_size=corpus.VOCAB_SIZE), jnp.float32)
-    plain = flat_params(train.prime(base, kinds, seed=0, **train.MIXERS))
-    params = flat_params(train.start(base, kinds, 0, 100))
+    plain = flat_params(prime(base, kinds, seed=0, **MIXERS))
+    params = flat_params(start(base, kinds, 0, 100))
     changed = {name for name in params if bool((params[name] != plain[name]).any())}
     assert changed == {name for name in params if name.endswith("A_log")} and len(changed) == 2
     for name in changed:
@@ -71,7 +76,7 @@ def test_forgetting_leaves_the_windows_and_nothing_else(kind):
     @jax.jit
     def logits(context, forgetful):
         state = model(context, state=model.init_state(4, 128))[1]
-        return model(first.question, state=train.forget(state, forgetful))[0]
+        return model(first.question, state=forget(state, forgetful))[0]
 
     def depends_on_context(forgetful: bool) -> bool:
         a, b = (logits(context, jnp.array(forgetful)) for context in (first.context, other))
@@ -89,12 +94,12 @@ def test_accuracy_counts_whole_answers():
     asked = _asked(0, 96)
     question = asked.question.copy()
     for _ in range(2):  # the second digit depends on the first
-        said = train.answers(model, asked.context, question, 30, jnp.array(False))
+        said = answers(model, asked.context, question, 30, jnp.array(False))
         question[:, 1:] = np.where(asked.answer[1:], said, question[:, 1:])
     asked = asked._replace(question=question)
-    assert train.accuracy(model, asked) == 1.0
+    assert accuracy(model, asked) == 1.0
     question[2, np.flatnonzero(asked.answer)[1]] += 1
-    assert train.accuracy(model, asked) == 0.75
+    assert accuracy(model, asked) == 0.75
 
 
 def test_results_are_means_over_seeds():
@@ -106,16 +111,16 @@ def test_results_are_means_over_seeds():
         {"rows": [row(0.5), row(0.25, num_iter=None, zeroed=True)]},
         {"rows": [row(0.75), row(0.25, context=256), row(0.125, steps=40)]},
     ]
-    text = train.table(train.summarize(reports))
+    text = table(summarize(reports))
     assert "| GKA | primed | 30 | 62.5 ± 17.7 | 25.0 |" in text
     assert "| GKA | primed, states zeroed |  | 25.0 | – |" in text
     assert "| GKA | primed, 40 steps | 30 | 12.5 | – |" in text
 
 
 def test_every_hybrid_has_a_course():
-    plan = train.Plan()
-    courses = {name: plan.course(name) for name in train.HYBRIDS}
-    assert courses.pop(train.BMOJO) == plan.bmojo and set(courses.values()) == {plan.hybrid}
+    plan = Plan()
+    courses = {name: plan.course(name) for name in HYBRIDS}
+    assert courses.pop(BMOJO) == plan.bmojo and set(courses.values()) == {plan.hybrid}
     half = plan.scaled(0.5)
     for one, other in ((plan.hybrid, half.hybrid), (plan.bmojo, half.bmojo)):
         for a, b in zip(one.distill + one.tune, other.distill + other.tune, strict=True):
@@ -125,17 +130,17 @@ def test_every_hybrid_has_a_course():
 
 @pytest.mark.slow
 def test_bmojo_with_a_few_steps(tmp_path):
-    train.run(0, tmp_path, train.SMALL, [train.BMOJO])
+    train.run(0, tmp_path, SMALL, [BMOJO])
     report = json.loads((tmp_path / "seed0" / "metrics.json").read_text())
-    assert {r["stage"] for r in report["rows"] if r["model"] == train.BMOJO} == set(_STAGES)
-    assert len(report["losses"][f"{train.BMOJO}, stage 2"]) == 12
+    assert {r["stage"] for r in report["rows"] if r["model"] == BMOJO} == set(_STAGES)
+    assert len(report["losses"][f"{BMOJO}, stage 2"]) == 12
     model = hmf_jax.from_pretrained(tmp_path / "seed0" / "bmojo-f", progress=False)
     assert model.config.layer_kinds == ("SWA", "SWA", "BMF", "BMF")
 
 
 @pytest.mark.slow
 def test_everything_with_a_few_steps(tmp_path):
-    train.run(0, tmp_path, train.SMALL, ["GKA"])
+    train.run(0, tmp_path, SMALL, ["GKA"])
     report = json.loads((tmp_path / "seed0" / "metrics.json").read_text())
     stages = {(r["model"], r["stage"]) for r in report["rows"]}
     windows = {("Transformer", f"window in layer {i}") for i in range(4)}
@@ -145,7 +150,7 @@ def test_everything_with_a_few_steps(tmp_path):
         ("not distilled", 4),
         ("not distilled", 8),
     }
-    assert {r["num_iter"] for r in report["rows"]} == {None, *train.NUM_ITER}
+    assert {r["num_iter"] for r in report["rows"]} == {None, *NUM_ITER}
     assert len(report["losses"]["GKA, not distilled"]) == 12
     assert "| GKA | primed | 30 |" in (tmp_path / "results.md").read_text()
     for name, kinds in (("transformer", "****"), ("gka", "SWA-SWA-GKA-GKA")):
@@ -155,17 +160,17 @@ def test_everything_with_a_few_steps(tmp_path):
         assert chat.send("Gove?").tokens
 
     metrics = tmp_path / "seed0" / "metrics.json"
-    train.run(0, tmp_path, train.SMALL, ["GKA"])  # nothing is left to do
+    train.run(0, tmp_path, SMALL, ["GKA"])  # nothing is left to do
     assert json.loads(metrics.read_text()) == report
-    cut = {**report, "finished": [f for f in report["finished"] if f != ["GKA", train.PLAIN]]}
+    cut = {**report, "finished": [f for f in report["finished"] if f != ["GKA", PLAIN]]}
     metrics.write_text(json.dumps(cut))
-    train.run(0, tmp_path, train.SMALL, ["GKA"])  # cut off in the comparison: only that again
+    train.run(0, tmp_path, SMALL, ["GKA"])  # cut off in the comparison: only that again
     again = json.loads(metrics.read_text())
     assert again["rows"] == report["rows"] and again["finished"] == report["finished"]
     primed = "GKA, stage 2"
     assert again["seconds"][primed] == report["seconds"][primed]
     with pytest.raises(ValueError, match="other settings"):
-        train.run(0, tmp_path, train.SMALL.scaled(2.0), ["GKA"])
+        train.run(0, tmp_path, SMALL.scaled(2.0), ["GKA"])
 
 
-_STAGES = ("stage 0", "distilled", train.PRIMED, train.PLAIN)
+_STAGES = ("stage 0", "distilled", PRIMED, PLAIN)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hmf_jax import generation
+from hmf_jax import engine
 from hmf_jax.config import HybridConfig
 from hmf_jax.demo import write_checkpoint
 from hmf_jax.loading import from_pretrained
@@ -25,7 +25,7 @@ COMMANDS = ("init", "distill", "unfuse", "select")
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch):
     """The tests must not write to the user's compilation cache."""
-    monkeypatch.setattr(generation, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(engine, "enable_compilation_cache", lambda: None)
 
 
 @pytest.fixture(scope="module")

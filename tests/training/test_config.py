@@ -18,12 +18,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from hmf_jax import generation
+from hmf_jax import engine
 from hmf_jax.cli import app
 from hmf_jax.demo import write_checkpoint
 from hmf_jax.loading import flat_params, from_pretrained
 from hmf_jax.training import RECIPES, read_metrics, train
-from hmf_jax.training.config import TrainConfig, _loggers
+from hmf_jax.training.config import TrainConfig
+from hmf_jax.training.run import _loggers
 
 pytest.importorskip("grain")
 NEEDED = {"model": "m", "data": "d.jsonl", "output": "o"}
@@ -33,7 +34,7 @@ NEEDED = {"model": "m", "data": "d.jsonl", "output": "o"}
 def files(tmp_path, monkeypatch) -> Path:
     """A directory with a model, texts with two bad rows, and a config."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generation, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(engine, "enable_compilation_cache", lambda: None)
     write_checkpoint(Path("model"), layer_kinds=("SWA",))
     rows = [{"text": "abc" * (2 + i % 5)} for i in range(12)]
     rows[7] = {"text": ""}

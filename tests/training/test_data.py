@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmf_jax.demo import build_tokenizer
-from hmf_jax.training.data import Batches, Documents, encode_chat, encode_text
+from hmf_jax.training import Batches, Documents, encode_chat, encode_text
 
 needs_grain = pytest.mark.skipif(
     importlib.util.find_spec("grain") is None,

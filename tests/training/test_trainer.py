@@ -32,9 +32,9 @@ from hmf_jax.training import (
     next_token_loss,
     plot_loss,
     read_metrics,
+    report,
     select_parameters,
     train,
-    trainer,
     training_flops,
 )
 from tests.training.test_step import on_mesh, same
@@ -343,7 +343,7 @@ def test_flops(monkeypatch, tmp_path):
     )
     assert untied - tied == 6 * 32 * 64
 
-    monkeypatch.setattr(trainer, "peak_flops", lambda: 1e9)
+    monkeypatch.setattr(report, "peak_flops", lambda: 1e9)
     train(state_of(), STEP, batches_of(3), steps=3, directory=tmp_path, progress=False)
     record = read_metrics(tmp_path)[-1]
     flops = training_flops(state_of(), 32)

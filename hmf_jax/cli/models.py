@@ -1,0 +1,100 @@
+"""`convert`, `verify` and `info`: model directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hmf_jax.cli.errors import progress
+from hmf_jax.cli.options import DType, Dtype, Format, Model
+
+
+def convert(
+    source: Model,
+    target: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
+    to: Annotated[
+        Format | None, typer.Option(help="Format to write. Default: the one SOURCE is not.")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest weight file in Hugging Face format.")
+    ] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model that is already there.")
+    ] = False,
+) -> None:
+    """Convert a model from Hugging Face to Orbax format, or back. Numbers stay bit-identical."""
+    from hmf_jax.loading import convert_directory
+
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; choose another directory or pass --overwrite.")
+    written = convert_directory(
+        source,
+        target,
+        to=None if to is None else to.value,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=progress(),
+    )
+    typer.echo(f"Wrote {target} in {written} format.")
+
+
+def verify(
+    directory: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Holds a model (config.json, model*.safetensors) and recorded outputs of the "
+            "original (expected.safetensors, case.json)."
+        ),
+    ],
+    dtype: Dtype = DType.float32,
+    rtol: Annotated[float, typer.Option(help="Largest relative error in float32.")] = 1e-4,
+) -> None:
+    """Compare a model with recorded outputs of the original, one line per tensor.
+
+    Exit code 0 only if every tensor agrees.
+    """
+    from hmf_jax.convert.verify import verify_dir
+    from hmf_jax.loading import from_pretrained
+    from hmf_jax.priming import loss_and_gradients
+
+    def load(path: Path, dtype: Any) -> Any:
+        return from_pretrained(path, dtype=dtype, progress=False)
+
+    options: Any = dict(distillation=loss_and_gradients, dtype=dtype.value, rtol=rtol)
+    ok = True
+    for path in directory:
+        report = verify_dir(path, load, **options)
+        typer.echo(str(report))
+        ok = ok and report.ok
+    if not ok:
+        raise typer.Exit(1)
+
+
+def info(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Directory of a model, a config.json (no weights needed), or one of the built-in "
+            "shapes tiny, 8b, 32b."
+        ),
+    ],
+    mixer: Annotated[
+        str | None,
+        typer.Option(help="For built-in shapes: what replaces half of the attention layers."),
+    ] = None,
+) -> None:
+    """Show layers, parameters and the memory of one sequence per context length."""
+    from hmf_jax.config import HybridConfig
+    from hmf_jax.memory import describe, memory_table
+
+    if model in ("tiny", "8b", "32b") and not Path(model).exists():
+        config = HybridConfig.preset(model, mixer)
+    elif mixer is not None:
+        raise ValueError("--mixer is for the built-in shapes tiny, 8b and 32b only.")
+    else:
+        config = HybridConfig.from_json(model)
+    typer.echo(describe(config))
+    typer.echo("\nMemory of one sequence in bfloat16 (recurrent states in float32):")
+    typer.echo(memory_table(config))

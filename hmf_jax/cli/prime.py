@@ -1,0 +1,176 @@
+"""`prime`: from a Transformer to a hybrid, stage by stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hmf_jax.cli.errors import progress
+from hmf_jax.cli.options import DType, Dtype
+
+
+def init(
+    base: Annotated[
+        str | None, typer.Argument(help="Directory or repository of a Qwen3 Transformer.")
+    ] = None,
+    output: Annotated[Path | None, typer.Argument(help="Directory to write.")] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="One symbol per layer joined by '-': '*DA' stays attention, 'GKA*', 'GDN*', "
+            "'M2*', 'BMF*' or 'SWA*' is to be distilled ('*' and 'GKA' etc. for no distillation)."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file in the original's format, for these arguments and the settings of the "
+            "mixers (gka, gdn, mamba2, bmojo, swa). Arguments come before the file."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random parameters. Default: 0.")] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Default: bfloat16.")] = None,
+    repeat: Annotated[
+        str | None,
+        typer.Option(
+            help="How W_V is repeated for the gates: 'rows', as the original does (default), or "
+            "'heads', in the order of the heads."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model that is already there.")
+    ] = False,
+) -> None:
+    """Stage 0: build a hybrid whose new layers start from the attention they replace."""
+    from hmf_jax.priming import prime_directory, read_stage0
+
+    given = {
+        "base": base,
+        "output": output,
+        "pattern": pattern,
+        "seed": seed,
+        "dtype": dtype and dtype.value,
+        "repeat": repeat,
+    }
+    values = {} if config is None else read_stage0(config)
+    values |= {name: value for name, value in given.items() if value is not None}
+    if missing := [name for name in ("base", "output", "pattern") if name not in values]:
+        raise ValueError(f"say what {' and '.join(missing)} is, as arguments or in --config.")
+    prime_directory(**values, overwrite=overwrite, progress=progress(), report=typer.echo)
+
+
+def distill(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML file: model (a fused one), data, output, target (none, decoder, mixer, "
+            "residuals, all), pre_lm_head, weighted, and what `hmf-jax train` reads; see "
+            "DistillConfig."
+        ),
+    ],
+    fields: Annotated[
+        list[str] | None,
+        typer.Argument(help="field=value, in place of the file's, e.g. target=decoder steps=500."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only show the data, what is trained, memory and cost of a step."
+        ),
+    ] = False,
+) -> None:
+    """Stage 1: let the new layers learn what attention did. A stopped run goes on where it was."""
+    from hmf_jax.engine import enable_compilation_cache
+    from hmf_jax.priming import DistillConfig, distill
+
+    run = DistillConfig.load(config, fields or ())
+    enable_compilation_cache()
+    distill(run, progress=progress(), report=typer.echo, dry_run=dry_run)
+
+
+def unfuse(
+    directory: Annotated[Path, typer.Argument(help="A fused model.")],
+    output: Annotated[
+        Path | None, typer.Argument(help="Directory to write. Default: DIRECTORY_unfused.")
+    ] = None,
+    dtype: Dtype = DType.bfloat16,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model that is already there.")
+    ] = False,
+) -> None:
+    """Drop the teacher of a fused model: what is left is an ordinary hybrid."""
+    from hmf_jax.priming import unfuse_directory
+
+    options: Any = dict(dtype=dtype.value, overwrite=overwrite, progress=progress())
+    unfuse_directory(directory, output, report=typer.echo, **options)
+
+
+def select(
+    scores: Annotated[
+        Path,
+        typer.Argument(help="CSV of scores per layer: header layer_num,TASK,...; -1: the base."),
+    ],
+    m: Annotated[int, typer.Option("--m", "-M", help="Layers to convert.")] = 14,
+    exclude_layer_0: Annotated[
+        bool, typer.Option("--exclude-layer-0", help="Never convert the first layer.")
+    ] = False,
+    task_filter: Annotated[
+        str | None, typer.Option(help="Only tasks whose name contains this.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="Symbol of the new layers in the pattern.")] = "GKA",
+    num_layers: Annotated[
+        int | None, typer.Option(help="Layers of the model. Default: as many as the CSV has.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Model to score first, layer by layer; missing rows are added to SCORES."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --base: texts or chats (JSONL, Parquet) to score on.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="With --data: tokens per row.")] = 8192,
+    rows: Annotated[int, typer.Option(help="With --data: rows to score on.")] = 16,
+    variants: Annotated[
+        Path | None,
+        typer.Option(help="With --base: write a model per layer here, for other evaluations."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Window of the layer in question, tokens.")] = 2048,
+    dtype: Dtype = DType.bfloat16,
+) -> None:
+    """Choose the layers whose attention can go: those that do least harm when it is windowed."""
+    from hmf_jax.engine import enable_compilation_cache
+    from hmf_jax.loading import resolve
+    from hmf_jax.priming import read_scores, select_layers, selection
+
+    if (data is not None or variants is not None) and base is None:
+        raise ValueError("--data and --variants need the model: --base.")
+    if base is not None and data is None and variants is None:
+        raise ValueError("--base needs --data to score it on, or --variants to write.")
+    if variants is not None:
+        directory = resolve(str(base), progress=progress())
+        written = selection.write_swa_variants(directory, variants, window=window)
+        typer.echo(f"{len(written)} variants in {variants}, with links to {directory}.")
+        if data is None:
+            return
+    if data is not None:
+        enable_compilation_cache()
+        selection.score_directory(
+            str(base),
+            data,
+            scores,
+            length=length,
+            rows=rows,
+            window=window,
+            dtype=dtype.value,
+            progress=progress(),
+            report=typer.echo,
+        )
+    found = read_scores(scores)
+    chosen = select_layers(
+        found, m, num_layers=num_layers, exclude_layer_0=exclude_layer_0, task_filter=task_filter
+    )
+    typer.echo(selection.describe(chosen, num_layers or max(found.rows) + 1, kind))

@@ -1,0 +1,66 @@
+"""The parameters of a model, or of a part of one: the one place that lists them.
+
+A parameter has a path ("layers.3.mixer.q_proj.kernel") and names for its dimensions (`dims`), which
+say how a mesh splits it, see `hmf_jax.sharding`. All functions here give parameters in the order of
+`jax.tree.leaves(module)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from hmf_jax.sharding import named_sharding
+
+
+def variables(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """Path -> variable, which holds the array and its `dims`.
+
+    Args:
+      module: a model, a part of one, its abstract twin (`nnx.eval_shape`) or its gradients.
+    """
+    pairs = jax.tree.leaves_with_path(module, is_leaf=_is_variable)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): v for path, v in pairs}
+
+
+def flat_params(module: nnx.Module) -> dict[str, jax.Array]:
+    """Path -> array, of a model or a part of one."""
+    return {path: variable.get_value() for path, variable in variables(module).items()}
+
+
+def abstract_params(module: nnx.Module, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape, dtype, and the sharding that `dims` mean on this mesh (None without one)."""
+    out = {}
+    for path, variable in variables(module).items():
+        value = variable.get_value()
+        sharding = named_sharding(mesh, variable.get_metadata()["dims"], value.shape)
+        out[path] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+    return out
+
+
+def shardings(module: nnx.Module, mesh: Mesh) -> Any:
+    """A pytree like the module with the sharding of each parameter, for `jax.device_put`."""
+    split = [a.sharding for a in abstract_params(module, mesh).values()]
+    return jax.tree.unflatten(jax.tree.structure(module), split)
+
+
+def with_params[M: nnx.Module](module: M, params: Mapping[str, Any]) -> M:
+    """A copy of the module that holds these arrays (the abstract twin of a model becomes real).
+
+    Args:
+      module: its own arrays are not looked at.
+      params: path -> array; paths that the module does not have are ignored.
+
+    Raises:
+      KeyError: a path of the module is missing.
+    """
+    leaves = [params[path] for path in variables(module)]
+    return jax.tree.unflatten(jax.tree.structure(module), leaves)
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)

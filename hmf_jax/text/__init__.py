@@ -1,0 +1,25 @@
+"""Text in, text out: tokenizers, text as it is written, stop strings, thinking, conversations.
+
+Everything below this room (`hmf_jax.engine`) knows tokens only.
+"""
+
+from hmf_jax.text.chat import ChatSession
+from hmf_jax.text.detokenizer import TextStream, check_stop
+from hmf_jax.text.generate import Reply, generate_text, stream_text
+from hmf_jax.text.thinking import END_THINK, THINK, split_thinking
+from hmf_jax.text.tokenizer import default_sampling, load_tokenizer, stop_ids
+
+__all__ = [
+    "END_THINK",
+    "THINK",
+    "ChatSession",
+    "Reply",
+    "TextStream",
+    "check_stop",
+    "default_sampling",
+    "generate_text",
+    "load_tokenizer",
+    "split_thinking",
+    "stop_ids",
+    "stream_text",
+]

@@ -1,0 +1,147 @@
+"""What a training run reports: metrics.jsonl, loss.png, a progress bar, further loggers."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from hmf_jax.training.flops import peak_flops
+
+METRICS = "metrics.jsonl"
+
+
+class Log:
+    """Takes the metrics of each step to the files, the bar and the loggers. Process 0 alone writes
+    files and shows a bar.
+
+    Args:
+      directory: of metrics.jsonl and loss.png; None: no files. Records of steps after `done`, which
+        a killed run left behind, are dropped.
+      loggers: objects with `log_scalar(name, value, step=)` and `close()`.
+      done: steps before this call; steps: in all, where the bar ends.
+      progress: show the bar.
+
+    Attributes:
+      flops_per_token: model FLOPs, for the MFU; None: no MFU.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path | None,
+        loggers: Sequence[Any],
+        done: int,
+        steps: int,
+        progress: bool,
+    ) -> None:
+        self.flops_per_token: float | None = None
+        self._loggers, self._file, self._directory = loggers, None, None
+        first = jax.process_index() == 0
+        if directory is not None and first:
+            self._directory = Path(directory).expanduser()
+            self._directory.mkdir(parents=True, exist_ok=True)
+            path = self._directory / METRICS
+            kept = [r for r in read_metrics(self._directory) if r["step"] <= done]
+            new = path.with_suffix(".tmp")
+            new.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            new.replace(path)
+            self._file = path.open("a")
+        self._bar = tqdm(
+            total=steps,
+            initial=done,
+            desc="training",
+            unit="step",
+            disable=not (progress and first),
+        )
+        self._times: collections.deque[tuple[float, int]] = collections.deque(maxlen=20)
+        self._last = time.perf_counter()
+
+    def write(self, step: int, values: dict[str, float], tokens: int) -> None:
+        """Report a step; `tokens` are those of its batch, padding included."""
+        now = time.perf_counter()
+        self._times.append((now, tokens))
+        record = {"step": step, **values, "seconds": now - self._last}
+        self._last = now
+        if len(self._times) > 1:  # the first step was compiled
+            seconds = self._times[-1][0] - self._times[0][0]
+            speed = sum(n for _, n in list(self._times)[1:]) / seconds
+            record["tokens_per_second"] = speed
+            peak = peak_flops()
+            if self.flops_per_token and peak:
+                record["mfu"] = speed * self.flops_per_token / (peak * jax.device_count())
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        for logger in self._loggers:
+            for name, value in record.items():
+                if name != "step":
+                    logger.log_scalar(f"train/{name}", value, step=step)
+        shown = {"loss": f"{values['loss']:.4g}"}
+        if "tokens_per_second" in record:
+            shown["tokens/s"] = f"{record['tokens_per_second']:,.0f}"
+        if "mfu" in record:
+            shown["MFU"] = f"{record['mfu']:.1%}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def close(self, batches: Any) -> None:
+        """Close everything, draw loss.png, and warn of the bad rows that the batches left out."""
+        self._bar.close()
+        for logger in self._loggers:
+            logger.close()
+        if self._file is not None:
+            self._file.close()
+        if self._directory is not None:
+            with contextlib.suppress(OSError):  # a full disk, which has been reported
+                plot_loss(self._directory)
+        counts = getattr(batches, "counts", {})
+        bad = {k: counts[k] for k in ("empty", "malformed", "overlong") if counts.get(k)}
+        if bad:
+            what = ", ".join(f"{n} {k}" for k, n in bad.items())
+            first = next(iter(getattr(batches, "problems", [])), None)
+            example = "" if first is None else f" The first that was left out: {first}"
+            warnings.warn(f"of {counts['rows']} rows: {what}.{example}", stacklevel=4)
+
+
+def read_metrics(directory: str | Path) -> list[dict[str, float]]:
+    """The records of metrics.jsonl in the directory of a run, one per step; [] if there is none.
+
+    A last line that a killed run left unfinished is skipped.
+    """
+    path, records = Path(directory) / METRICS, []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def plot_loss(directory: str | Path) -> Path | None:
+    """Draws loss.png from metrics.jsonl; None without matplotlib or without records."""
+    records = read_metrics(directory)
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    if not records:
+        return None
+    steps, loss = [r["step"] for r in records], [r["loss"] for r in records]
+    width = max(1, len(loss) // 50)
+    smooth = np.convolve(loss, np.ones(width) / width, "valid")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, loss, color="tab:blue", alpha=0.3, label="each step")
+    axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"mean of {width} steps")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend()
+    path = Path(directory) / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path
