@@ -356,9 +356,9 @@ def test_capacity(model):
     assert chat.messages == before
     growing = session(model, capacity=None, max_new_tokens=4)
     growing.send("Hi")
-    assert decoder_of(growing).capacity == 256
+    assert growing._engine is not None and growing._engine.capacity == 256
     growing.send("y" * 300)
-    assert decoder_of(growing).capacity == 512
+    assert growing._engine is not None and growing._engine.capacity == 512
     with pytest.raises(ValueError, match="capacity of 4096"):
         growing.send("z" * 5000)
 

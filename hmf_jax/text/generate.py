@@ -21,7 +21,7 @@ class Reply:
     Attributes:
       text: without thinking, end tokens and stop string.
       thinking: what stood between <think> and </think>, None if the model did not think.
-      finish_reason: "eos", "stop" (a stop string), "length", "capacity" (see `hmf_jax.engine.Output`).
+      finish_reason: "eos", "stop" (a stop string), "length" or "capacity" (see `Output`).
       tokens: all tokens generated for it, up to the one that ended it.
       logprobs: one per token, under the model's own distribution.
     """

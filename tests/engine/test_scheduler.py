@@ -95,6 +95,7 @@ def test_every_request_ends_exactly_once(seed: int, rows: int, together: bool):
     scheduler = Scheduler(rows, together=together)
     owner: dict[int, int] = {}
     ended: dict[int, str] = {}
+    cancelled: set[int] = set()
     submitted = 0
     while submitted < 30 or scheduler.busy:
         for _ in range(chance.randrange(4) if submitted < 30 else 0):
@@ -106,7 +107,8 @@ def test_every_request_ends_exactly_once(seed: int, rows: int, together: bool):
                 continue
             submitted += 1
         if submitted and chance.random() < 0.2:
-            scheduler.cancel(chance.randrange(submitted))
+            cancelled.add(id := chance.randrange(submitted))
+            scheduler.cancel(id)
         if submitted >= 30:
             for id in scheduler.held:
                 scheduler.release(id)
@@ -115,7 +117,7 @@ def test_every_request_ends_exactly_once(seed: int, rows: int, together: bool):
             for row in turn.ends:
                 owner.pop(row, None)
             for id, row in zip(turn.feed.ids, turn.feed.rows, strict=True) if turn.feed else ():
-                assert row not in owner or owner[row] in ended
+                assert row not in owner or owner[row] in cancelled
                 owner[row] = id
             assert turn.feed is None or not turn.steps
         fed = turn.feed.rows if turn and turn.feed else ()
