@@ -1,7 +1,8 @@
 """Golden cases of the original code, unpacked on demand into Hugging Face directories.
 
-Four small ones are in tests/data/goldens. HMF_GOLDENS names a directory with all of them, in the
-same format, which is then read instead; tests of cases that are not there are skipped, saying so.
+Four small ones are in tests/data/goldens. HMF_GOLDENS (default: ../shared/goldens, beside the
+repository) names a directory with all of them, in the same format, which is read instead if it is
+there; tests of cases that are not there are skipped, saying so.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 SMALL = Path(__file__).parent / "data" / "goldens"
-_GIVEN = Path(os.environ.get("HMF_GOLDENS", SMALL))
+_GIVEN = Path(os.environ.get("HMF_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
 PACKED = _GIVEN if (_GIVEN / "cases.json").is_file() else SMALL
 MISSING = (
     f"not among the golden cases of {PACKED}; HMF_GOLDENS names the directory with all of them"
