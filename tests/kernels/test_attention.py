@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmf_jax.pallas_kernels.attention import attention, chunked, cudnn, decode_attention
-from hmf_jax.pallas_kernels.attention.reference import visible_keys
+from hmf_jax.pallas_kernels import attention, decode_attention, two_window_attention
 from hmf_jax.pallas_kernels.dispatch import why_no_hopper
-from hmf_jax.pallas_kernels.two_window_attention import two_window_attention
+from hmf_jax.pallas_kernels.ops.attention import chunked, cudnn
+from hmf_jax.pallas_kernels.ops.attention.reference import visible_keys
 from tests.util import rel
 
 # Documents of 9 and 21 tokens with padding before, between and after them.

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hmf_jax.pallas_kernels.attention import mosaic, reference
-from hmf_jax.pallas_kernels.attention.chunked import document_ids
-from hmf_jax.pallas_kernels.attention.mosaic_tiles import TILE, Options, spans_of
-from hmf_jax.pallas_kernels.two_window_attention import reference as two_window_reference
+from hmf_jax.pallas_kernels.ops.attention import mosaic, reference
+from hmf_jax.pallas_kernels.ops.attention.chunked import document_ids
+from hmf_jax.pallas_kernels.ops.attention.mosaic_tiles import TILE, Options, spans_of
+from hmf_jax.pallas_kernels.ops.two_window_attention import reference as two_window_reference
 from tests.util import rel
 
 # Operands, probabilities and results are rounded to bfloat16 (2^-9).

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.pallas_kernels.causal_conv1d import causal_conv1d
+from hmf_jax.pallas_kernels import causal_conv1d
 from tests.kernels.recurrent_laws import RecurrentLaws, normal
 from tests.util import rel
 

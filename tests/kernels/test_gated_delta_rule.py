@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
-from hmf_jax.pallas_kernels.gated_delta_rule.jla import gated_delta_rule as jla_gated_delta_rule
+from hmf_jax.pallas_kernels import gated_delta_rule, gated_delta_rule_step
+from hmf_jax.pallas_kernels.ops.gated_delta_rule.jla import gated_delta_rule as jla_gated_delta_rule
 from tests.goldens import expected, golden
 from tests.kernels.recurrent_laws import RecurrentLaws, normal, unit
 from tests.util import rel

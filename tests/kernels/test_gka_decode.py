@@ -14,8 +14,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
 
-from hmf_jax.pallas_kernels.gka import gka_step, mosaic_decode
-from hmf_jax.pallas_kernels.gka.mosaic_decode import gka_decode
+from hmf_jax.pallas_kernels import gka_step
+from hmf_jax.pallas_kernels.ops.gka import mosaic_decode
+from hmf_jax.pallas_kernels.ops.gka.mosaic_decode import gka_decode
 from tests.kernels.recurrent_laws import normal, unit
 from tests.util import rel
 

@@ -19,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
 from safetensors.flax import load_file
 
-from hmf_jax.pallas_kernels.gka import gka, mosaic
+from hmf_jax.pallas_kernels import gka
+from hmf_jax.pallas_kernels.ops.gka import mosaic
 from tests.goldens import golden
 from tests.kernels.recurrent_laws import normal, unit
 from tests.util import rel

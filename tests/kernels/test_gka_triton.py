@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from hmf_jax.pallas_kernels.gka import gka, gka_step, triton
+from hmf_jax.pallas_kernels import gka, gka_step
+from hmf_jax.pallas_kernels.ops.gka import triton
 from tests.kernels.recurrent_laws import normal, unit
 from tests.util import rel
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.pallas_kernels.ssd import ssd, ssd_step
-from hmf_jax.pallas_kernels.ssd.jla import ssd as jla_ssd
+from hmf_jax.pallas_kernels import ssd, ssd_step
+from hmf_jax.pallas_kernels.ops.ssd.jla import ssd as jla_ssd
 from tests.goldens import expected, golden
 from tests.kernels.recurrent_laws import RecurrentLaws, normal
 from tests.util import rel

@@ -13,12 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmf_jax.pallas_kernels.attention import chunked
-from hmf_jax.pallas_kernels.two_window_attention import (
-    cudnn,
-    two_window_attention,
-    two_window_decode,
-)
+from hmf_jax.pallas_kernels import two_window_attention, two_window_decode
+from hmf_jax.pallas_kernels.ops.attention import chunked
+from hmf_jax.pallas_kernels.ops.two_window_attention import cudnn
 from tests.goldens import expected, golden
 from tests.kernels.test_attention import (
     KEYWORDS,

@@ -1,0 +1,246 @@
+"""Gated KalmaNet on Hopper GPUs: Pallas Mosaic kernels, forward and backward.
+
+Tokens are cut into chunks of C = 64; per row and query head, with S and U the states of key
+covariance and key-value products at the start of a chunk, i, j tokens of it,
+
+    M_ij = exp(sum of g over (j, i]) for j <= i in one document, else 0
+    a_i  = exp(sum of g up to i), 0 where another document began
+    H_i x = a_i S x + sum_j M_ij beta_j^2 k_j (k_j . x)        (the Gram form of H_i x)
+
+Five kernels, each reading q, k, v as they lie in memory [B, T, heads, D] (key/value heads are
+shared, never repeated; beta only enters M and the weights of the scans):
+
+    scan            states at all chunk starts (ends, in reverse); one CTA walks a head's chunks
+                    (mosaic_scan.py)
+    solve           ||H_i||_F, Chebyshev iteration, blend with q, readout; one CTA per chunk
+                    (mosaic_forward.py)
+    solve_backward  the same iteration on the gradient of x; implicit differentiation
+    read_backward   gradients of k and v through the readout: inside a chunk, from suffix states
+    gram_backward   gradient of k through H, likewise; those of g and beta (mosaic_backward.py)
+
+Products have bfloat16 operands and float32 accumulators; the iterate, the norms, the scans and all
+decays are float32. States at chunk starts are stored in bfloat16 (they are operands only: the scan
+itself never rounds).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hmf_jax.pallas_kernels.dispatch import why_no_hopper
+from hmf_jax.pallas_kernels.ops.gka.mosaic_backward import (
+    gram_backward,
+    read_backward,
+    solve_backward,
+)
+from hmf_jax.pallas_kernels.ops.gka.mosaic_forward import solve
+from hmf_jax.pallas_kernels.ops.gka.mosaic_scan import (
+    D_ALPHA,
+    D_BETA,
+    D_G,
+    FORWARD,
+    GRAM,
+    MU,
+    REVERSE,
+    START,
+    START_KK,
+    C,
+    bf16,
+    f32,
+    scan,
+)
+from hmf_jax.pallas_kernels.segments import documents
+
+
+def gka_mosaic(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    alpha: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    num_iter: jax.Array | np.ndarray,
+    segment_ids: jax.Array | None,
+    h_kk: jax.Array,
+    h_kv: jax.Array,
+    *,
+    ridge: float,
+    scale: float,
+    decay_kk: bool,
+    bp_lambda: bool,
+    interpret: bool = False,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """See `pallas_kernels.gka`: same shapes, everything given, zeros at padding, num_iter [B].
+
+    q, k, v bfloat16 with D = 64 or 128, states float32. Gradients are implicit, as in chunked.py.
+
+    Raises:
+      ValueError: other dtypes or head dims.
+    """
+    if reason := _unsupported(q, k, v, h_kk, h_kv):
+        raise ValueError(f"gka_mosaic: {reason}.")
+    T = q.shape[1]
+    doc = jnp.zeros(q.shape[:2], jnp.int32)
+    if segment_ids is not None:
+        doc = documents(segment_ids)[0]
+    if pad := -T % C:  # tokens of zeros neither write nor decay
+        wide = [(0, 0), (0, pad)]
+        q, k, v = (jnp.pad(a, [*wide, (0, 0), (0, 0)]) for a in (q, k, v))
+        alpha, g, beta = (jnp.pad(a, [*wide, (0, 0)]) for a in (alpha, g, beta))
+        doc = jnp.pad(doc, wide, mode="edge")
+    options = _Options(ridge, scale, decay_kk, bp_lambda, interpret)
+    num_iter = jnp.asarray(num_iter)
+    o, states = _gka(options, q, k, v, alpha, g, beta, num_iter, doc, h_kk, h_kv)
+    return o[:, :T], states
+
+
+def why_not(
+    q: jax.Array, k: jax.Array, v: jax.Array, h_kk: jax.Array, h_kv: jax.Array, solver: str
+) -> str | None:
+    """Why the kernels cannot run these arguments on this machine; None if they can."""
+    if solver != "chebyshev":
+        return f"its kernels have the Chebyshev solver, not {solver!r}"
+    return why_no_hopper() or _unsupported(q, k, v, h_kk, h_kv)
+
+
+def _unsupported(q, k, v, h_kk, h_kv) -> str | None:
+    if q.shape[-1] not in (64, 128):
+        return f"its kernels take head_dim 64 and 128, got {q.shape[-1]}"
+    if any(jnp.dtype(x.dtype) != bf16 for x in (q, k, v)):
+        return f"its kernels take bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if any(jnp.dtype(x.dtype) != f32 for x in (h_kk, h_kv)):
+        return f"its kernels keep float32 states, got {h_kk.dtype}, {h_kv.dtype}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    ridge: float
+    scale: float
+    decay_kk: bool
+    bp_lambda: bool
+    interpret: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gka(options, q, k, v, alpha, g, beta, num_iter, doc, h_kk, h_kv):
+    args = (q, k, v, alpha, g, beta, num_iter, doc, h_kk, h_kv)
+    return _run_forward(options, *args, save=False)[0]
+
+
+def _forward(options, *args):
+    result, saved = _run_forward(options, *args, save=True)
+    return result, (*args, *saved)
+
+
+def _run_forward(o: _Options, q, k, v, alpha, g, beta, num_iter, doc, h_kk, h_kv, *, save: bool):
+    gates = _gates(alpha, g, beta, num_iter, doc, o.decay_kk)
+    states, last = scan(
+        FORWARD, (k, v), gates, jnp.stack([h_kk, h_kv]), split=True, interpret=o.interpret
+    )
+    out, *saved = solve(
+        q, k, v, states, gates, num_iter,
+        ridge=o.ridge, scale=o.scale, save=save, interpret=o.interpret,
+    )  # fmt: skip
+    return (out, (last[0], last[1])), saved
+
+
+def _backward(o: _Options, saved, cotangents):
+    q, k, v, alpha, g, beta, num_iter, doc, h_kk, h_kv, x, f = saved
+    do, (dh_kk, dh_kv) = cotangents
+    gates = _gates(alpha, g, beta, num_iter, doc, o.decay_kk)
+    initial = jnp.stack([h_kk, h_kv])
+    states, _ = scan(FORWARD, (k, v), gates, initial, split=True, interpret=o.interpret)
+    dq, y, blend, rows = solve_backward(
+        do, q, k, v, x, f, states, gates, num_iter,
+        ridge=o.ridge, scale=o.scale, bp_lambda=o.bp_lambda, interpret=o.interpret,
+    )  # fmt: skip
+
+    start, mu, read = gates[..., START_KK, :], rows[..., MU, :], gates[..., START, :]
+    coef = jnp.broadcast_to(-2 * jnp.sum(start * start * mu, -1, keepdims=True), mu.shape)
+    weights = (o.scale * read, read, -start, start, rows[..., GRAM, :], coef)
+    suffix, first, products = scan(
+        REVERSE,
+        (blend, do, x, y, k),
+        jnp.stack(weights, axis=3),
+        jnp.stack([dh_kk + jnp.swapaxes(dh_kk, -1, -2), dh_kv]),
+        states,
+        reverse=True,
+        stages=2,
+        interpret=o.interpret,
+    )
+    dk, dv, kdk = read_backward(
+        blend, do, k, v, suffix, gates, scale=o.scale, interpret=o.interpret
+    )
+    dk, steps = gram_backward(
+        x, y, k, dk, kdk, states, suffix, gates, rows, decay_kk=o.decay_kk, interpret=o.interpret
+    )
+
+    # Reads after a chunk of what was written before it: <suffix, state>, half for the symmetric Z.
+    across = jnp.sum(products[1], -1) + (jnp.sum(products[0], -1) / 2 if o.decay_kk else 0)
+    d_g = steps[..., D_G, :] + across[..., None]
+    d_alpha = jnp.where((num_iter > 0)[:, None, None, None], rows[..., D_ALPHA, :], 0)
+
+    def shared(d, like):  # sum over the query heads of a key/value head
+        B, T, K, D = like.shape
+        return jnp.sum(d.reshape(B, T, K, -1, D), axis=3, dtype=f32).astype(like.dtype)
+
+    return (
+        dq,
+        shared(dk, k),
+        shared(dv, v),
+        _join(d_alpha, alpha),
+        _join(d_g, g),
+        _join(steps[..., D_BETA, :], beta) * jnp.sign(beta),
+        None,
+        None,
+        first[0] / 2,
+        first[1],
+    )
+
+
+_gka.defvjp(_forward, _backward)
+
+
+def _split(x: jax.Array) -> jax.Array:
+    """[B, T, H] -> [B, H, n, C]"""
+    B, T, H = x.shape
+    return jnp.moveaxis(x.reshape(B, T // C, C, H), 3, 1)
+
+
+def _join(x: jax.Array, like: jax.Array) -> jax.Array:
+    """[B, H, n, C] -> [B, T, H], dtype of `like`"""
+    return jnp.moveaxis(x, 1, 3).reshape(like.shape).astype(like.dtype)
+
+
+def _gates(
+    alpha: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    num_iter: jax.Array,
+    doc: jax.Array,
+    decay_kk: bool,
+) -> jax.Array:
+    """Everything per token that kernels need, float32 [B, H, n, ROWS, C], from [B, T, H]."""
+    beta2 = jnp.square(_split(beta.astype(f32)))
+    doc = doc.reshape(doc.shape[0], 1, -1, C)
+    before = jnp.concatenate([jnp.zeros_like(doc[:, :, :1, -1:]), doc[:, :, :-1, -1:]], axis=2)
+
+    def decays(g):
+        """Sums of g inside chunks; weights from a chunk's start, and to its end."""
+        # exp(-100) is 0 in float32; a larger sum would cost the digits of all differences.
+        total = jnp.cumsum(jnp.maximum(_split(g.astype(f32)), -100.0), axis=-1)
+        start = jnp.where(doc == before, jnp.exp(total), 0)
+        tail = jnp.where(doc == doc[..., -1:], jnp.exp(total[..., -1:] - total), 0)
+        return total, start, tail * beta2
+
+    decayed = decays(g)
+    kk = decayed if decay_kk else decays(jnp.zeros_like(g))
+    alpha = jnp.where((num_iter > 0)[:, None, None], alpha.astype(f32), 0)
+    rows = (*kk, *decayed, beta2, _split(alpha), jnp.broadcast_to(doc.astype(f32), beta2.shape))
+    return jnp.stack(rows, axis=3)

@@ -1,0 +1,73 @@
+"""B'MOJO-F attention as defined: dense masks for both windows, one softmax over their union."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from hmf_jax.pallas_kernels.ops.attention.reference import (
+    blank,
+    dense_attention,
+    own_tokens,
+    visible_keys,
+)
+
+
+def two_window_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_fading: jax.Array,
+    v_fading: jax.Array,
+    q_fading: jax.Array | None,
+    offset: jax.Array | None,
+    segment_ids: jax.Array | None,
+    kv_lengths: jax.Array | None,
+    *,
+    window: int,
+    scale: float,
+) -> jax.Array:
+    """Dense version of the `two_window_attention` facade; same arguments and result."""
+    length = q.shape[1]
+    q_fading = q if q_fading is None else q_fading
+    valid = own_tokens(q, segment_ids, kv_lengths) if offset is None else None
+    streams = []
+    for query, key, value, newest in ((q, k, v, 0), (q_fading, k_fading, v_fading, window)):
+        if valid is not None:
+            query, key, value = (blank(x, valid[1]) for x in (query, key, value))
+        visible = visible_keys(
+            length,
+            key.shape[1],
+            newest=newest,
+            oldest=newest + window - 1,
+            offset=offset,
+            past=None if offset is None else key.shape[1] - length,
+            valid=valid,
+        )
+        streams.append((query, key, value, visible))
+    o = dense_attention(streams, scale)
+    return o if valid is None else blank(o, valid[1])
+
+
+def two_window_decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths_in: jax.Array,
+    lengths_fading: jax.Array,
+    q_fading: jax.Array | None,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Dense version of the `two_window_decode` facade; same arguments and result."""
+    half = k.shape[1] // 2
+    streams = []
+    for query, part, lengths in (
+        (q, slice(None, half), lengths_in),
+        (q if q_fading is None else q_fading, slice(half, None), lengths_fading),
+    ):
+        valid = jnp.arange(half) < lengths[:, None]
+        streams.append(
+            (query[:, None], blank(k[:, part], valid), blank(v[:, part], valid), valid[:, None])
+        )
+    return dense_attention(streams, scale)[:, 0]
