@@ -21,6 +21,7 @@ from safetensors.flax import load_file
 
 from hmf_jax.pallas_kernels import gka
 from hmf_jax.pallas_kernels.ops.gka import mosaic
+from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options
 from tests.goldens import golden
 from tests.kernels.recurrent_laws import normal, unit
 from tests.util import rel
@@ -505,18 +506,8 @@ def test_the_operator_checks_what_it_takes():
     q, *rest = case.arrays
     h_kk, h_kv = case.states
     with pytest.raises(ValueError, match="gka_mosaic: its kernels take bfloat16"):
-        mosaic.gka_mosaic(
-            q.astype(jnp.float32),
-            *rest,
-            num_iter=case.num_iter,
-            segment_ids=None,
-            h_kk=h_kk,
-            h_kv=h_kv,
-            ridge=0.02,
-            scale=1.0,
-            decay_kk=True,
-            bp_lambda=True,
-        )
+        inputs = Inputs(q.astype(jnp.float32), *rest, case.num_iter, None, h_kk, h_kv)
+        mosaic.gka_mosaic(inputs, Options(0.02, 1.0, decay_kk=True))
 
 
 # -- the kernels themselves -----------------------------------------------------------------------

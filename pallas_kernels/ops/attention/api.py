@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from hmf_jax.pallas_kernels import sharded
 from hmf_jax.pallas_kernels.dispatch import resolve
 from hmf_jax.pallas_kernels.ops.attention import chunked, cudnn, mosaic, reference
+from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs, Token
 
 __all__ = ["attention", "decode_attention"]
 
@@ -25,7 +26,7 @@ def attention(
     offset: jax.Array | None = None,
     past: int | None = None,
     segment_ids: jax.Array | None = None,
-    kv_lengths: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     scale: float | None = None,
     impl: str = "auto",
     mesh: Mesh | None = None,
@@ -48,8 +49,8 @@ def attention(
       offset: [B] integers, token index of each row's first query.
       past: number of older tokens in front of the new ones; needs `offset`.
       segment_ids: [B, T] integers, 0 = padding, a change starts a new document; not with `offset`.
-      kv_lengths: [B] integers, leading tokens that are valid, the rest being padding; not with
-        `offset`. Unlike `segment_ids` it leaves cuDNN possible.
+      lengths: [B] integers, leading tokens that are valid, the rest being padding; not with
+        `offset`. Unlike `segment_ids` they leave cuDNN possible.
       scale: factor of the scores; D ** -0.5 by default.
       impl: "auto", "cudnn" (NVIDIA, 16-bit, D <= 128, own tokens, no segment_ids), "mosaic" (NVIDIA
         Hopper, bfloat16, D 64 or 128, positive scale), "chunked" (any device, memory linear in T
@@ -64,26 +65,20 @@ def attention(
       ValueError: shapes that do not fit, packing together with `offset`, an `impl` that cannot run.
     """
     check_heads(q, k, v)
-    batch, length = q.shape[:2]
-    check_alignment(q, k, offset, segment_ids, kv_lengths, past)
+    check_alignment(q, k, offset, segment_ids, lengths, past)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (the token itself), got {window}.")
+    inputs = Inputs(q, k, v, offset, segment_ids, lengths)
     usable = {
-        "cudnn": cudnn.why_not(q, k, v, offset, segment_ids),
+        "cudnn": cudnn.why_not(inputs),
         "mosaic": mosaic.why_not(q, k, v),
         "chunked": None,
         "reference": None,
     }
     run = _IMPLS[resolve("attention", impl, usable)].attention
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    return sharded.call(
-        partial(run, window=window, past=past, scale=scale),
-        mesh,
-        batch,
-        (q, k, v, offset, segment_ids, kv_lengths),
-        ("bthd", "bskd", "bskd", "b", "bt", "b"),
-        "bthd",
-    )
+    run = partial(run, window=window, past=past, scale=scale)
+    return sharded.run(run, mesh, inputs, "bthd")
 
 
 def decode_attention(
@@ -115,17 +110,11 @@ def decode_attention(
     check_ndim("q", q, 3, "[B, H, D]")
     check_heads(q[:, None], k, v)
     check_rows("lengths", lengths, q.shape[0])
-    usable = {"cudnn": cudnn.why_not(q, k, v), "chunked": None, "reference": None}
+    token = Token(q, k, v, lengths)
+    usable = {"cudnn": cudnn.why_not(token), "chunked": None, "reference": None}
     run = _IMPLS[resolve("decode_attention", impl, usable)].decode_attention
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    return sharded.call(
-        partial(run, scale=scale),
-        mesh,
-        q.shape[0],
-        (q, k, v, lengths),
-        ("bhd", "bskd", "bskd", "b"),
-        "bhd",
-    )
+    return sharded.run(partial(run, scale=scale), mesh, token, "bhd")
 
 
 def check_ndim(name: str, x: jax.Array, ndim: int, dims: str) -> None:
@@ -164,23 +153,23 @@ def check_alignment(
     k: jax.Array,
     offset: jax.Array | None,
     segment_ids: jax.Array | None,
-    kv_lengths: jax.Array | None,
+    lengths: jax.Array | None,
     past: int | None,
     name: str = "k",
 ) -> None:
     """S, masks and offset agree on one of the alignments of `attention`."""
     batch, length = q.shape[:2]
     check_rows("offset", offset, batch)
-    check_rows("kv_lengths", kv_lengths, batch)
+    check_rows("lengths", lengths, batch)
     if segment_ids is not None and segment_ids.shape != (batch, length):
         raise ValueError(f"segment_ids must be [{batch}, {length}], got shape {segment_ids.shape}.")
     if offset is None:
         if past is not None:
             raise ValueError(f"past={past} needs offset, the index of each row's first query.")
         past = 0
-    elif segment_ids is not None or kv_lengths is not None:
+    elif segment_ids is not None or lengths is not None:
         raise ValueError(
-            "segment_ids and kv_lengths describe tokens that attend to each other only; with "
+            "segment_ids and lengths describe tokens that attend to each other only; with "
             "offset, rows continue one document: leave them None."
         )
     if past is not None and (past < 0 or k.shape[1] != past + length):

@@ -21,7 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hmf_jax.pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs, Token
+from hmf_jax.pallas_kernels.segments import documents, leading
 
 QUERY_BLOCK = 256
 KEY_BLOCK = 16384
@@ -65,7 +66,7 @@ def make_stream(
     past: int | None = None,
     doc: jax.Array | None = None,
 ) -> Stream:
-    """A stream in one of the alignments of the `attention` facade (own tokens, cache, past)."""
+    """A stream in one of the alignments of `pallas_kernels.attention` (own tokens, cache, past)."""
     zero = jnp.zeros(q.shape[:1], jnp.int32)
     if offset is None:
         own, first = zero, zero
@@ -77,43 +78,34 @@ def make_stream(
 
 
 def document_ids(
-    segment_ids: jax.Array | None, kv_lengths: jax.Array | None, length: int
+    segment_ids: jax.Array | None, lengths: jax.Array | None, length: int
 ) -> jax.Array | None:
     """[B, T] int32 document numbers from 1, 0 at padding; None if nothing needs masking."""
     doc = None
     if segment_ids is not None:
         number, valid = documents(segment_ids)
         doc = jnp.where(valid, number + 1, 0)
-    if kv_lengths is not None:
-        inside = jnp.arange(length) < kv_lengths[:, None]
-        doc = jnp.where(inside, 1 if doc is None else doc, 0)
+    if lengths is not None:
+        doc = jnp.where(leading(lengths, length), 1 if doc is None else doc, 0)
     return doc
 
 
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    offset: jax.Array | None,
-    segment_ids: jax.Array | None,
-    kv_lengths: jax.Array | None,
-    *,
-    window: int | None,
-    past: int | None,
-    scale: float,
-) -> jax.Array:
-    """Blocked version of the `attention` facade; same arguments and result."""
-    doc = document_ids(segment_ids, kv_lengths, q.shape[1])
+def make_streams(inputs: Inputs, *, window: int | None, past: int | None) -> tuple[Stream, ...]:
+    """The one stream of `attention`."""
+    q, k, v, offset, segment_ids, lengths = inputs
+    doc = document_ids(segment_ids, lengths, q.shape[1])
     oldest = None if window is None else window - 1
-    stream = make_stream(q, k, v, oldest=oldest, offset=offset, past=past, doc=doc)
-    return joint_attention((stream,), scale)
+    return (make_stream(q, k, v, oldest=oldest, offset=offset, past=past, doc=doc),)
 
 
-def decode_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, scale: float
-) -> jax.Array:
-    """Blocked version of the `decode_attention` facade; same arguments and result."""
-    stream = make_stream(q[:, None], k, v, offset=lengths - 1)
+def attention(inputs: Inputs, *, window: int | None, past: int | None, scale: float) -> jax.Array:
+    """Blocked version of `pallas_kernels.attention`."""
+    return joint_attention(make_streams(inputs, window=window, past=past), scale)
+
+
+def decode_attention(token: Token, *, scale: float) -> jax.Array:
+    """Blocked version of `pallas_kernels.decode_attention`."""
+    stream = make_stream(token.q[:, None], token.k, token.v, offset=token.lengths - 1)
     return joint_attention((stream,), scale)[:, 0]
 
 

@@ -10,46 +10,31 @@ changed it (`internals` is None) decodes in one piece.
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hmf_jax.pallas_kernels.compat import compute_capability, find_cudnn
 from hmf_jax.pallas_kernels.dispatch import with_gradient_of
 from hmf_jax.pallas_kernels.ops.attention import chunked
+from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs, Token
+from hmf_jax.pallas_kernels.segments import leading
+
+internals = find_cudnn()
 
 
-def _find_internals() -> Any:
-    try:
-        from jax._src.cudnn import fused_attention_stablehlo as found
-
-        takes = set(inspect.signature(found.dot_product_attention).parameters)
-    except (ImportError, AttributeError):  # another jax
-        return None
-    wanted = {"scale", "mask_type", "sliding_window_length", "q_seqlen", "kv_seqlen"}
-    return found if wanted | {"return_residual"} <= takes else None
-
-
-internals = _find_internals()
-
-
-def why_not(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    offset: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
-) -> str | None:
+def why_not(inputs: Inputs | Token) -> str | None:
     """Why cuDNN cannot take these arguments on this backend, or None if it can."""
-    if offset is not None:
+    if getattr(inputs, "offset", None) is not None:
         return "cuDNN cannot align queries with the end of a cache (offset is given)"
-    if segment_ids is not None:
+    if getattr(inputs, "segment_ids", None) is not None:
         return "cuDNN would need a dense mask for segment_ids"
+    q, k, v = inputs[:3]
     if jax.default_backend() != "gpu":
         return f"cuDNN needs an NVIDIA GPU, the backend is {jax.default_backend()}"
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    capability = compute_capability()
     if not capability.replace(".", "").isdigit() or float(capability) < 8.0:
         return f"cuDNN attention needs compute capability 8.0, this is {capability or 'unknown'}"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -59,24 +44,14 @@ def why_not(
     return None
 
 
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    offset: None,
-    segment_ids: None,
-    kv_lengths: jax.Array | None,
-    *,
-    window: int | None,
-    past: None,
-    scale: float,
-) -> jax.Array:
-    """`attention` over the queries' own tokens, without packing; see the facade."""
+def attention(inputs: Inputs, *, window: int | None, past: None, scale: float) -> jax.Array:
+    """`pallas_kernels.attention` over the queries' own tokens, without packing."""
+    q, k, v, *_, lengths = inputs
     valid = None
-    if kv_lengths is not None:
+    if lengths is not None:
         # Under a causal mask no valid query sees padding on the right, so cuDNN need not know of
         # it; but whatever lies there must not reach a matrix product, forward or backward.
-        valid = (jnp.arange(q.shape[1]) < kv_lengths[:, None])[:, :, None, None]
+        valid = leading(lengths, q.shape[1])[:, :, None, None]
         q, k, v = (jnp.where(valid, x, 0) for x in (q, k, v))
     o = jax.nn.dot_product_attention(
         q,
@@ -117,14 +92,12 @@ def with_lse(
     return found
 
 
-def decode_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, scale: float
-) -> jax.Array:
-    """`decode_attention`; see the facade."""
+def decode_attention(token: Token, *, scale: float) -> jax.Array:
+    """`pallas_kernels.decode_attention`."""
+    q, k, v, lengths = token
     if internals is not None and _pieces(*k.shape[:3], groups=1) > 1:
         pieces = partial(_decode_in_pieces, scale=scale)
-        whole = partial(chunked.decode_attention, scale=scale)
-        return with_gradient_of(whole, pieces, q, k, v, lengths)
+        return with_gradient_of(partial(chunked.decode_attention, scale=scale), pieces, token)
     o = jax.nn.dot_product_attention(
         q[:, None],
         k,
@@ -136,7 +109,8 @@ def decode_attention(
     return jnp.where((lengths > 0)[:, None, None], o[:, 0], 0)
 
 
-def _decode_in_pieces(q, k, v, lengths, *, scale):
+def _decode_in_pieces(token: Token, *, scale: float) -> jax.Array:
+    q, k, v, lengths = token
     return decode_groups(q[:, None], k, v, lengths[:, None], scale=scale)
 
 

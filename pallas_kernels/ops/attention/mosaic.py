@@ -23,62 +23,28 @@ import jax
 import jax.numpy as jnp
 
 from hmf_jax.pallas_kernels.dispatch import why_no_hopper
-from hmf_jax.pallas_kernels.ops.attention.chunked import Stream, document_ids, make_stream
+from hmf_jax.pallas_kernels.ops.attention.chunked import Stream, make_streams
+from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs
 from hmf_jax.pallas_kernels.ops.attention.mosaic_backward import dkv, dq
 from hmf_jax.pallas_kernels.ops.attention.mosaic_forward import forward
 from hmf_jax.pallas_kernels.ops.attention.mosaic_tiles import FAR, TILE, Options, bf16, f32, i32
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    offset: jax.Array | None,
-    segment_ids: jax.Array | None,
-    kv_lengths: jax.Array | None,
+    inputs: Inputs,
     *,
     window: int | None,
     past: int | None,
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """The `attention` facade on Hopper; same arguments and result.
+    """`pallas_kernels.attention` on Hopper.
 
     Raises:
       ValueError: not bfloat16, a head_dim other than 64 and 128, a scale that is not positive.
     """
-    doc = document_ids(segment_ids, kv_lengths, q.shape[1])
-    oldest = None if window is None else window - 1
-    stream = make_stream(q, k, v, oldest=oldest, offset=offset, past=past, doc=doc)
-    return joint_attention((stream,), scale, interpret=interpret)
-
-
-def two_window_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    k_fading: jax.Array,
-    v_fading: jax.Array,
-    q_fading: jax.Array | None,
-    offset: jax.Array | None,
-    segment_ids: jax.Array | None,
-    kv_lengths: jax.Array | None,
-    *,
-    window: int,
-    scale: float,
-    interpret: bool = False,
-) -> jax.Array:
-    """The `two_window_attention` facade on Hopper; same arguments and result; raises as above."""
-    length = q.shape[1]
-    doc = document_ids(segment_ids, kv_lengths, length)
-
-    def stream(q: jax.Array, k: jax.Array, v: jax.Array, newest: int) -> Stream:
-        past = None if offset is None else k.shape[1] - length
-        oldest = newest + window - 1
-        return make_stream(q, k, v, newest=newest, oldest=oldest, offset=offset, past=past, doc=doc)
-
-    fading = stream(q if q_fading is None else q_fading, k_fading, v_fading, window)
-    return joint_attention((fading, stream(q, k, v, 0)), scale, interpret=interpret)
+    streams = make_streams(inputs, window=window, past=past)
+    return joint_attention(streams, scale, interpret=interpret)
 
 
 def why_not(*arrays: jax.Array | None) -> str | None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from hmf_jax.pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs, Token
+from hmf_jax.pallas_kernels.segments import documents, leading
 
 
 def dense_attention(
@@ -53,7 +54,7 @@ def visible_keys(
 ) -> jax.Array:
     """[B or 1, T, S] bool: which keys lie `newest` to `oldest` tokens behind which queries.
 
-    Token indices follow the alignments of the `attention` facade; `valid` is (document [B, T],
+    Token indices follow the alignments of `pallas_kernels.attention`; `valid` is (document [B, T],
     not padding [B, T]) of the own tokens.
     """
     query = jnp.arange(length)[None, :, None]
@@ -72,12 +73,12 @@ def visible_keys(
 
 
 def own_tokens(
-    x: jax.Array, segment_ids: jax.Array | None, kv_lengths: jax.Array | None
+    x: jax.Array, segment_ids: jax.Array | None, lengths: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Document and validity [B, T] of the tokens of x [B, T, ...]."""
     ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    if kv_lengths is not None:
-        ids = jnp.where(jnp.arange(x.shape[1]) < kv_lengths[:, None], ids, 0)
+    if lengths is not None:
+        ids = jnp.where(leading(lengths, x.shape[1]), ids, 0)
     return documents(ids)
 
 
@@ -86,22 +87,12 @@ def blank(x: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.where(valid[:, :, None, None], x, 0)
 
 
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    offset: jax.Array | None,
-    segment_ids: jax.Array | None,
-    kv_lengths: jax.Array | None,
-    *,
-    window: int | None,
-    past: int | None,
-    scale: float,
-) -> jax.Array:
-    """Dense version of the `attention` facade; same arguments and result."""
+def attention(inputs: Inputs, *, window: int | None, past: int | None, scale: float) -> jax.Array:
+    """Dense version of `pallas_kernels.attention`."""
+    q, k, v, offset, segment_ids, lengths = inputs
     valid = None
     if offset is None:
-        valid = own_tokens(q, segment_ids, kv_lengths)
+        valid = own_tokens(q, segment_ids, lengths)
         q, k, v = (blank(x, valid[1]) for x in (q, k, v))
     oldest = None if window is None else window - 1
     visible = visible_keys(
@@ -111,10 +102,9 @@ def attention(
     return o if valid is None else blank(o, valid[1])
 
 
-def decode_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, scale: float
-) -> jax.Array:
-    """Dense version of the `decode_attention` facade; same arguments and result."""
-    valid = jnp.arange(k.shape[1]) < lengths[:, None]
+def decode_attention(token: Token, *, scale: float) -> jax.Array:
+    """Dense version of `pallas_kernels.decode_attention`."""
+    q, k, v, lengths = token
+    valid = leading(lengths, k.shape[1])
     k, v = blank(k, valid), blank(v, valid)
     return dense_attention([(q[:, None], k, v, valid[:, None])], scale)[:, 0]

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from hmf_jax.pallas_kernels import sharded
 from hmf_jax.pallas_kernels.dispatch import resolve
 from hmf_jax.pallas_kernels.ops.causal_conv1d.chunked import causal_conv1d_chunked
+from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import Inputs
 from hmf_jax.pallas_kernels.ops.causal_conv1d.reference import causal_conv1d_reference
-from hmf_jax.pallas_kernels.recurrent import check, check_segments
+from hmf_jax.pallas_kernels.recurrent import check, check_padding
 
 __all__ = ["causal_conv1d"]
 
@@ -28,6 +29,7 @@ def causal_conv1d(
     activation: Literal["silu"] | None = "silu",
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     impl: str = "auto",
     mesh: Mesh | None = None,
     channels: Literal["h", "k"] = "h",
@@ -45,6 +47,8 @@ def causal_conv1d(
       initial_state: [B, K-1, C], the newest K-1 inputs before x, newest last; None = zeros.
       segment_ids: [B, T] integers; 0 = padding, a change between non-zero neighbours starts a new
         document. The first document continues `initial_state`. Padding may be anywhere.
+      lengths: [B] integers in 0..T, leading tokens of each row that are valid, the rest being
+        padding; not with `segment_ids`, and cheaper than they.
       impl: "auto", "chunked" or "reference".
       mesh: device mesh (see `pallas_kernels.sharded`), or None.
       channels: how a mesh splits C: like query heads ("h") or like key/value heads ("k").
@@ -70,18 +74,16 @@ def causal_conv1d(
     check(op, "initial_state", state, (B, K - 1, C), "B, K-1, C")
     if bias is not None:
         check(op, "bias", bias, (C,), "C")
-    if segment_ids is not None:
-        check_segments(op, segment_ids, (B, T))
+    check_padding(op, segment_ids, lengths, (B, T))
     if activation not in ("silu", None):
         raise ValueError(f"{op}: activation={activation!r} is unknown; use 'silu' or None.")
     if channels not in ("h", "k"):
         raise ValueError(f"{op}: channels={channels!r} is unknown; use 'h' or 'k'.")
     name = resolve(op, impl, dict.fromkeys(_IMPLS))
-    return sharded.call(
+    return sharded.run(
         partial(_IMPLS[name], activation=activation),
         mesh,
-        B,
-        (x, weight, bias, state.astype(x.dtype), segment_ids),
-        (f"bt{channels}", f"i{channels}", channels, f"bi{channels}", "bt"),
-        (f"bt{channels}", f"bi{channels}"),
+        Inputs(x, weight, bias, state.astype(x.dtype), segment_ids, lengths),
+        ("btc", "bic"),
+        rename={"c": channels},
     )

@@ -5,21 +5,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hmf_jax.pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import Inputs
+from hmf_jax.pallas_kernels.segments import documents, leading
 
 
 def causal_conv1d_reference(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    state: jax.Array,
-    segment_ids: jax.Array | None,
-    *,
-    activation: str | None,
+    inputs: Inputs, *, activation: str | None
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.causal_conv1d`."""
+    x, weight, bias, state, segment_ids, lengths = inputs
     B, T, _ = x.shape
     acc = jnp.promote_types(x.dtype, jnp.float32)
+    if lengths is not None:
+        segment_ids = leading(lengths, T).astype(jnp.int32)
     doc, valid = documents(jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids)
 
     def token(carry, inputs):

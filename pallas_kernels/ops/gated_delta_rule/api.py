@@ -1,4 +1,4 @@
-"""Gated delta rule (Gated DeltaNet): facade."""
+"""Gated delta rule (Gated DeltaNet), of a sequence and of one token."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from hmf_jax.pallas_kernels import sharded
 from hmf_jax.pallas_kernels.dispatch import resolve
 from hmf_jax.pallas_kernels.ops.gated_delta_rule import chunked, jla, reference
+from hmf_jax.pallas_kernels.ops.gated_delta_rule.inputs import Inputs, Token
 from hmf_jax.pallas_kernels.recurrent import (
     check,
     check_heads,
-    check_segments,
+    check_padding,
     mask_padding,
     why_not_jla,
 )
@@ -32,6 +33,7 @@ def gated_delta_rule(
     scale: float | None = None,
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     chunk_size: int = 64,
     impl: str = "auto",
     mesh: Mesh | None = None,
@@ -55,15 +57,17 @@ def gated_delta_rule(
       beta: [B, T, H] write strength in [0, 2].
       scale: factor on the output; None: D**-0.5.
       initial_state: [B, H, D, V] state before the first token; None: zeros.
-      segment_ids: [B, T] integers; 0 is padding (no write, no decay, output finite but
-        meaningless), a change between non-zero neighbours starts a document with a zero state.
-        The first document continues `initial_state`; the final state is the last document's.
+      segment_ids: [B, T] integers; 0 is padding (no write, no decay), a change between non-zero
+        neighbours starts a document with a zero state. The first document continues
+        `initial_state`; the final state is the last document's.
+      lengths: [B] integers in 0..T, leading tokens of each row that are valid, the rest being
+        padding; not with `segment_ids`, and cheaper than they.
       chunk_size: tokens per chunk of the "chunked" implementation; does not change the result.
       impl: "auto", "jla" (package jax-linear-attention, NVIDIA Hopper), "chunked" or "reference".
       mesh: device mesh (see `pallas_kernels.sharded`) or None.
 
     Returns:
-      o: [B, T, H, V] in v's dtype.
+      o: [B, T, H, V] in v's dtype; zero at padding.
       state: [B, H, D, V], float32 (float64 if v is float64).
 
     Raises:
@@ -85,8 +89,7 @@ def gated_delta_rule(
     check(op, "beta", beta, (B, T, H), "B, T, H")
     if T < 1 or chunk_size < 1:
         raise ValueError(f"{op}: T = {T} and chunk_size = {chunk_size} must be at least 1.")
-    if segment_ids is not None:
-        check_segments(op, segment_ids, (B, T))
+    check_padding(op, segment_ids, lengths, (B, T))
     state = _state(op, initial_state, (B, H, D, V), v)
     scale = D**-0.5 if scale is None else scale
 
@@ -105,17 +108,13 @@ def gated_delta_rule(
         "reference": reference.gated_delta_rule,
     }[name]
 
-    def run(q, k, v, g, beta, state, segment_ids):
-        doc, arrays = mask_padding(segment_ids, q, k, v, g, beta)
-        return fn(*arrays, state, doc, scale=scale)
-
-    return sharded.call(
-        run,
+    doc, arrays = mask_padding(segment_ids, lengths, q, k, v, g, beta)
+    return sharded.run(
+        functools.partial(fn, scale=scale),
         mesh,
-        B,
-        (q, k, v, g, beta, state, segment_ids),
-        ("bthd", "btkd", "btkd", "bth", "bth", "bhdv", "bt"),
+        Inputs(*arrays, state, doc),
         ("bthd", "bhdv"),
+        rename=sharded.rename_kv(H, K),
     )
 
 
@@ -161,13 +160,12 @@ def gated_delta_rule_step(
     check(op, "beta", beta, (B, H), "B, H")
     state = _state(op, state, (B, H, D, V), v)
     resolve(op, impl, {"chunked": None, "reference": None})
-    return sharded.call(
+    return sharded.run(
         functools.partial(reference.step, scale=D**-0.5 if scale is None else scale),
         mesh,
-        B,
-        (q, k, v, g, beta, state),
-        ("bhd", "bkd", "bkd", "bh", "bh", "bhdv"),
+        Token(q, k, v, g, beta, state),
         ("bhd", "bhdv"),
+        rename=sharded.rename_kv(H, K),
     )
 
 

@@ -16,22 +16,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from hmf_jax.pallas_kernels.ops.gated_delta_rule.inputs import Inputs
 from hmf_jax.pallas_kernels.recurrent import decays, from_chunks, to_chunks
 
 
 def gated_delta_rule(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g: jax.Array,
-    beta: jax.Array,
-    state: jax.Array,
-    doc: jax.Array | None,
-    *,
-    scale: float,
-    chunk_size: int,
+    inputs: Inputs, *, scale: float, chunk_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Arguments as in the facade; `state` is required and sets the dtype of the computation."""
+    """See `pallas_kernels.gated_delta_rule`."""
+    q, k, v, g, beta, state, doc = inputs
     acc = state.dtype
     B, T, H, D = q.shape
     K, V = v.shape[2:]

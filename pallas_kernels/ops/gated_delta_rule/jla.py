@@ -5,22 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from hmf_jax.pallas_kernels.ops.gated_delta_rule.inputs import Inputs
+
 
 def gated_delta_rule(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g: jax.Array,
-    beta: jax.Array,
-    state: jax.Array,
-    doc: jax.Array | None,
-    *,
-    scale: float,
-    kernel: str = "mosaic_gpu",
+    inputs: Inputs, *, scale: float, kernel: str = "mosaic_gpu"
 ) -> tuple[jax.Array, jax.Array]:
-    """Arguments as in the facade; `kernel` names the package's own implementation."""
+    """See `pallas_kernels.gated_delta_rule`; `kernel` names the package's own implementation."""
     from jla.ops import linear_attention  # pyright: ignore[reportMissingImports]
 
+    q, k, v, g, beta, state, doc = inputs
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
     o, final = linear_attention(

@@ -5,22 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from hmf_jax.pallas_kernels.ops.gated_delta_rule.inputs import Inputs, Token
 
-def step(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g: jax.Array,
-    beta: jax.Array,
-    state: jax.Array,
-    *,
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """One token: q [B, H, D]; k [B, K, D], v [B, K, V]; g, beta [B, H]; state [B, H, D, V].
+
+def step(token: Token, *, scale: float) -> tuple[jax.Array, jax.Array]:
+    """One token of every row.
 
     Computes in the state's dtype; returns o [B, H, V] in v's dtype and the new state. Products with
     the state are written as sums, which stay float32 where GPU matrix products would not.
     """
+    q, k, v, g, beta, state = token
     acc = state.dtype
     group = q.shape[1] // k.shape[1]
     k_bhd = jnp.repeat(k.astype(acc), group, axis=1)
@@ -32,28 +26,19 @@ def step(
     return o.astype(v.dtype), state
 
 
-def gated_delta_rule(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    g: jax.Array,
-    beta: jax.Array,
-    state: jax.Array,
-    doc: jax.Array | None,
-    *,
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """`step` over T tokens; arguments as in the facade, `doc` [B, T] numbers the documents."""
+def gated_delta_rule(inputs: Inputs, *, scale: float) -> tuple[jax.Array, jax.Array]:
+    """`step` over T tokens; see `pallas_kernels.gated_delta_rule`."""
+    *arrays, state, doc = inputs
     if doc is None:
-        doc = jnp.zeros(q.shape[:2], jnp.int32)
+        doc = jnp.zeros(inputs.q.shape[:2], jnp.int32)
     starts = jnp.diff(doc, axis=1, prepend=0) != 0
 
     def body(state, token):
-        q, k, v, g, beta, start = token
+        *arrays, start = token
         state = jnp.where(start[:, None, None, None], 0, state)
-        o, state = step(q, k, v, g, beta, state, scale=scale)
+        o, state = step(Token(*arrays, state), scale=scale)
         return state, o
 
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, g, beta, starts))
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (*arrays, starts))
     state, o = jax.lax.scan(body, state, tokens)
     return jnp.moveaxis(o, 0, 1), state

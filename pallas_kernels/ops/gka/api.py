@@ -17,16 +17,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import Mesh
 
 from hmf_jax.pallas_kernels import sharded
+from hmf_jax.pallas_kernels.compat import is_traced
 from hmf_jax.pallas_kernels.dispatch import resolve
-from hmf_jax.pallas_kernels.ops.gka import mosaic, mosaic_decode, triton
+from hmf_jax.pallas_kernels.ops.gka import mosaic, mosaic_decode, triton, triton_decode
 from hmf_jax.pallas_kernels.ops.gka.chunked import gka_chunked
+from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options, Token
 from hmf_jax.pallas_kernels.ops.gka.reference import gka_reference
 from hmf_jax.pallas_kernels.ops.gka.step import at_slots
-from hmf_jax.pallas_kernels.recurrent import check, check_heads, check_segments, mask_padding
+from hmf_jax.pallas_kernels.recurrent import check, check_heads, check_padding, mask_padding
 
 __all__ = ["gka", "gka_step"]
 
@@ -46,6 +47,7 @@ def gka(
     bp_lambda: bool = True,
     initial_state: tuple[jax.Array, jax.Array] | None = None,
     segment_ids: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     chunk_size: int = 64,
     solver: str = "chebyshev",
     impl: str = "auto",
@@ -78,6 +80,8 @@ def gka(
       initial_state: (h_kk, h_kv), each [B, H, D, D], h_kk symmetric; None = zeros.
       segment_ids: [B, T] integers; 0 = padding, which changes nothing, wherever it is; a change
         between non-zero neighbours starts a new document. The first one continues `initial_state`.
+      lengths: [B] integers in 0..T, leading tokens of each row that are valid, the rest being
+        padding; not with `segment_ids`, and cheaper than they.
       chunk_size: tokens per chunk of impl "chunked"; changes speed and memory only.
       solver: whose steps num_iter counts: "chebyshev", or "cg", conjugate gradients: 20 steps are
         as accurate as 30 of Chebyshev, mostly fewer are enough (docs/num_iter.md). Needs ridge > 0.
@@ -94,38 +98,11 @@ def gka(
     Raises:
       ValueError: an argument has the wrong shape or value.
     """
-    if q.ndim != 4 or k.ndim != 4 or q.shape[1] < 1:
-        raise ValueError(
-            f"gka: q, k have shapes {q.shape}, {k.shape}, expected [B, T, H, D], [B, T, K, D] "
-            "with T >= 1."
-        )
-    B, T, H, D = q.shape
-    K = k.shape[2]
-    acc = jnp.promote_types(q.dtype, jnp.float32)
-    check_heads("gka", H, K)
-    alpha = jnp.ones((B, T, H), acc) if alpha is None else alpha
-    beta = jnp.ones((B, T, H), acc) if beta is None else beta
-    g = jnp.zeros((B, T, H), acc) if g is None else g
-    h_kk, h_kv = (jnp.zeros((B, H, D, D), acc),) * 2 if initial_state is None else initial_state
-    check("gka", "q", q, (B, T, H, D), "B, T, H, D")
-    check("gka", "k", k, (B, T, K, D), "B, T, K, D")
-    check("gka", "v", v, (B, T, K, D), "B, T, K, D")
-    for name, gate in {"alpha": alpha, "g": g, "beta": beta}.items():
-        check("gka", name, gate, (B, T, H), "B, T, H")
-    for name, state in {"h_kk": h_kk, "h_kv": h_kv}.items():
-        check("gka", f"initial_state {name}", state, (B, H, D, D), "B, H, D, D")
-    if segment_ids is not None:
-        check_segments("gka", segment_ids, (B, T))
-    if solver not in ("chebyshev", "cg"):
-        raise ValueError(f"gka: solver={solver!r} is unknown; choose chebyshev or cg.")
-    if solver == "cg" and ridge == 0:
-        raise ValueError("gka: solver='cg' needs ridge > 0: H alone may be singular.")
-    if ridge < 0:
-        raise ValueError(f"gka: ridge={ridge}, expected a number >= 0.")
+    inputs = _inputs(q, k, v, alpha, g, beta, num_iter, initial_state, segment_ids, lengths)
+    _check_solver(solver, ridge)
     if chunk_size < 1:
         raise ValueError(f"gka: chunk_size={chunk_size}, expected a number of tokens >= 1.")
-
-    _, (q, k, v, alpha, g, beta) = mask_padding(segment_ids, q, k, v, alpha, g, beta)
+    options = Options(float(ridge), _scale(scale, q), decay_kk, bp_lambda)
     impls = {
         "mosaic": mosaic.gka_mosaic,
         "triton": triton.gka_triton,
@@ -133,25 +110,16 @@ def gka(
         "reference": partial(gka_reference, solver=solver),
     }
     usable = dict.fromkeys(impls) | {
-        "mosaic": mosaic.why_not(q, k, v, h_kk, h_kv, solver),
-        "triton": triton.why_not(q, k, v, h_kk, h_kv, solver),
+        "mosaic": mosaic.why_not(inputs, solver),
+        "triton": triton.why_not(inputs, solver),
     }
-    fn = partial(
-        impls[resolve("gka", impl, usable)],
-        ridge=float(ridge),
-        scale=D**-0.5 if scale is None else scale,
-        decay_kk=decay_kk,
-        bp_lambda=bp_lambda,
-    )
-    kv = "btkd" if K < H else "bthd"  # keys expanded to all heads are split like query heads
-    return sharded.call(
-        fn,
+    acc = jnp.promote_types(q.dtype, jnp.float32)
+    return sharded.run(
+        partial(impls[resolve("gka", impl, usable)], options=options),
         mesh,
-        B,
-        (q, k, v, alpha, g, beta, _per_row(num_iter, B), segment_ids)
-        + (h_kk.astype(acc), h_kv.astype(acc)),
-        ("bthd", kv, kv, "bth", "bth", "bth", "b", "bt", "bhde", "bhde"),
+        inputs._replace(h_kk=inputs.h_kk.astype(acc), h_kv=inputs.h_kv.astype(acc)),
         ("bthd", ("bhde", "bhde")),
+        rename=sharded.rename_kv(q.shape[2], k.shape[2]),
     )
 
 
@@ -190,54 +158,23 @@ def gka_step(
       o: [B, H, D], dtype of v, and the new state; under jit with a donated state, "mosaic" and
       "triton" update it in place.
     """
-    op = "gka_step"
-    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
-        raise ValueError(
-            f"{op}: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}, expected [B, H, D], "
-            "[B, K, D], [B, K, D]; use gka for sequences."
-        )
-    B, H, D = q.shape
-    if slots is not None:
-        if slots.shape != (B,) or not jnp.issubdtype(slots.dtype, jnp.integer):
-            raise ValueError(
-                f"{op}: slots is {slots.dtype}{list(slots.shape)}, expected integers of shape "
-                f"{(B,)}."
-            )
-        if state is None:
-            raise ValueError(f"{op}: slots number the rows of a state; give one.")
-        if mesh is not None and any(mesh.shape[axis] > 1 for axis in sharded.BATCH_AXES):
-            raise ValueError(
-                f"{op}: slots number all rows of the state, but the mesh splits them "
-                f"({dict(mesh.shape)}); use a mesh with dp = fsdp = 1, one per replica."
-            )
-    acc = jnp.promote_types(q.dtype, jnp.float32)
-    h_kk, h_kv = (jnp.zeros((B, H, D, D), acc),) * 2 if state is None else state
+    B, H, _ = _check_token(q, k, v, slots, state, mesh)
+    token = _token(q, k, v, alpha, g, beta, num_iter, slots, state)
     usable = {
-        "mosaic": mosaic_decode.why_not(q, k, v, h_kk, h_kv, solver),
-        "triton": triton.why_not(q, k, v, h_kk, h_kv, solver),
+        "mosaic": mosaic_decode.why_not(token, solver),
+        "triton": triton.why_not(token, solver),
         "chunked": None,
         "reference": None,
     }
-    name = resolve(op, impl, usable)
-    kernels = {"mosaic": mosaic_decode.gka_decode, "triton": triton.gka_decode}
+    name = resolve("gka_step", impl, usable)
+    kernels = {"mosaic": mosaic_decode.gka_decode, "triton": triton_decode.gka_decode}
     if name in kernels:
-        slots = None if slots is None else slots.astype(jnp.int32)
-        ones = jnp.ones((B, H), jnp.float32)
-        alpha, beta = (ones if x is None else x for x in (alpha, beta))
-        kv = "bkd" if k.shape[1] < H else "bhd"
-        return sharded.call(
-            partial(
-                kernels[name],
-                ridge=float(ridge),
-                scale=D**-0.5 if scale is None else scale,
-                decay_kk=decay_kk,
-            ),
+        return sharded.run(
+            partial(kernels[name], options=Options(float(ridge), _scale(scale, q), decay_kk)),
             mesh,
-            B,
-            (q, k, v, alpha, 0 * ones if g is None else g, beta)
-            + (jnp.asarray(_per_row(num_iter, B)), slots, h_kk, h_kv),
-            ("bhd", kv, kv, "bh", "bh", "bh", "b", "b", "bhde", "bhde"),
+            token,
             ("bhd", ("bhde", "bhde")),
+            rename=sharded.rename_kv(H, k.shape[1]),
         )
 
     def step(h_kk, h_kv):
@@ -257,15 +194,95 @@ def gka_step(
         )
         return o[:, 0], state
 
+    h_kk, h_kv = token.h_kk, token.h_kv
     with jax.default_matmul_precision("highest"):
         if slots is None:
             return step(h_kk, h_kv)
+        acc = jnp.promote_types(q.dtype, jnp.float32)
         return at_slots(step, slots, h_kk.astype(acc), h_kv.astype(acc))
+
+
+def _inputs(q, k, v, alpha, g, beta, num_iter, initial_state, segment_ids, lengths) -> Inputs:
+    """The arguments of `gka`, checked, all given, with zeros at padding."""
+    if q.ndim != 4 or k.ndim != 4 or q.shape[1] < 1:
+        raise ValueError(
+            f"gka: q, k have shapes {q.shape}, {k.shape}, expected [B, T, H, D], [B, T, K, D] "
+            "with T >= 1."
+        )
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    acc = jnp.promote_types(q.dtype, jnp.float32)
+    check_heads("gka", H, K)
+    alpha = jnp.ones((B, T, H), acc) if alpha is None else alpha
+    beta = jnp.ones((B, T, H), acc) if beta is None else beta
+    g = jnp.zeros((B, T, H), acc) if g is None else g
+    h_kk, h_kv = (jnp.zeros((B, H, D, D), acc),) * 2 if initial_state is None else initial_state
+    check("gka", "q", q, (B, T, H, D), "B, T, H, D")
+    check("gka", "k", k, (B, T, K, D), "B, T, K, D")
+    check("gka", "v", v, (B, T, K, D), "B, T, K, D")
+    for name, gate in {"alpha": alpha, "g": g, "beta": beta}.items():
+        check("gka", name, gate, (B, T, H), "B, T, H")
+    for name, state in {"h_kk": h_kk, "h_kv": h_kv}.items():
+        check("gka", f"initial_state {name}", state, (B, H, D, D), "B, H, D, D")
+    check_padding("gka", segment_ids, lengths, (B, T))
+    doc, arrays = mask_padding(segment_ids, lengths, q, k, v, alpha, g, beta)
+    return Inputs(*arrays, _per_row(num_iter, B), doc, h_kk, h_kv)
+
+
+def _check_token(q, k, v, slots, state, mesh) -> tuple[int, ...]:
+    """Check the arguments of `gka_step` that are not those of `gka`; returns the shape of q."""
+    op = "gka_step"
+    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
+        raise ValueError(
+            f"{op}: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}, expected [B, H, D], "
+            "[B, K, D], [B, K, D]; use gka for sequences."
+        )
+    if slots is not None:
+        B = q.shape[0]
+        if slots.shape != (B,) or not jnp.issubdtype(slots.dtype, jnp.integer):
+            raise ValueError(
+                f"{op}: slots is {slots.dtype}{list(slots.shape)}, expected integers of shape "
+                f"{(B,)}."
+            )
+        if state is None:
+            raise ValueError(f"{op}: slots number the rows of a state; give one.")
+        if mesh is not None and sharded.batch_parts(mesh) > 1:
+            raise ValueError(
+                f"{op}: slots number all rows of the state, but the mesh splits them "
+                f"({dict(mesh.shape)}); use a mesh with {' = '.join(sharded.AXES.batch)} = 1, one "
+                "per replica."
+            )
+    return q.shape
+
+
+def _token(q, k, v, alpha, g, beta, num_iter, slots, state) -> Token:
+    """The arguments of `gka_step`, all given but `slots`."""
+    B, H, D = q.shape
+    acc = jnp.promote_types(q.dtype, jnp.float32)
+    h_kk, h_kv = (jnp.zeros((B, H, D, D), acc),) * 2 if state is None else state
+    ones = jnp.ones((B, H), jnp.float32)
+    alpha, beta = (ones if x is None else x for x in (alpha, beta))
+    g = 0 * ones if g is None else g
+    slots = None if slots is None else slots.astype(jnp.int32)
+    return Token(q, k, v, alpha, g, beta, jnp.asarray(_per_row(num_iter, B)), slots, h_kk, h_kv)
+
+
+def _check_solver(solver: str, ridge: float) -> None:
+    if solver not in ("chebyshev", "cg"):
+        raise ValueError(f"gka: solver={solver!r} is unknown; choose chebyshev or cg.")
+    if solver == "cg" and ridge == 0:
+        raise ValueError("gka: solver='cg' needs ridge > 0: H alone may be singular.")
+    if ridge < 0:
+        raise ValueError(f"gka: ridge={ridge}, expected a number >= 0.")
+
+
+def _scale(scale: float | None, q: jax.Array) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _per_row(num_iter: int | jax.Array | np.ndarray, batch: int) -> jax.Array | np.ndarray:
     """`num_iter` as int32 [B]; where its value is known, checked and kept as a numpy array."""
-    xp = jnp if isinstance(num_iter, Tracer) else np
+    xp = jnp if is_traced(num_iter) else np
     steps = xp.asarray(num_iter)
     if steps.shape not in ((), (batch,)) or not jnp.issubdtype(steps.dtype, jnp.integer):
         raise ValueError(

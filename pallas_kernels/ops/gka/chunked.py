@@ -14,47 +14,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options, Result
 from hmf_jax.pallas_kernels.recurrent import decays, from_chunks, to_chunks
-from hmf_jax.pallas_kernels.segments import documents
 
 
-def gka_chunked(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    alpha: jax.Array,
-    g: jax.Array,
-    beta: jax.Array,
-    num_iter: jax.Array | np.ndarray,
-    segment_ids: jax.Array | None,
-    h_kk: jax.Array,
-    h_kv: jax.Array,
-    *,
-    ridge: float,
-    scale: float,
-    decay_kk: bool,
-    bp_lambda: bool,
-    solver: str,
-    chunk_size: int,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """See `pallas_kernels.gka`: same shapes, everything given, zeros at padding, num_iter [B].
-
-    The states set the dtype of the computation.
-    """
-    T = q.shape[1]
-    acc, out_dtype = h_kk.dtype, v.dtype
+def gka_chunked(inputs: Inputs, options: Options, *, solver: str, chunk_size: int) -> Result:
+    """See `pallas_kernels.gka`."""
+    ridge, scale, decay_kk, bp_lambda = options
+    T, doc, num_iter = inputs.q.shape[1], inputs.doc, inputs.num_iter
+    acc, out_dtype = inputs.h_kk.dtype, inputs.v.dtype
     split = partial(to_chunks, chunk=min(chunk_size, T))
-    q, alpha, g, beta = (x.astype(acc) for x in (q, alpha, g, beta))
-    k, v = (split(scaled(x, beta)) for x in (k, v))
+    q, alpha, g, beta = (a.astype(acc) for a in (inputs.q, inputs.alpha, inputs.g, inputs.beta))
+    k, v = (split(scaled(a, beta)) for a in (inputs.k, inputs.v))
     q, alpha, g = split(q), split(alpha), split(g)
-    doc = None if segment_ids is None else documents(segment_ids)[0]
     pair, start = chunk_decays(g, doc)
     pair_kk, start_kk = (pair, start) if decay_kk else chunk_decays(jnp.zeros_like(g), doc)
 
-    states, h_kk = chunk_states(k, k, pair_kk, start_kk, h_kk)
-    x = _solve(ridge, bp_lambda, solver, q, k, pair_kk, start_kk, states, num_iter)
-    states, h_kv = chunk_states(k, v, pair, start, h_kv)
-    o = scale * readout(q, x, alpha, num_iter, k, v, pair, start, states)
+    states, h_kk = chunk_states(k, k, pair_kk, start_kk, inputs.h_kk)
+    solution = _solve(ridge, bp_lambda, solver, q, k, pair_kk, start_kk, states, num_iter)
+    states, h_kv = chunk_states(k, v, pair, start, inputs.h_kv)
+    o = scale * readout(q, solution, alpha, num_iter, k, v, pair, start, states)
     return from_chunks(o[:, :, :, None], T).astype(out_dtype), (h_kk, h_kv)
 
 

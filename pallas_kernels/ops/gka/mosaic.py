@@ -25,14 +25,14 @@ itself never rounds).
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hmf_jax.pallas_kernels.dispatch import why_no_hopper
+from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options, Result
 from hmf_jax.pallas_kernels.ops.gka.mosaic_backward import (
     gram_backward,
     read_backward,
@@ -54,72 +54,52 @@ from hmf_jax.pallas_kernels.ops.gka.mosaic_scan import (
     f32,
     scan,
 )
-from hmf_jax.pallas_kernels.segments import documents
 
 
-def gka_mosaic(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    alpha: jax.Array,
-    g: jax.Array,
-    beta: jax.Array,
-    num_iter: jax.Array | np.ndarray,
-    segment_ids: jax.Array | None,
-    h_kk: jax.Array,
-    h_kv: jax.Array,
-    *,
-    ridge: float,
-    scale: float,
-    decay_kk: bool,
-    bp_lambda: bool,
-    interpret: bool = False,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """See `pallas_kernels.gka`: same shapes, everything given, zeros at padding, num_iter [B].
+def gka_mosaic(inputs: Inputs, options: Options, *, interpret: bool = False) -> Result:
+    """See `pallas_kernels.gka`.
 
     q, k, v bfloat16 with D = 64 or 128, states float32. Gradients are implicit, as in chunked.py.
 
     Raises:
       ValueError: other dtypes or head dims.
     """
-    if reason := _unsupported(q, k, v, h_kk, h_kv):
+    if reason := _unsupported(inputs):
         raise ValueError(f"gka_mosaic: {reason}.")
-    T = q.shape[1]
-    doc = jnp.zeros(q.shape[:2], jnp.int32)
-    if segment_ids is not None:
-        doc = documents(segment_ids)[0]
+    T = inputs.q.shape[1]
+    doc = jnp.zeros(inputs.q.shape[:2], jnp.int32) if inputs.doc is None else inputs.doc
+    inputs = inputs._replace(num_iter=jnp.asarray(inputs.num_iter), doc=doc)
     if pad := -T % C:  # tokens of zeros neither write nor decay
         wide = [(0, 0), (0, pad)]
-        q, k, v = (jnp.pad(a, [*wide, (0, 0), (0, 0)]) for a in (q, k, v))
-        alpha, g, beta = (jnp.pad(a, [*wide, (0, 0)]) for a in (alpha, g, beta))
+        q, k, v = (jnp.pad(a, [*wide, (0, 0), (0, 0)]) for a in inputs[:3])
+        alpha, g, beta = (jnp.pad(a, [*wide, (0, 0)]) for a in inputs[3:6])
         doc = jnp.pad(doc, wide, mode="edge")
-    options = _Options(ridge, scale, decay_kk, bp_lambda, interpret)
-    num_iter = jnp.asarray(num_iter)
-    o, states = _gka(options, q, k, v, alpha, g, beta, num_iter, doc, h_kk, h_kv)
+        inputs = inputs._replace(q=q, k=k, v=v, alpha=alpha, g=g, beta=beta, doc=doc)
+    o, states = _gka(_Static(*options, interpret), inputs)
     return o[:, :T], states
 
 
-def why_not(
-    q: jax.Array, k: jax.Array, v: jax.Array, h_kk: jax.Array, h_kv: jax.Array, solver: str
-) -> str | None:
+def why_not(inputs: Inputs, solver: str) -> str | None:
     """Why the kernels cannot run these arguments on this machine; None if they can."""
     if solver != "chebyshev":
         return f"its kernels have the Chebyshev solver, not {solver!r}"
-    return why_no_hopper() or _unsupported(q, k, v, h_kk, h_kv)
+    return why_no_hopper() or _unsupported(inputs)
 
 
-def _unsupported(q, k, v, h_kk, h_kv) -> str | None:
-    if q.shape[-1] not in (64, 128):
-        return f"its kernels take head_dim 64 and 128, got {q.shape[-1]}"
-    if any(jnp.dtype(x.dtype) != bf16 for x in (q, k, v)):
+def _unsupported(inputs: Inputs) -> str | None:
+    if inputs.q.shape[-1] not in (64, 128):
+        return f"its kernels take head_dim 64 and 128, got {inputs.q.shape[-1]}"
+    q, k, v = inputs[:3]
+    if any(jnp.dtype(a.dtype) != bf16 for a in (q, k, v)):
         return f"its kernels take bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}"
-    if any(jnp.dtype(x.dtype) != f32 for x in (h_kk, h_kv)):
-        return f"its kernels keep float32 states, got {h_kk.dtype}, {h_kv.dtype}"
+    if any(jnp.dtype(a.dtype) != f32 for a in (inputs.h_kk, inputs.h_kv)):
+        return f"its kernels keep float32 states, got {inputs.h_kk.dtype}, {inputs.h_kv.dtype}"
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
+class _Static(NamedTuple):
+    """`Options`, and whether kernels run in the interpreter."""
+
     ridge: float
     scale: float
     decay_kk: bool
@@ -128,42 +108,49 @@ class _Options:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gka(options, q, k, v, alpha, g, beta, num_iter, doc, h_kk, h_kv):
-    args = (q, k, v, alpha, g, beta, num_iter, doc, h_kk, h_kv)
-    return _run_forward(options, *args, save=False)[0]
+def _gka(static: _Static, inputs: Inputs) -> Result:
+    """`inputs` with whole chunks and `doc` given."""
+    return _run_forward(static, inputs, save=False)[0]
 
 
-def _forward(options, *args):
-    result, saved = _run_forward(options, *args, save=True)
-    return result, (*args, *saved)
+def _forward(static: _Static, inputs: Inputs):
+    result, saved = _run_forward(static, inputs, save=True)
+    return result, (inputs, *saved)
 
 
-def _run_forward(o: _Options, q, k, v, alpha, g, beta, num_iter, doc, h_kk, h_kv, *, save: bool):
-    gates = _gates(alpha, g, beta, num_iter, doc, o.decay_kk)
+def _run_forward(static: _Static, inputs: Inputs, *, save: bool):
+    gates = _gates(inputs, static.decay_kk)
     states, last = scan(
-        FORWARD, (k, v), gates, jnp.stack([h_kk, h_kv]), split=True, interpret=o.interpret
+        FORWARD,
+        (inputs.k, inputs.v),
+        gates,
+        jnp.stack([inputs.h_kk, inputs.h_kv]),
+        split=True,
+        interpret=static.interpret,
     )
     out, *saved = solve(
-        q, k, v, states, gates, num_iter,
-        ridge=o.ridge, scale=o.scale, save=save, interpret=o.interpret,
+        inputs.q, inputs.k, inputs.v, states, gates, jnp.asarray(inputs.num_iter),
+        ridge=static.ridge, scale=static.scale, save=save, interpret=static.interpret,
     )  # fmt: skip
     return (out, (last[0], last[1])), saved
 
 
-def _backward(o: _Options, saved, cotangents):
-    q, k, v, alpha, g, beta, num_iter, doc, h_kk, h_kv, x, f = saved
+def _backward(static: _Static, saved, cotangents):
+    given, x, f = saved  # x: the solution
+    q, k, v, alpha, g, beta, num_iter, _, h_kk, h_kv = given
     do, (dh_kk, dh_kv) = cotangents
-    gates = _gates(alpha, g, beta, num_iter, doc, o.decay_kk)
+    ridge, scale, decay_kk, bp_lambda, interpret = static
+    gates = _gates(given, decay_kk)
     initial = jnp.stack([h_kk, h_kv])
-    states, _ = scan(FORWARD, (k, v), gates, initial, split=True, interpret=o.interpret)
+    states, _ = scan(FORWARD, (k, v), gates, initial, split=True, interpret=interpret)
     dq, y, blend, rows = solve_backward(
         do, q, k, v, x, f, states, gates, num_iter,
-        ridge=o.ridge, scale=o.scale, bp_lambda=o.bp_lambda, interpret=o.interpret,
+        ridge=ridge, scale=scale, bp_lambda=bp_lambda, interpret=interpret,
     )  # fmt: skip
 
     start, mu, read = gates[..., START_KK, :], rows[..., MU, :], gates[..., START, :]
     coef = jnp.broadcast_to(-2 * jnp.sum(start * start * mu, -1, keepdims=True), mu.shape)
-    weights = (o.scale * read, read, -start, start, rows[..., GRAM, :], coef)
+    weights = (scale * read, read, -start, start, rows[..., GRAM, :], coef)
     suffix, first, products = scan(
         REVERSE,
         (blend, do, x, y, k),
@@ -172,17 +159,15 @@ def _backward(o: _Options, saved, cotangents):
         states,
         reverse=True,
         stages=2,
-        interpret=o.interpret,
+        interpret=interpret,
     )
-    dk, dv, kdk = read_backward(
-        blend, do, k, v, suffix, gates, scale=o.scale, interpret=o.interpret
-    )
+    dk, dv, kdk = read_backward(blend, do, k, v, suffix, gates, scale=scale, interpret=interpret)
     dk, steps = gram_backward(
-        x, y, k, dk, kdk, states, suffix, gates, rows, decay_kk=o.decay_kk, interpret=o.interpret
+        x, y, k, dk, kdk, states, suffix, gates, rows, decay_kk=decay_kk, interpret=interpret
     )
 
     # Reads after a chunk of what was written before it: <suffix, state>, half for the symmetric Z.
-    across = jnp.sum(products[1], -1) + (jnp.sum(products[0], -1) / 2 if o.decay_kk else 0)
+    across = jnp.sum(products[1], -1) + (jnp.sum(products[0], -1) / 2 if decay_kk else 0)
     d_g = steps[..., D_G, :] + across[..., None]
     d_alpha = jnp.where((num_iter > 0)[:, None, None, None], rows[..., D_ALPHA, :], 0)
 
@@ -190,18 +175,19 @@ def _backward(o: _Options, saved, cotangents):
         B, T, K, D = like.shape
         return jnp.sum(d.reshape(B, T, K, -1, D), axis=3, dtype=f32).astype(like.dtype)
 
-    return (
-        dq,
-        shared(dk, k),
-        shared(dv, v),
-        _join(d_alpha, alpha),
-        _join(d_g, g),
-        _join(steps[..., D_BETA, :], beta) * jnp.sign(beta),
-        None,
-        None,
-        first[0] / 2,
-        first[1],
+    gradients: Any = Inputs(
+        q=dq,
+        k=shared(dk, k),
+        v=shared(dv, v),
+        alpha=_join(d_alpha, alpha),
+        g=_join(d_g, g),
+        beta=_join(steps[..., D_BETA, :], beta) * jnp.sign(beta),
+        num_iter=cast(Any, None),
+        doc=None,
+        h_kk=first[0] / 2,
+        h_kv=first[1],
     )
+    return (gradients,)
 
 
 _gka.defvjp(_forward, _backward)
@@ -218,17 +204,11 @@ def _join(x: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 1, 3).reshape(like.shape).astype(like.dtype)
 
 
-def _gates(
-    alpha: jax.Array,
-    g: jax.Array,
-    beta: jax.Array,
-    num_iter: jax.Array,
-    doc: jax.Array,
-    decay_kk: bool,
-) -> jax.Array:
-    """Everything per token that kernels need, float32 [B, H, n, ROWS, C], from [B, T, H]."""
-    beta2 = jnp.square(_split(beta.astype(f32)))
-    doc = doc.reshape(doc.shape[0], 1, -1, C)
+def _gates(inputs: Inputs, decay_kk: bool) -> jax.Array:
+    """Everything per token that kernels need, float32 [B, H, n, ROWS, C]."""
+    assert inputs.doc is not None
+    g, beta2 = inputs.g, jnp.square(_split(inputs.beta.astype(f32)))
+    doc = inputs.doc.reshape(inputs.doc.shape[0], 1, -1, C)
     before = jnp.concatenate([jnp.zeros_like(doc[:, :, :1, -1:]), doc[:, :, :-1, -1:]], axis=2)
 
     def decays(g):
@@ -241,6 +221,6 @@ def _gates(
 
     decayed = decays(g)
     kk = decayed if decay_kk else decays(jnp.zeros_like(g))
-    alpha = jnp.where((num_iter > 0)[:, None, None], alpha.astype(f32), 0)
+    alpha = jnp.where((inputs.num_iter > 0)[:, None, None], inputs.alpha.astype(f32), 0)
     rows = (*kk, *decayed, beta2, _split(alpha), jnp.broadcast_to(doc.astype(f32), beta2.shape))
     return jnp.stack(rows, axis=3)

@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hmf_jax.pallas_kernels.compat import SwizzleTransform, TilingTransform, warpgroup_barrier
 from hmf_jax.pallas_kernels.dispatch import why_no_hopper
+from hmf_jax.pallas_kernels.ops.gka.inputs import Options, Result, Token
 from hmf_jax.pallas_kernels.ops.gka.step import check_step, with_gradient
 from hmf_jax.pallas_kernels.tuning import tuned
 
@@ -36,43 +37,28 @@ _INPUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 _HEAD_DIMS = (64, 128)
 
 
-def why_not(
-    q: jax.Array, k: jax.Array, v: jax.Array, h_kk: jax.Array, h_kv: jax.Array, solver: str
-) -> str | None:
+def why_not(token: Token, solver: str) -> str | None:
     """Why the kernel cannot run these arguments on this machine; None if it can."""
     if solver != "chebyshev":
         return f"its kernel has the Chebyshev solver, not {solver!r}"
-    return why_no_hopper() or _unsupported(q, k, v, h_kk, h_kv)
+    return why_no_hopper() or _unsupported(token)
 
 
-def _unsupported(q, k, v, h_kk, h_kv) -> str | None:
-    if q.shape[-1] not in _HEAD_DIMS:
-        return f"its kernel takes head_dim {' and '.join(map(str, _HEAD_DIMS))}, got {q.shape[-1]}"
-    if any(jnp.dtype(x.dtype) not in _INPUT_DTYPES for x in (q, k, v)):
-        got = ", ".join(sorted({str(x.dtype) for x in (q, k, v)}))
+def _unsupported(token: Token) -> str | None:
+    if token.q.shape[-1] not in _HEAD_DIMS:
+        dims = " and ".join(map(str, _HEAD_DIMS))
+        return f"its kernel takes head_dim {dims}, got {token.q.shape[-1]}"
+    if any(jnp.dtype(a.dtype) not in _INPUT_DTYPES for a in (token.q, token.k, token.v)):
+        got = ", ".join(sorted({str(a.dtype) for a in (token.q, token.k, token.v)}))
         return f"its kernel takes bfloat16 and float32, got {got}"
-    if any(jnp.dtype(x.dtype) != jnp.float32 for x in (h_kk, h_kv)):
-        return f"its kernel keeps float32 states, got {h_kk.dtype} and {h_kv.dtype}"
+    if any(jnp.dtype(a.dtype) != jnp.float32 for a in (token.h_kk, token.h_kv)):
+        return f"its kernel keeps float32 states, got {token.h_kk.dtype} and {token.h_kv.dtype}"
     return None
 
 
 def gka_decode(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    alpha: jax.Array,
-    g: jax.Array,
-    beta: jax.Array,
-    num_iter: jax.Array,
-    slots: jax.Array | None,
-    h_kk: jax.Array,
-    h_kv: jax.Array,
-    *,
-    ridge: float,
-    scale: float,
-    decay_kk: bool = True,
-    interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    token: Token, options: Options, *, interpret: plgpu.InterpretGPUParams | None = None
+) -> Result:
     """One GKA step with Pallas Mosaic GPU; see `pallas_kernels.gka_step` for the equations.
 
     Under jit with donated states (or states carried by a loop) the states are updated in place.
@@ -80,16 +66,7 @@ def gka_decode(
     it costs a copy of the states.
 
     Args:
-      q: [B, H, D], D 64 or 128, bfloat16 or float32; likewise
-      k, v: [B, K, D], not scaled by beta; K divides H, query head e uses head e // (H / K).
-      alpha, g, beta: [B, H], any float dtype.
-      num_iter: [B] int32; 0 leaves the query as it is and still updates h_kk.
-      slots: [B] int32: the state row of every row, no two equal; outside [0, S) the row is
-        inactive, it reads and writes nothing and its output is 0. None: row b uses state row b.
-      h_kk, h_kv: [S, H, D, D] float32, h_kk symmetric. Rows that no slot names keep their content.
-      ridge: lambda over the Frobenius norm of H, >= 0.
-      scale: factor on the output.
-      decay_kk: whether H decays.
+      token: D 64 or 128; q, k, v bfloat16 or float32; alpha, g, beta of any float dtype.
       interpret: runs the kernel in the interpreter, on CPU (inline_mgpu="ignore" is needed).
 
     Returns:
@@ -98,13 +75,13 @@ def gka_decode(
     Raises:
       ValueError: shapes, dtypes or a ridge that do not fit.
     """
-    arrays = (q, k, v, alpha, g, beta, num_iter, slots, h_kk, h_kv)
-    check_step(*arrays, ridge)
-    if reason := _unsupported(q, k, v, h_kk, h_kv):
+    check_step(token, options)
+    if reason := _unsupported(token):
         raise ValueError(f"gka_decode: {reason}.")
-    B, H, D = q.shape
+    B, H, D = token.q.shape
+    ridge, scale, decay_kk, _ = options
     static = _Static(ridge, scale, decay_kk, _early_rows(B * H, D), interpret)
-    return with_gradient(partial(_launch, static), (ridge, scale, decay_kk), *arrays)
+    return with_gradient(partial(_launch, static), options, token)
 
 
 class _Static(NamedTuple):
@@ -121,12 +98,6 @@ def _tiled(tiles, warp_dims, lane_dims):
     return plgpu.Layout.TILED(
         plgpu.Tiling(tiles), warp_dims=warp_dims, lane_dims=lane_dims, vector_dim=-1
     )
-
-
-def _barrier() -> None:
-    """Orders the warpgroup's accesses to shared memory. (commit_smem would also fence TMA.)"""
-    inline: Any = plgpu.inline_mgpu()(lambda _: mgpu_utils.warpgroup_barrier())
-    inline()
 
 
 def _layouts(D: int):
@@ -146,13 +117,14 @@ def _layouts(D: int):
 
 # Under jit, so that the references are internal to one program and alias its buffers.
 @partial(jax.jit, static_argnums=0)
-def _launch(static, q, k, v, alpha, g, beta, num_iter, slots, h_kk, h_kv):
+def _launch(static: _Static, token: Token) -> Result:
+    q, k, v, alpha, g, beta, num_iter, slots, h_kk, h_kv = token
     B, H, _ = q.shape
     kernel: Any = pl.kernel(
         partial(_kernel, static, slots is not None),
         out_type=(jax.ShapeDtypeStruct(q.shape, v.dtype),),
         mesh=plgpu.Mesh(grid=(B, H), grid_names=("row", "head")),
-        # _barrier takes the place of the automatic barriers.
+        # warpgroup_barrier takes the place of the automatic barriers.
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
@@ -181,9 +153,7 @@ def _kernel(static, has_slots, *refs):
     h_kv_ref = refs[9]
     D = h_kv_ref.shape[-1]
     # Tiles whose rows of 128 bytes are permuted (swizzled).
-    tiling: Any = plgpu.TilingTransform
-    swizzle: Any = plgpu.SwizzleTransform
-    tiles = (tiling((8, 32)), swizzle(128))
+    tiles = (TilingTransform((8, 32)), SwizzleTransform(128))
     pl.run_scoped(
         partial(_row_head, static, has_slots, *refs),
         plgpu.SMEM((2, D), jnp.float32),
@@ -277,7 +247,7 @@ def _row_head(
             """x for all threads to read. Two buffers in turn: one barrier orders both uses."""
             buffer = x_smem.at[lax.rem(n, 2)]
             buffer[...] = x
-            _barrier()
+            warpgroup_barrier()
             return buffer
 
         def iterate(n, carry):

@@ -5,58 +5,42 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from hmf_jax.pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.compat import is_traced
+from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options, Result
 
 
-def gka_reference(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    alpha: jax.Array,
-    g: jax.Array,
-    beta: jax.Array,
-    num_iter: jax.Array | np.ndarray,
-    segment_ids: jax.Array | None,
-    h_kk: jax.Array,
-    h_kv: jax.Array,
-    *,
-    ridge: float,
-    scale: float,
-    decay_kk: bool,
-    bp_lambda: bool,
-    solver: str,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """See `pallas_kernels.gka`: same shapes, everything given, num_iter [B].
+def gka_reference(inputs: Inputs, options: Options, *, solver: str) -> Result:
+    """See `pallas_kernels.gka`.
 
-    The states set the dtype of the computation. Gradients are those of the truncated Chebyshev
-    iteration, and exist only for a concrete `num_iter`; solver "cg" has implicit ones.
+    Gradients are those of the truncated Chebyshev iteration, and exist only for a concrete
+    `num_iter`; solver "cg" has implicit ones.
     """
     solve = {"chebyshev": _chebyshev, "cg": _cg}[solver]
-    B, T, H, _ = q.shape
-    acc, out_dtype = h_kk.dtype, v.dtype
-    q, k, v, alpha, g, beta = (x.astype(acc) for x in (q, k, v, alpha, g, beta))
-    k, v = (jnp.repeat(x, H // x.shape[2], axis=2) * beta[..., None] for x in (k, v))
-    doc, valid = documents(jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids)
+    ridge, scale, decay_kk, bp_lambda = options
+    B, T, H, _ = inputs.q.shape
+    acc, out_dtype, num_iter = inputs.h_kk.dtype, inputs.v.dtype, inputs.num_iter
+    q, k, v, alpha, g, beta = (a.astype(acc) for a in inputs[:6])
+    k, v = (jnp.repeat(a, H // a.shape[2], axis=2) * beta[..., None] for a in (k, v))
+    doc = jnp.zeros((B, T), jnp.int32) if inputs.doc is None else inputs.doc
 
-    def token(carry, inputs):
+    def token(carry, arrays):
         h_before, u_before, doc_before = carry
-        q_t, k_t, v_t, alpha_t, g_t, doc_t, valid_t = inputs
+        q_t, k_t, v_t, alpha_t, g_t, doc_t = arrays
         new_document = (doc_t != doc_before)[:, None, None, None]
         decay = jnp.exp(g_t)[..., None, None]
         h = (decay if decay_kk else 1) * jnp.where(new_document, 0, h_before)
         h = h + k_t[..., :, None] * k_t[..., None, :]
         u = decay * jnp.where(new_document, 0, u_before) + k_t[..., :, None] * v_t[..., None, :]
-        x = solve(h, q_t, num_iter, ridge, bp_lambda)
-        blend = q_t + alpha_t[..., None] * (x - q_t)
+        solution = solve(h, q_t, num_iter, ridge, bp_lambda)
+        blend = q_t + alpha_t[..., None] * (solution - q_t)
         blend = jnp.where((num_iter > 0)[:, None, None], blend, q_t)
         o = scale * jnp.einsum("bhd,bhde->bhe", blend, u)
-        keep = ~valid_t[:, None, None, None]
-        return (jnp.where(keep, h_before, h), jnp.where(keep, u_before, u), doc_t), o
+        return (h, u, doc_t), o
 
-    tokens = tuple(x.swapaxes(0, 1) for x in (q, k, v, alpha, g, doc, valid))
-    (h_kk, h_kv, _), o = jax.lax.scan(token, (h_kk, h_kv, jnp.zeros(B, jnp.int32)), tokens)
+    tokens = tuple(a.swapaxes(0, 1) for a in (q, k, v, alpha, g, doc))
+    start = (inputs.h_kk, inputs.h_kv, jnp.zeros(B, jnp.int32))
+    (h_kk, h_kv, _), o = jax.lax.scan(token, start, tokens)
     return o.swapaxes(0, 1).astype(out_dtype), (h_kk, h_kv)
 
 
@@ -80,8 +64,7 @@ def _chebyshev(
         on = (n < num_iter)[:, None, None]
         return jnp.where(on, new, x), jnp.where(on, x, x_prev), omega
 
-    traced = isinstance(num_iter, Tracer)
-    count = jnp.max(num_iter) if traced else int(np.max(num_iter))
+    count = jnp.max(num_iter) if is_traced(num_iter) else int(np.max(num_iter))
     carry = (step * q, jnp.zeros_like(q), jnp.full_like(f, 2))
     x, _, _ = jax.lax.fori_loop(0, count, iterate, carry)
     return jnp.where(nonzero, x, 0)

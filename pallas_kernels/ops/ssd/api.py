@@ -1,4 +1,4 @@
-"""Selective state space duality (Mamba-2 SSD): facade."""
+"""Selective state space duality (Mamba-2 SSD), of a sequence and of one token."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from hmf_jax.pallas_kernels import sharded
 from hmf_jax.pallas_kernels.dispatch import resolve
 from hmf_jax.pallas_kernels.ops.ssd import chunked, jla, reference
+from hmf_jax.pallas_kernels.ops.ssd.inputs import Inputs, Token
 from hmf_jax.pallas_kernels.recurrent import (
     check,
     check_heads,
-    check_segments,
+    check_padding,
     mask_padding,
     why_not_jla,
 )
@@ -32,6 +33,7 @@ def ssd(
     *,
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     chunk_size: int = 64,
     impl: str = "auto",
     mesh: Mesh | None = None,
@@ -54,15 +56,17 @@ def ssd(
       A: [H] decay rates < 0.
       D: [H] skip factors, or None for no skip.
       initial_state: [B, H, P, N] state before the first token; None: zeros.
-      segment_ids: [B, T] integers; 0 is padding (no write, no decay, output finite but
-        meaningless), a change between non-zero neighbours starts a document with a zero state.
-        The first document continues `initial_state`; the final state is the last document's.
+      segment_ids: [B, T] integers; 0 is padding (no write, no decay), a change between non-zero
+        neighbours starts a document with a zero state. The first document continues
+        `initial_state`; the final state is the last document's.
+      lengths: [B] integers in 0..T, leading tokens of each row that are valid, the rest being
+        padding; not with `segment_ids`, and cheaper than they.
       chunk_size: tokens per chunk of the "chunked" implementation; does not change the result.
       impl: "auto", "jla" (package jax-linear-attention, NVIDIA Hopper), "chunked" or "reference".
       mesh: device mesh (see `pallas_kernels.sharded`) or None.
 
     Returns:
-      y: [B, T, H, P] in x's dtype.
+      y: [B, T, H, P] in x's dtype; zero at padding.
       state: [B, H, P, N], float32 (float64 if x is float64).
 
     Raises:
@@ -83,8 +87,7 @@ def ssd(
     check(op, "dt", dt, (batch, T, H), "B, T, H")
     if T < 1 or chunk_size < 1:
         raise ValueError(f"{op}: T = {T} and chunk_size = {chunk_size} must be at least 1.")
-    if segment_ids is not None:
-        check_segments(op, segment_ids, (batch, T))
+    check_padding(op, segment_ids, lengths, (batch, T))
     state = _common(op, A, D, initial_state, (batch, H, P, N), x)
 
     name = resolve(
@@ -102,17 +105,13 @@ def ssd(
         "reference": reference.ssd,
     }[name]
 
-    def run(x, B, C, dt, A, D, state, segment_ids):
-        doc, (x, B, C, dt) = mask_padding(segment_ids, x, B, C, dt)
-        return fn(x, B, C, dt, A, D, state, doc)
-
-    return sharded.call(
-        run,
+    doc, arrays = mask_padding(segment_ids, lengths, x, B, C, dt)
+    return sharded.run(
+        fn,
         mesh,
-        batch,
-        (x, B, C, dt, A, D, state, segment_ids),
-        ("btkp", "btkn", "bthn", "bth", "h", "h", "bhpn", "bt"),
+        Inputs(*arrays, A, D, state, doc),
         ("bthp", "bhpn"),
+        rename=sharded.rename_kv(H, K),
     )
 
 
@@ -158,13 +157,12 @@ def ssd_step(
     check(op, "dt", dt, (batch, H), "B, H")
     state = _common(op, A, D, state, (batch, H, P, N), x)
     resolve(op, impl, {"chunked": None, "reference": None})
-    return sharded.call(
+    return sharded.run(
         reference.step,
         mesh,
-        batch,
-        (x, B, C, dt, A, D, state),
-        ("bkp", "bkn", "bhn", "bh", "h", "h", "bhpn"),
+        Token(x, B, C, dt, A, D, state),
         ("bhp", "bhpn"),
+        rename=sharded.rename_kv(H, K),
     )
 
 

@@ -14,22 +14,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from hmf_jax.pallas_kernels.ops.ssd.inputs import Inputs
 from hmf_jax.pallas_kernels.recurrent import decays, from_chunks, to_chunks
 
 
-def ssd(
-    x: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    D: jax.Array | None,
-    state: jax.Array,
-    doc: jax.Array | None,
-    *,
-    chunk_size: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Arguments as in the facade; `state` is required and sets the dtype of the computation."""
+def ssd(inputs: Inputs, *, chunk_size: int) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.ssd`."""
+    x, B, C, dt, A, D, state, doc = inputs
     acc, dtype = state.dtype, x.dtype
     batch, T, K, P = x.shape
     H, N = C.shape[2:]

@@ -9,22 +9,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from hmf_jax.pallas_kernels.ops.ssd.inputs import Inputs
 
-def ssd(
-    x: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    D: jax.Array | None,
-    state: jax.Array,
-    doc: jax.Array | None,
-    *,
-    kernel: str = "mosaic_gpu",
-) -> tuple[jax.Array, jax.Array]:
-    """Arguments as in the facade; `kernel` names the package's own implementation."""
+
+def ssd(inputs: Inputs, *, kernel: str = "mosaic_gpu") -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.ssd`; `kernel` names the package's own implementation."""
     from jla.ops import linear_attention  # pyright: ignore[reportMissingImports]
 
+    x, B, C, dt, A, D, state, doc = inputs
     group = C.shape[2] // B.shape[2]
     x, B = (jnp.repeat(t, group, axis=2) for t in (x, B))
     dt = dt.astype(jnp.float32)

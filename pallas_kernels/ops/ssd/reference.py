@@ -5,21 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from hmf_jax.pallas_kernels.ops.ssd.inputs import Inputs, Token
 
-def step(
-    x: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    D: jax.Array | None,
-    state: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """One token: x [B, K, P], B [B, K, N], C [B, H, N], dt [B, H], A, D [H], state [B, H, P, N].
+
+def step(token: Token) -> tuple[jax.Array, jax.Array]:
+    """One token of every row.
 
     Computes in the state's dtype; returns y [B, H, P] in x's dtype and the new state. The product
     with the state is written as a sum, which stays float32 where GPU matrix products would not.
     """
+    x, B, C, dt, A, D, state = token
     acc = state.dtype
     group = C.shape[1] // B.shape[1]
     x_bhp = jnp.repeat(x.astype(acc), group, axis=1)
@@ -33,17 +28,9 @@ def step(
     return y.astype(x.dtype), state
 
 
-def ssd(
-    x: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    D: jax.Array | None,
-    state: jax.Array,
-    doc: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """`step` over T tokens; arguments as in the facade, `doc` [B, T] numbers the documents."""
+def ssd(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """`step` over T tokens; see `pallas_kernels.ssd`."""
+    x, B, C, dt, A, D, state, doc = inputs
     if doc is None:
         doc = jnp.zeros(x.shape[:2], jnp.int32)
     starts = jnp.diff(doc, axis=1, prepend=0) != 0
@@ -51,7 +38,7 @@ def ssd(
     def body(state, token):
         x, B, C, dt, start = token
         state = jnp.where(start[:, None, None, None], 0, state)
-        y, state = step(x, B, C, dt, A, D, state)
+        y, state = step(Token(x, B, C, dt, A, D, state))
         return state, y
 
     tokens = jax.tree.map(lambda t: jnp.moveaxis(t, 1, 0), (x, B, C, dt, starts))

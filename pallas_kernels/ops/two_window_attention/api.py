@@ -14,16 +14,18 @@ from jax.sharding import Mesh
 
 from hmf_jax.pallas_kernels import sharded
 from hmf_jax.pallas_kernels.dispatch import resolve
-from hmf_jax.pallas_kernels.ops.attention import mosaic
 from hmf_jax.pallas_kernels.ops.attention.api import (
     check_alignment,
     check_heads,
     check_ndim,
     check_rows,
 )
-from hmf_jax.pallas_kernels.ops.two_window_attention import chunked, cudnn, reference
+from hmf_jax.pallas_kernels.ops.two_window_attention import chunked, cudnn, mosaic, reference
+from hmf_jax.pallas_kernels.ops.two_window_attention.inputs import Inputs, Token
 
 __all__ = ["two_window_attention", "two_window_decode"]
+
+_IMPLS = {"mosaic": mosaic, "cudnn": cudnn, "chunked": chunked, "reference": reference}
 
 
 def two_window_attention(
@@ -37,7 +39,7 @@ def two_window_attention(
     q_fading: jax.Array | None = None,
     offset: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    kv_lengths: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     scale: float | None = None,
     impl: str = "auto",
     mesh: Mesh | None = None,
@@ -58,7 +60,7 @@ def two_window_attention(
       offset: [B] integers, token index of each row's first query; None means P == P' == 0.
       segment_ids: [B, T] integers, 0 = padding, a change starts a new document, which isolates
         both windows; not with `offset`.
-      kv_lengths: [B] integers, leading tokens that are valid; not with `offset`.
+      lengths: [B] integers, leading tokens that are valid; not with `offset`.
       scale: factor of the scores; D ** -0.5 by default.
       impl: "auto", "mosaic" (NVIDIA Hopper, bfloat16, D 64 or 128, positive scale; one kernel for
         both windows), "cudnn" (NVIDIA, 16-bit, D <= 128, own tokens, no segment_ids: a pass per
@@ -83,24 +85,17 @@ def two_window_attention(
         )
     for name, key in (("k", k), ("k_fading", k_fading)):
         past = None if offset is None else key.shape[1] - q.shape[1]
-        check_alignment(q, key, offset, segment_ids, kv_lengths, past, name)
+        check_alignment(q, key, offset, segment_ids, lengths, past, name)
+    inputs = Inputs(q, k, v, k_fading, v_fading, q_fading, offset, segment_ids, lengths)
     usable = {
         "mosaic": mosaic.why_not(q, k, v, k_fading, v_fading, q_fading),
-        "cudnn": cudnn.why_not(q, k, v, offset, segment_ids),
+        "cudnn": cudnn.why_not(inputs),
         "chunked": None,
         "reference": None,
     }
-    impls = {"mosaic": mosaic, "cudnn": cudnn, "chunked": chunked, "reference": reference}
-    run = impls[resolve("two_window_attention", impl, usable)].two_window_attention
+    run = _IMPLS[resolve("two_window_attention", impl, usable)].two_window_attention
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    return sharded.call(
-        partial(run, window=window, scale=scale),
-        mesh,
-        q.shape[0],
-        (q, k, v, k_fading, v_fading, q_fading, offset, segment_ids, kv_lengths),
-        ("bthd", "bskd", "bskd", "bskd", "bskd", "bthd", "b", "bt", "b"),
-        "bthd",
-    )
+    return sharded.run(partial(run, window=window, scale=scale), mesh, inputs, "bthd")
 
 
 def two_window_decode(
@@ -144,18 +139,11 @@ def two_window_decode(
     check_rows("lengths_in", lengths_in, q.shape[0])
     check_rows("lengths_fading", lengths_fading, q.shape[0])
     _check_fading(q, q_fading)
-    usable = {"cudnn": cudnn.why_no_decode(q, k, v, q_fading), "chunked": None, "reference": None}
-    impls = {"cudnn": cudnn, "chunked": chunked, "reference": reference}
-    run = impls[resolve("two_window_decode", impl, usable)].two_window_decode
+    token = Token(q, k, v, lengths_in, lengths_fading, q_fading)
+    usable = {"cudnn": cudnn.why_no_decode(token), "chunked": None, "reference": None}
+    run = _IMPLS[resolve("two_window_decode", impl, usable)].two_window_decode
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    return sharded.call(
-        partial(run, scale=scale),
-        mesh,
-        q.shape[0],
-        (q, k, v, lengths_in, lengths_fading, q_fading),
-        ("bhd", "bskd", "bskd", "b", "b", "bhd"),
-        "bhd",
-    )
+    return sharded.run(partial(run, scale=scale), mesh, token, "bhd")
 
 
 def _check_fading(q: jax.Array, q_fading: jax.Array | None) -> None:

@@ -16,51 +16,39 @@ is not public: where it is missing or has changed, `why_not` says so.
 from __future__ import annotations
 
 import functools
-import inspect
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hmf_jax.pallas_kernels.compat import find_cudnn_backward
 from hmf_jax.pallas_kernels.dispatch import with_gradient_of
 from hmf_jax.pallas_kernels.ops.attention import cudnn
+from hmf_jax.pallas_kernels.ops.attention import inputs as attention_inputs
 from hmf_jax.pallas_kernels.ops.two_window_attention import chunked
+from hmf_jax.pallas_kernels.ops.two_window_attention.inputs import Inputs, Token
+from hmf_jax.pallas_kernels.segments import leading
 
-_BACKWARD: Any = getattr(cudnn.internals, "_dot_product_attention_bwd_p_wrapper", None)
-_RULE: Any = getattr(cudnn.internals, "_dot_product_attention_bwd_rule", None)
+_backward_pass = find_cudnn_backward()
 _HIDDEN = f"jax {jax.__version__} hides the cuDNN passes whose results could be merged"
 
 Array = jax.Array
 
 
-def why_not(
-    q: Array, k: Array, v: Array, offset: Array | None, segment_ids: Array | None
-) -> str | None:
+def why_not(inputs: Inputs) -> str | None:
     """Why cuDNN cannot run `two_window_attention` on these here, or None if it can."""
-    if reason := cudnn.why_not(q, k, v, offset, segment_ids):
+    plain = attention_inputs.Inputs(*inputs[:3], inputs.offset, inputs.segment_ids)
+    if reason := cudnn.why_not(plain):
         return reason
-    return _HIDDEN if None in (_BACKWARD, _RULE) else None
+    return _HIDDEN if _backward_pass is None else None
 
 
-def two_window_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    k_fading: Array,
-    v_fading: Array,
-    q_fading: Array | None,
-    offset: None,
-    segment_ids: None,
-    kv_lengths: Array | None,
-    *,
-    window: int,
-    scale: float,
-) -> Array:
-    """`two_window_attention` over the queries' own tokens, without packing; see the facade."""
+def two_window_attention(inputs: Inputs, *, window: int, scale: float) -> Array:
+    """`pallas_kernels.two_window_attention` over the queries' own tokens, without packing."""
+    q, k, v, k_fading, v_fading, q_fading, _, _, lengths = inputs
     q_fading = q if q_fading is None else q_fading
     arrays, valid = (q, k, v, k_fading, v_fading, q_fading), None
-    if kv_lengths is not None:  # on the right, where no valid query looks; but it may hold NaN
-        valid = (jnp.arange(q.shape[1]) < kv_lengths[:, None])[:, :, None, None]
+    if lengths is not None:  # on the right, where no valid query looks; but it may hold NaN
+        valid = leading(lengths, q.shape[1])[:, :, None, None]
         arrays = tuple(jnp.where(valid, x, 0) for x in arrays)
     o = _attend(window, scale, *arrays)
     return o if valid is None else jnp.where(valid, o, 0)
@@ -114,44 +102,31 @@ def _pass_backward(
     q: Array, k: Array, v: Array, lse: Array, o: Array, do: Array, window: int, scale: float
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k, v for p = exp(scale q . k - lse) and output o."""
-    none = [jnp.zeros(0, q.dtype)] * 7  # no bias, lengths, offsets, pages
-    new = {"score_mod": None} if "score_mod" in inspect.signature(_RULE).parameters else {}
-    dq, dk, dv, *_ = _BACKWARD.bind(
-        q, k, v, *none, lse, o, do.astype(o.dtype),
-        scale=scale, seed=0, dropout_rate=0.0, variadic_args=(False, False),
-        mask_type=cudnn.internals.MaskType.CAUSAL, sliding_window_length=window,
-        layout=cudnn.internals.AttentionLayout.BTNH.value, **new,
-    )  # fmt: skip
-    return dq, dk, dv
+    assert _backward_pass is not None
+    return _backward_pass(q, k, v, lse, o, do, window=window, scale=scale)
 
 
-def why_no_decode(q: Array, k: Array, v: Array, q_fading: Array | None) -> str | None:
+def why_no_decode(token: Token) -> str | None:
     """Why cuDNN cannot run `two_window_decode` on these here, or None if it can."""
-    if reason := cudnn.why_not(q, k, v):
+    if reason := cudnn.why_not(_plain(token)):
         return reason
-    return _HIDDEN if q_fading is not None and cudnn.internals is None else None
+    return _HIDDEN if token.q_fading is not None and cudnn.internals is None else None
 
 
-def two_window_decode(
-    q: Array,
-    k: Array,
-    v: Array,
-    lengths_in: Array,
-    lengths_fading: Array,
-    q_fading: Array | None,
-    *,
-    scale: float,
-) -> Array:
-    """`two_window_decode`: with tied weights plain attention over a prefix; see the facade."""
-    if q_fading is None:
-        return cudnn.decode_attention(q, k, v, lengths_in + lengths_fading, scale=scale)
-    return with_gradient_of(
-        functools.partial(chunked.two_window_decode, scale=scale),
-        functools.partial(_untied, scale=scale),
-        q, k, v, lengths_in, lengths_fading, q_fading,
-    )  # fmt: skip
+def two_window_decode(token: Token, *, scale: float) -> Array:
+    """`pallas_kernels.two_window_decode`: with tied weights plain attention over a prefix."""
+    if token.q_fading is None:
+        return cudnn.decode_attention(_plain(token), scale=scale)
+    exact = functools.partial(chunked.two_window_decode, scale=scale)
+    return with_gradient_of(exact, functools.partial(_untied, scale=scale), token)
 
 
-def _untied(q, k, v, lengths_in, lengths_fading, q_fading, *, scale):
-    queries, lengths = jnp.stack([q, q_fading], 1), jnp.stack([lengths_in, lengths_fading], 1)
-    return cudnn.decode_groups(queries, k, v, lengths, scale=scale)
+def _plain(token: Token) -> attention_inputs.Token:
+    lengths = token.lengths_in + token.lengths_fading
+    return attention_inputs.Token(token.q, token.k, token.v, lengths)
+
+
+def _untied(token: Token, *, scale: float) -> Array:
+    queries = jnp.stack([token.q, token.q_fading], 1)
+    lengths = jnp.stack([token.lengths_in, token.lengths_fading], 1)
+    return cudnn.decode_groups(queries, token.k, token.v, lengths, scale=scale)

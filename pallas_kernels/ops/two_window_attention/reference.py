@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from hmf_jax.pallas_kernels.ops.attention.reference import (
     blank,
@@ -11,26 +10,16 @@ from hmf_jax.pallas_kernels.ops.attention.reference import (
     own_tokens,
     visible_keys,
 )
+from hmf_jax.pallas_kernels.ops.two_window_attention.inputs import Inputs, Token
+from hmf_jax.pallas_kernels.segments import leading
 
 
-def two_window_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    k_fading: jax.Array,
-    v_fading: jax.Array,
-    q_fading: jax.Array | None,
-    offset: jax.Array | None,
-    segment_ids: jax.Array | None,
-    kv_lengths: jax.Array | None,
-    *,
-    window: int,
-    scale: float,
-) -> jax.Array:
-    """Dense version of the `two_window_attention` facade; same arguments and result."""
+def two_window_attention(inputs: Inputs, *, window: int, scale: float) -> jax.Array:
+    """Dense version of `pallas_kernels.two_window_attention`."""
+    q, k, v, k_fading, v_fading, q_fading, offset, segment_ids, lengths = inputs
     length = q.shape[1]
     q_fading = q if q_fading is None else q_fading
-    valid = own_tokens(q, segment_ids, kv_lengths) if offset is None else None
+    valid = own_tokens(q, segment_ids, lengths) if offset is None else None
     streams = []
     for query, key, value, newest in ((q, k, v, 0), (q_fading, k_fading, v_fading, window)):
         if valid is not None:
@@ -49,24 +38,16 @@ def two_window_attention(
     return o if valid is None else blank(o, valid[1])
 
 
-def two_window_decode(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lengths_in: jax.Array,
-    lengths_fading: jax.Array,
-    q_fading: jax.Array | None,
-    *,
-    scale: float,
-) -> jax.Array:
-    """Dense version of the `two_window_decode` facade; same arguments and result."""
+def two_window_decode(token: Token, *, scale: float) -> jax.Array:
+    """Dense version of `pallas_kernels.two_window_decode`."""
+    q, k, v, lengths_in, lengths_fading, q_fading = token
     half = k.shape[1] // 2
     streams = []
     for query, part, lengths in (
         (q, slice(None, half), lengths_in),
         (q if q_fading is None else q_fading, slice(half, None), lengths_fading),
     ):
-        valid = jnp.arange(half) < lengths[:, None]
+        valid = leading(lengths, half)
         streams.append(
             (query[:, None], blank(k[:, part], valid), blank(v[:, part], valid), valid[:, None])
         )
