@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 from jax.sharding import Mesh
 
 from hmf_jax.config import HybridConfig, streams
 from hmf_jax.layers import MLP, RMSNorm, linear, one_row_twice, rope_table
 from hmf_jax.mixers import Context, Mixer, make_mixer
+from hmf_jax.pallas_kernels.compat import is_traced
 from hmf_jax.pallas_kernels.segments import documents
 from hmf_jax.sharding import constrain, for_model, named_sharding
 from hmf_jax.state import ModelState
@@ -74,7 +74,7 @@ def _shardings(module: nnx.Module, mesh: Mesh) -> Any:
 
 def _split[M: nnx.Module](module: M, mesh: Mesh | None) -> M:
     """The module with its parameters on their shards; as it is without a mesh or in a trace."""
-    if mesh is None or any(isinstance(x, Tracer) for x in jax.tree.leaves(module)):
+    if mesh is None or any(is_traced(x) for x in jax.tree.leaves(module)):
         return module
     return jax.block_until_ready(jax.device_put(module, _shardings(module, mesh)))
 

@@ -282,6 +282,20 @@ def test_padding_never_leaks(keywords, impl):
         assert not np.asarray(a)[pad].any()
 
 
+@pytest.mark.parametrize("op", [attention, two_window_attention])
+def test_lengths_equal_segment_ids(op):
+    args = qkv(4)
+    args = args if op is attention else (*args, *args[1:])
+    window = {} if op is attention else {"window": 5}
+    lengths = jnp.array([0, 37, 1, 20])
+    valid = np.arange(37) < np.asarray(lengths)[:, None]
+    kwargs = {"lengths": lengths}, {"segment_ids": jnp.asarray(valid, jnp.int32)}
+    ours, expected = (compiled(functools.partial(op, **window, **k), *args) for k in kwargs)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+        assert not np.asarray(a)[~valid].any()
+
+
 def test_same_id_after_another_document_is_a_new_document():
     args = qkv()
     again = np.array([[1] * 10 + [2] * 10 + [1] * 17] * 2)

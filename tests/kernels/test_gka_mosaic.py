@@ -89,12 +89,15 @@ def cut(case: Case, time: Any, **changes) -> Case:
 
 
 @partial(jax.jit, static_argnames=("impl", "options"))
-def _run(case: Case, impl: str, options: tuple[tuple[str, Any], ...]) -> dict[str, jax.Array]:
+def _run(
+    case: Case, impl: str, options: tuple[tuple[str, Any], ...], lengths: Any = None
+) -> dict[str, jax.Array]:
     def op(arrays, states):
         return gka(
             *arrays,
             num_iter=case.num_iter,
             segment_ids=case.segment_ids,
+            lengths=lengths,
             initial_state=states,
             impl=impl,
             **dict(options),
@@ -183,6 +186,30 @@ def check_equals_float64(shape, num_iter, segments, options, bounds) -> None:
 )
 def test_equals_float64(name):
     check_equals_float64(*SHAPES[name])
+
+
+def check_lengths() -> None:
+    """Results and gradients are those of segment ids of ones and zeros; rows of length 0 and T."""
+    lengths, T = jnp.asarray([0, 70, 9], jnp.int32), 70
+    ids = jnp.asarray(np.arange(T) < np.asarray(lengths)[:, None], jnp.int32)
+    case = draw(3, T, 1, 1, 64)._replace(segment_ids=None)
+    got = _run(case, "mosaic", (), lengths)
+    expected = _run(case._replace(segment_ids=ids), "mosaic", ())
+    for name, want in expected.items():
+        np.testing.assert_array_equal(got[name], want, err_msg=name)
+    np.testing.assert_array_equal(got["h_kk"][0], case.states[0][0])
+    assert not np.asarray(got["o"])[np.asarray(ids) == 0].any()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+def test_lengths_equal_segment_ids():
+    check_lengths()
+
+
+@pytest.mark.gpu
+def test_lengths_equal_segment_ids_on_gpu():
+    check_lengths()
 
 
 @pytest.mark.slow

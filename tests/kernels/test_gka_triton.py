@@ -438,6 +438,21 @@ def test_interpreted_operator(monkeypatch, T, options):
 
 @needs_triton
 @pytest.mark.usefixtures("interpreter")
+def test_interpreted_lengths(monkeypatch):
+    """The same as segment ids of ones and zeros; rows of length 0 and T."""
+    monkeypatch.setattr(triton, "why_no_triton", lambda: None)
+    arrays, states, _, num_iter = operator_case(T=65)
+    lengths = jnp.asarray([0, 65, 9], jnp.int32)
+    ids = jnp.asarray(np.arange(65) < np.asarray(lengths)[:, None], jnp.int32)
+    run = partial(gka, *arrays, num_iter=num_iter, initial_state=states, impl="triton")
+    got, expected = run(lengths=lengths), run(segment_ids=ids)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.asarray(got[0])[np.asarray(ids) == 0].any()
+
+
+@needs_triton
+@pytest.mark.usefixtures("interpreter")
 def test_interpreted_step(monkeypatch):
     monkeypatch.setattr(triton, "why_no_triton", lambda: None)
     check_step(decode_case(), jit=lambda f: f, decay_kk=False, ridge=0.05, scale=1.3)

@@ -1,9 +1,9 @@
 """Causal attention in plain jnp, blocked: exact, any device, memory linear in the length.
 
-Everything here is one softmax over one or more *streams*. A stream is a set of keys and values, the
-queries that score them, and how far back those queries look. Full attention and a sliding window
-are one stream, B'MOJO-F is two (in-context and fading keys compete in the same softmax), decode is
-one stream with one query.
+Everything here is one softmax over one or more *key sets*: keys and values, the queries that score
+them, and how far back those queries look. Full attention and a sliding window are one key set,
+B'MOJO-F is two (in-context and fading keys compete in the same softmax), decode is one with one
+query.
 
 Blocks of queries walk the blocks of keys they can see with the online softmax of FlashAttention
 (Dao et al. 2022); the backward pass recomputes the probabilities from the log-sum-exp of the joint
@@ -31,7 +31,7 @@ SCORES_PER_BLOCK = 2**18  # queries times keys, per batch row and head
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Stream:
+class KeySet:
     """Keys that take part in a softmax, and where they lie relative to the queries.
 
     Attributes:
@@ -55,7 +55,7 @@ class Stream:
     oldest: int | None = field(default=None, metadata={"static": True})
 
 
-def make_stream(
+def make_key_set(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -65,8 +65,8 @@ def make_stream(
     offset: jax.Array | None = None,
     past: int | None = None,
     doc: jax.Array | None = None,
-) -> Stream:
-    """A stream in one of the alignments of `pallas_kernels.attention` (own tokens, cache, past)."""
+) -> KeySet:
+    """A key set in an alignment of `pallas_kernels.attention` (own tokens, cache, past)."""
     zero = jnp.zeros(q.shape[:1], jnp.int32)
     if offset is None:
         own, first = zero, zero
@@ -74,7 +74,7 @@ def make_stream(
         own, first = offset.astype(jnp.int32), zero
     else:
         own, first = zero + past, jnp.maximum(past - offset.astype(jnp.int32), 0)
-    return Stream(q, k, v, own, first, own + q.shape[1] - 1, doc, newest, oldest)
+    return KeySet(q, k, v, own, first, own + q.shape[1] - 1, doc, newest, oldest)
 
 
 def document_ids(
@@ -90,55 +90,55 @@ def document_ids(
     return doc
 
 
-def make_streams(inputs: Inputs, *, window: int | None, past: int | None) -> tuple[Stream, ...]:
-    """The one stream of `attention`."""
+def make_key_sets(inputs: Inputs, *, window: int | None, past: int | None) -> tuple[KeySet, ...]:
+    """The one key set of `attention`."""
     q, k, v, offset, segment_ids, lengths = inputs
     doc = document_ids(segment_ids, lengths, q.shape[1])
     oldest = None if window is None else window - 1
-    return (make_stream(q, k, v, oldest=oldest, offset=offset, past=past, doc=doc),)
+    return (make_key_set(q, k, v, oldest=oldest, offset=offset, past=past, doc=doc),)
 
 
 def attention(inputs: Inputs, *, window: int | None, past: int | None, scale: float) -> jax.Array:
     """Blocked version of `pallas_kernels.attention`."""
-    return joint_attention(make_streams(inputs, window=window, past=past), scale)
+    return joint_attention(make_key_sets(inputs, window=window, past=past), scale)
 
 
 def decode_attention(token: Token, *, scale: float) -> jax.Array:
     """Blocked version of `pallas_kernels.decode_attention`."""
-    stream = make_stream(token.q[:, None], token.k, token.v, offset=token.lengths - 1)
-    return joint_attention((stream,), scale)[:, 0]
+    key_set = make_key_set(token.q[:, None], token.k, token.v, offset=token.lengths - 1)
+    return joint_attention((key_set,), scale)[:, 0]
 
 
-def joint_attention(streams: tuple[Stream, ...], scale: float) -> jax.Array:
-    """Softmax over the union of what each query sees in all streams.
+def joint_attention(key_sets: tuple[KeySet, ...], scale: float) -> jax.Array:
+    """Softmax over the union of what each query sees in all key sets.
 
     Scores, softmax and sums are float32 (float64 for float64 inputs); as in FlashAttention the
     probabilities are rounded to the dtype of the values before they meet them.
 
     Args:
-      streams: one or more, with queries of one shape, values of one dtype and the same `doc`.
+      key_sets: one or more, with queries of one shape, values of one dtype and the same `doc`.
       scale: factor of the scores.
 
     Returns:
       [B, T, H, D] in the dtype of the values; zero at padding and for queries that see nothing.
     """
-    length = streams[0].q.shape[1]
-    streams = tuple(
+    length = key_sets[0].q.shape[1]
+    key_sets = tuple(
         replace(s, q=_whole_blocks(s.q), doc=None if s.doc is None else _whole_blocks(s.doc))
-        for s in streams
+        for s in key_sets
     )
-    doc = streams[0].doc
+    doc = key_sets[0].doc
     if doc is None:
-        return _attend(streams, scale)[:, :length]
+        return _attend(key_sets, scale)[:, :length]
     # Padding is blanked here rather than in the blocks: nothing it holds, and no cotangent that
     # arrives there, may reach a sum.
     real = (doc != 0)[:, :, None, None]
     own = real[:, :length]
-    streams = tuple(
+    key_sets = tuple(
         replace(s, q=jnp.where(real, s.q, 0), k=jnp.where(own, s.k, 0), v=jnp.where(own, s.v, 0))
-        for s in streams
+        for s in key_sets
     )
-    return jnp.where(real, _attend(streams, scale), 0)[:, :length]
+    return jnp.where(real, _attend(key_sets, scale), 0)[:, :length]
 
 
 def _whole_blocks(x: jax.Array) -> jax.Array:
@@ -148,29 +148,29 @@ def _whole_blocks(x: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _attend(streams: tuple[Stream, ...], scale: float) -> jax.Array:
-    return _forward(streams, scale)[0]
+def _attend(key_sets: tuple[KeySet, ...], scale: float) -> jax.Array:
+    return _forward(key_sets, scale)[0]
 
 
-def _attend_fwd(streams: tuple[Stream, ...], scale: float) -> tuple[jax.Array, tuple[Any, ...]]:
-    out, lse = _forward(streams, scale)
-    return out, (streams, out, lse)
+def _attend_fwd(key_sets: tuple[KeySet, ...], scale: float) -> tuple[jax.Array, tuple[Any, ...]]:
+    out, lse = _forward(key_sets, scale)
+    return out, (key_sets, out, lse)
 
 
 def _attend_bwd(
     scale: float, saved: tuple[Any, ...], d_out: jax.Array
-) -> tuple[tuple[Stream, ...]]:
-    streams, out, lse = saved
-    return (tuple(_backward(stream, scale, out, lse, d_out) for stream in streams),)
+) -> tuple[tuple[KeySet, ...]]:
+    key_sets, out, lse = saved
+    return (tuple(_backward(key_set, scale, out, lse, d_out) for key_set in key_sets),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward(streams: tuple[Stream, ...], scale: float) -> tuple[jax.Array, jax.Array]:
+def _forward(key_sets: tuple[KeySet, ...], scale: float) -> tuple[jax.Array, jax.Array]:
     """Output, and log-sum-exp as [blocks, B, K, G, block] where G = H // K."""
-    batch, length, heads, dim = streams[0].q.shape
-    kv_heads, dtype = streams[0].k.shape[2], streams[0].v.dtype
+    batch, length, heads, dim = key_sets[0].q.shape
+    kv_heads, dtype = key_sets[0].k.shape[2], key_sets[0].v.dtype
     acc = jnp.promote_types(dtype, jnp.float32)
     block = min(length, QUERY_BLOCK)
     rows = (batch, kv_heads, heads // kv_heads, block)
@@ -189,8 +189,8 @@ def _forward(streams: tuple[Stream, ...], scale: float) -> tuple[jax.Array, jax.
     def query_block(start: jax.Array) -> tuple[jax.Array, jax.Array]:
         top = jnp.full(rows, jnp.finfo(acc).min, acc)
         state = top, jnp.zeros(rows, acc), jnp.zeros((*rows, dim), acc)
-        for stream in streams:
-            state = _walk(stream, start, block, absorb, state)
+        for key_set in key_sets:
+            state = _walk(key_set, start, block, absorb, state)
         top, total, out = state
         total = jnp.where(total > 0, total, 1)
         out = jnp.moveaxis(out / total[..., None], 3, 1).reshape(batch, block, heads, dim)
@@ -201,13 +201,13 @@ def _forward(streams: tuple[Stream, ...], scale: float) -> tuple[jax.Array, jax.
 
 
 def _backward(
-    stream: Stream, scale: float, out: jax.Array, lse: jax.Array, d_out: jax.Array
-) -> Stream:
-    """Gradients of one stream given the output and log-sum-exp of the joint softmax.
+    key_set: KeySet, scale: float, out: jax.Array, lse: jax.Array, d_out: jax.Array
+) -> KeySet:
+    """Gradients of one key set given the output and log-sum-exp of the joint softmax.
 
     With p = exp(s - lse): dv = p' do, ds = p (do v' - do . o), dq = ds k, dk = ds' q.
     """
-    length, kv_heads, acc = out.shape[1], stream.k.shape[2], lse.dtype
+    length, kv_heads, acc = out.shape[1], key_set.k.shape[2], lse.dtype
     block = min(length, QUERY_BLOCK)
 
     def query_block(grads, xs):
@@ -228,17 +228,17 @@ def _backward(
             part_q = jnp.einsum("bkgts,bskd->btkgd", d_s, k, preferred_element_type=acc)
             return d_q + part_q, _add_at(d_k, part_k, at), _add_at(d_v, part_v, at)
 
-        d_q, *grads = _walk(stream, start, block, step, (jnp.zeros(o.shape, acc), *grads))
+        d_q, *grads = _walk(key_set, start, block, step, (jnp.zeros(o.shape, acc), *grads))
         d_q = d_q.reshape(*d_q.shape[:2], -1, d_q.shape[-1])
-        return grads, d_q.astype(stream.q.dtype)
+        return grads, d_q.astype(key_set.q.dtype)
 
-    zeros = jnp.zeros(stream.k.shape, acc)
+    zeros = jnp.zeros(key_set.k.shape, acc)
     (d_k, d_v), d_q = jax.lax.scan(query_block, [zeros, zeros], (jnp.arange(0, length, block), lse))
     return replace(
-        stream,
+        key_set,
         q=_unblock(d_q),
-        k=d_k.astype(stream.k.dtype),
-        v=d_v.astype(stream.v.dtype),
+        k=d_k.astype(key_set.k.dtype),
+        v=d_v.astype(key_set.v.dtype),
         own=None,
         first=None,
         last=None,
@@ -247,43 +247,43 @@ def _backward(
 
 
 def _walk(
-    stream: Stream, start: jax.Array, block: int, step: Callable[..., Any], state: Any
+    key_set: KeySet, start: jax.Array, block: int, step: Callable[..., Any], state: Any
 ) -> Any:
     """Apply `step(state, q, k, v, visible, at)` to all keys that a block of queries can see.
 
     q [B, block, K, G, D]; k, v [B, keys, K, D], the entries from `at`; visible
     [B, 1, 1, block, keys]. Empty entries are zeros, whatever the buffer holds there.
     """
-    capacity, kv_heads = stream.k.shape[1:3]
+    capacity, kv_heads = key_set.k.shape[1:3]
     reach = capacity
-    if stream.oldest is not None:
-        reach = min(reach, block + stream.oldest - stream.newest)
+    if key_set.oldest is not None:
+        reach = min(reach, block + key_set.oldest - key_set.newest)
     keys = -(-reach // -(-reach // min(SCORES_PER_BLOCK // block, KEY_BLOCK)))  # equal parts
 
-    q = _rows(stream.q, start, block, kv_heads)
-    own = stream.own[:, None] + start + jnp.arange(block)
+    q = _rows(key_set.q, start, block, kv_heads)
+    own = key_set.own[:, None] + start + jnp.arange(block)
 
     def visit(begin: jax.Array, state: Any) -> Any:
         at = jnp.minimum(begin, capacity - keys)  # the last block may overlap the one before
         entry = at + jnp.arange(keys)
-        filled = (entry >= stream.first[:, None]) & (entry <= stream.last[:, None])
+        filled = (entry >= key_set.first[:, None]) & (entry <= key_set.last[:, None])
         distance = own[:, :, None] - entry
-        visible = (distance >= stream.newest) & (filled & (entry >= begin))[:, None]
-        if stream.oldest is not None:
-            visible = visible & (distance <= stream.oldest)
-        if stream.doc is not None:
-            doc = _slice(stream.doc, start, block)[:, :, None]
-            visible = visible & (doc == _slice(stream.doc, at, keys)[:, None])
+        visible = (distance >= key_set.newest) & (filled & (entry >= begin))[:, None]
+        if key_set.oldest is not None:
+            visible = visible & (distance <= key_set.oldest)
+        if key_set.doc is not None:
+            doc = _slice(key_set.doc, start, block)[:, :, None]
+            visible = visible & (doc == _slice(key_set.doc, at, keys)[:, None])
         filled = filled[:, :, None, None]
-        k, v = (jnp.where(filled, _slice(x, at, keys), 0) for x in (stream.k, stream.v))
+        k, v = (jnp.where(filled, _slice(x, at, keys), 0) for x in (key_set.k, key_set.v))
         return step(state, q, k, v, visible[:, None, None], at)
 
     if keys == capacity:
         return visit(jnp.int32(0), state)
-    end = jnp.minimum(jnp.max(own) - stream.newest + 1, capacity)
-    begin = jnp.min(stream.first)
-    if stream.oldest is not None:
-        begin = jnp.maximum(begin, jnp.min(own) - stream.oldest)
+    end = jnp.minimum(jnp.max(own) - key_set.newest + 1, capacity)
+    begin = jnp.min(key_set.first)
+    if key_set.oldest is not None:
+        begin = jnp.maximum(begin, jnp.min(own) - key_set.oldest)
     trips = jnp.maximum((end - begin + keys - 1) // keys, 0)
     return jax.lax.fori_loop(0, trips, lambda i, state: visit(begin + i * keys, state), state)
 

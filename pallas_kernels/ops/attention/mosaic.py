@@ -1,14 +1,14 @@
 """Causal softmax attention on Hopper GPUs: Pallas Mosaic kernels, forward and backward.
 
-One softmax over one or more streams, as in chunked.py: full attention, a sliding window, queries
-that continue a cache and packed documents are one stream; B'MOJO-F is two, walked one after the
+One softmax over one or more key sets, as in chunked.py: full attention, a sliding window, queries
+that continue a cache and packed documents are one key set; B'MOJO-F is two, walked one after the
 other with a single online softmax (FlashAttention, Dao et al. 2022).
 
     forward   per tile of queries:  o = sum_j p_j v_j,  p_j = exp(scale q . k_j - lse)
     dq        per tile of queries:  ds_j = p_j (do . v_j - do . o),  dq = scale sum_j ds_j k_j
     dkv       per tile of keys:     dk = scale sum_i ds_i q_i,  dv = sum_i p_i do_i
 
-The backward pass recomputes p from the log-sum-exp of the joint softmax, so every stream has its
+The backward pass recomputes p from the log-sum-exp of the joint softmax, so every key set has its
 own kernels and no result is written twice. A CTA has two warpgroups of 64 rows that compute and one
 that fills a ring of tiles in shared memory by TMA. q, k, v are read as they lie in memory
 [B, T, heads, D]. Which tiles a row of tiles can see, and which of them need no mask, is known
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from hmf_jax.pallas_kernels.dispatch import why_no_hopper
-from hmf_jax.pallas_kernels.ops.attention.chunked import Stream, make_streams
+from hmf_jax.pallas_kernels.ops.attention.chunked import KeySet, make_key_sets
 from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs
 from hmf_jax.pallas_kernels.ops.attention.mosaic_backward import dkv, dq
 from hmf_jax.pallas_kernels.ops.attention.mosaic_forward import forward
@@ -43,8 +43,8 @@ def attention(
     Raises:
       ValueError: not bfloat16, a head_dim other than 64 and 128, a scale that is not positive.
     """
-    streams = make_streams(inputs, window=window, past=past)
-    return joint_attention(streams, scale, interpret=interpret)
+    key_sets = make_key_sets(inputs, window=window, past=past)
+    return joint_attention(key_sets, scale, interpret=interpret)
 
 
 def why_not(*arrays: jax.Array | None) -> str | None:
@@ -62,18 +62,18 @@ def _unsupported(*arrays: jax.Array | None) -> str | None:
 
 
 def joint_attention(
-    streams: tuple[Stream, ...], scale: float, *, interpret: bool = False
+    key_sets: tuple[KeySet, ...], scale: float, *, interpret: bool = False
 ) -> jax.Array:
-    """Softmax over the union of what each query sees in one or two streams, as in chunked.py.
+    """Softmax over the union of what each query sees in one or two key sets, as in chunked.py.
 
-    Streams that hold the same array of queries share its loads and its gradient.
+    Key sets that hold the same array of queries share its loads and its gradient.
     """
-    for s in streams:
+    for s in key_sets:
         if reason := _unsupported(s.q, s.k, s.v):
             raise ValueError(f"attention, impl 'mosaic': {reason}.")
     if scale <= 0:
         raise ValueError(f"attention, impl 'mosaic': scale must be positive, got {scale}.")
-    length, doc = streams[0].q.shape[1], streams[0].doc
+    length, doc = key_sets[0].q.shape[1], key_sets[0].doc
 
     def whole(x: jax.Array, filled: jax.Array | None) -> jax.Array:
         """x with zeros where nothing may be read, and up to a multiple of the tile."""
@@ -83,11 +83,11 @@ def joint_attention(
         return jnp.pad(x, [(0, 0), (0, rest), (0, 0), (0, 0)]) if rest else x
 
     real = None if doc is None else doc != 0
-    qs = [streams[0].q]
-    if any(s.q is not qs[0] for s in streams[1:]):
-        qs = [s.q for s in streams]
+    qs = [key_sets[0].q]
+    if any(s.q is not qs[0] for s in key_sets[1:]):
+        qs = [s.q for s in key_sets]
     ks, vs = [], []
-    for s in streams:
+    for s in key_sets:
         filled = real
         if s.k.shape[1] != length:  # a cache: whatever lies in its empty entries
             entry = jnp.arange(s.k.shape[1])
@@ -97,12 +97,12 @@ def joint_attention(
     if doc is not None:
         doc = jnp.pad(doc.astype(i32), [(0, 0), (0, -length % TILE)])
     options = Options(
-        tuple((s.newest, FAR if s.oldest is None else s.oldest) for s in streams),
+        tuple((s.newest, FAR if s.oldest is None else s.oldest) for s in key_sets),
         length,
         scale,
         interpret,
     )
-    places = jnp.stack([jnp.stack([s.own, s.first], -1) for s in streams]).astype(i32)
+    places = jnp.stack([jnp.stack([s.own, s.first], -1) for s in key_sets]).astype(i32)
     o = _attend(options, tuple(whole(q, real) for q in qs), tuple(ks), tuple(vs), places, doc)
     o = o[:, :length]
     return o if real is None else jnp.where(real[:, :, None, None], o, 0)

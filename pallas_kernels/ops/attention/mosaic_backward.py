@@ -55,7 +55,7 @@ def dq(
     lse: jax.Array,
     delta: jax.Array,
 ) -> jax.Array:
-    """Gradient of queries through the streams they read.
+    """Gradient of queries through the key sets they read.
 
     Args: as `forward`; do like q; lse of the joint softmax and delta = do . o, float32 [B, H, T].
     """
@@ -117,7 +117,7 @@ def _attention_dq(
 
         def step(t, dq):
             slot = lax.rem(t, stages)
-            stream, _, tile = walk.at(t)
+            key_set, _, tile = walk.at(t)
 
             def same():
                 down = along_rows(vector(doc_q.at[w]), keys)
@@ -129,7 +129,7 @@ def _attention_dq(
                 plgpu.barrier_wait(v_ring["full"].at[slot])
                 plgpu.wgmma(products, do_s.at[w], transposed(v_s.at[slot]))
                 s = wg.first(scores)
-                s = walk.mask(s, stream, tile, start, tile * keys, same if doc_g else None)
+                s = walk.mask(s, key_set, tile, start, tile * keys, same if doc_g else None)
                 p = jnp.exp2(s * (scale * LOG2E) - along_rows(lse, keys))
                 return p * (products[...] - along_rows(delta, keys))
 
@@ -162,7 +162,7 @@ def dkv(
     lse: jax.Array,
     delta: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of the keys and values of one stream; arguments as those of `dq`."""
+    """Gradients of the keys and values of one key set; arguments as those of `dq`."""
     (B, T, _, D), packed = q.shape, doc is not None
     size = tuned("attention.dkv", bf16, T, queries=M, stages=4)
     queries, stages = size["queries"], size["stages"]
@@ -219,7 +219,7 @@ def _attention_dkv(
         def step(t, carry):
             dk, dv = carry
             slot = lax.rem(t, stages)
-            stream, _, tile = walk.at(t)
+            key_set, _, tile = walk.at(t)
 
             def same():
                 across = along_columns(vector(doc_q.at[slot], COLUMNS), M)
@@ -233,7 +233,7 @@ def _attention_dkv(
                 plgpu.wgmma(products, v_s.at[w], transposed(do_s.at[slot]))
                 s = wg.first(scores)
                 s = walk.mask(
-                    s, stream, tile, tile * queries, start, same if doc_g else None, transpose=True
+                    s, key_set, tile, tile * queries, start, same if doc_g else None, transpose=True
                 )
                 lse = along_columns(vector(lse_s.at[slot], COLUMNS) * LOG2E, M)
                 p = jnp.exp2(s * (scale * LOG2E) - lse)

@@ -81,9 +81,9 @@ def forward(
     """Output and log-sum-exp of the joint softmax.
 
     Args:
-      qs: bfloat16 [B, T, H, D], one, or one for each stream; T is a multiple of TILE.
-      ks, vs: bfloat16 [B, S, K, D] of one or two streams; S are multiples of TILE.
-      places: int32 [streams, B, 2]: the entry of query 0 itself, the first filled entry.
+      qs: bfloat16 [B, T, H, D], one, or one for each key set; T is a multiple of TILE.
+      ks, vs: bfloat16 [B, S, K, D] of one or two key sets; S are multiples of TILE.
+      places: int32 [key_sets, B, 2]: the entry of query 0 itself, the first filled entry.
       doc: int32 [B, T] or None; a query sees its own document only.
 
     Returns:
@@ -157,9 +157,9 @@ def _attention_forward(
         def step(t, carry):
             o, top, total = carry
             slot = lax.rem(t, stages)
-            stream, _, tile = walk.at(t)
+            key_set, _, tile = walk.at(t)
             plgpu.barrier_wait(k_ring["full"].at[slot])
-            query = q_s.at[w, stream if queries > 1 else 0]
+            query = q_s.at[w, key_set if queries > 1 else 0]
 
             def product(acc):
                 # The queries stay in shared memory: as a register operand they were overwritten
@@ -173,7 +173,7 @@ def _attention_forward(
                 return down == along_columns(vector(doc_k.at[slot], COLUMNS), M)
 
             s = pl.run_scoped(product, accumulator((M, keys)))
-            s = walk.mask(s, stream, tile, start, tile * keys, same if packed else None)
+            s = walk.mask(s, key_set, tile, start, tile * keys, same if packed else None)
             plgpu.barrier_arrive(k_ring["free"].at[slot])
             new_top = jnp.maximum(top, jnp.max(s, axis=1) * (scale * LOG2E))
             shrink = jnp.exp2(top - new_top)
@@ -214,7 +214,7 @@ def load_keys(
     stages, keys = k_s.shape[:2]
 
     def step(t, slot):
-        stream, _, tile = walk.at(t)
+        key_set, _, tile = walk.at(t)
         some = pl.ds(tile * keys, keys)
         for xs, slots, x_s in ((k_gs, k_ring, k_s), (v_gs, v_ring, v_s)):
             full = slots["full"].at[slot]
@@ -224,7 +224,7 @@ def load_keys(
                 def copy(x_g=x_g, x_s=x_s, full=full):
                     plgpu.copy_gmem_to_smem(x_g.at[b, some, kv], x_s.at[slot], full)
 
-                pl.when(stream == number)(copy)
+                pl.when(key_set == number)(copy)
             if doc_g and x_s is k_s:
                 plgpu.copy_gmem_to_smem(doc_g[0].at[b, some], doc_k.at[slot], full)
 

@@ -30,7 +30,7 @@ class Options:
     """What a trace depends on.
 
     Attributes:
-      windows: (newest, oldest) of each stream: query i sees the entries own + i - d with
+      windows: (newest, oldest) of each key_set: query i sees the entries own + i - d with
         newest <= d <= oldest.
       length: T without padding.
       scale: factor of the scores.
@@ -41,8 +41,8 @@ class Options:
     scale: float
     interpret: bool
 
-    def only(self, stream: int) -> Options:
-        return dataclasses.replace(self, windows=self.windows[stream : stream + 1])
+    def only(self, key_set: int) -> Options:
+        return dataclasses.replace(self, windows=self.windows[key_set : key_set + 1])
 
 
 def spans_of(
@@ -63,7 +63,7 @@ def spans_of(
       queries, keys: tokens per tile.
 
     Returns:
-      int32 [streams, B, tiles, 4]: begin, end, full_begin, full_end. Those in begin <= tile < end
+      int32 [key_sets, B, tiles, 4]: begin, end, full_begin, full_end. Those in begin <= tile < end
       are to be visited, those in full_begin <= tile < full_end are visible as a whole.
     """
 
@@ -107,12 +107,12 @@ def spans_of(
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """The tiles that a CTA visits: those of every stream in turn, all as often as `repeats`.
+    """The tiles that a CTA visits: those of every key set in turn, all as often as `repeats`.
 
     Attributes:
-      spans: begin, end, full_begin, full_end of each stream.
-      windows: (newest, oldest) of each stream.
-      places: (own, first) of each stream.
+      spans: begin, end, full_begin, full_end of each key set.
+      windows: (newest, oldest) of each key set.
+      places: (own, first) of each key set.
     """
 
     spans: tuple[tuple[jax.Array, ...], ...]
@@ -127,7 +127,7 @@ class Walk:
         return self.repeats * functools.reduce(jnp.add, self.counts())
 
     def at(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(stream, repeat, tile) of a step; repeats only with one stream."""
+        """(key_set, repeat, tile) of a step; repeats only with one key set."""
         (begin, *_), *more = self.spans
         if not more:
             count = self.counts()[0]
@@ -137,14 +137,14 @@ class Walk:
         tile = jnp.where(late, more[0][0] + step - count, begin + step)
         return late.astype(i32), jnp.int32(0), tile
 
-    def pick(self, stream: jax.Array, values: tuple[Any, ...]) -> Any:
-        """values[stream]"""
-        return values[0] if len(values) == 1 else jnp.where(stream == 0, *values)
+    def pick(self, key_set: jax.Array, values: tuple[Any, ...]) -> Any:
+        """values[key_set]"""
+        return values[0] if len(values) == 1 else jnp.where(key_set == 0, *values)
 
     def mask(
         self,
         scores: jax.Array,
-        stream: jax.Array,
+        key_set: jax.Array,
         tile: jax.Array,
         query: jax.Array,
         key: jax.Array,
@@ -158,13 +158,13 @@ class Walk:
         queries if `transpose`), same() whether they are of one document.
         """
         full_begin, full_end = (
-            self.pick(stream, tuple(span[i] for span in self.spans)) for i in (2, 3)
+            self.pick(key_set, tuple(span[i] for span in self.spans)) for i in (2, 3)
         )
         newest, oldest = (
-            self.pick(stream, tuple(jnp.int32(window[i]) for window in self.windows))
+            self.pick(key_set, tuple(jnp.int32(window[i]) for window in self.windows))
             for i in (0, 1)
         )
-        own, first = (self.pick(stream, tuple(place[i] for place in self.places)) for i in (0, 1))
+        own, first = (self.pick(key_set, tuple(place[i] for place in self.places)) for i in (0, 1))
 
         def masked(scores):
             # Bounds of the columns that each row sees; nothing of size `scores` outlives this.
@@ -187,12 +187,12 @@ class Walk:
         return lax.cond(full, lambda scores: scores, masked, scores)
 
 
-def walk_of(spans: Ref, places: Ref, b: Any, i: Any, streams: Any, repeats: int = 1) -> Walk:
-    """The walk of tile i in row b, from spans [streams, B, tiles, 4] and places [streams, B, 2]."""
-    number = range(len(streams))
+def walk_of(spans: Ref, places: Ref, b: Any, i: Any, key_sets: Any, repeats: int = 1) -> Walk:
+    """The walk of tile i in row b, from spans [n, B, tiles, 4] and places [n, B, 2]."""
+    number = range(len(key_sets))
     return Walk(
         tuple(tuple(spans[s, b, i, n] for n in range(4)) for s in number),
-        streams,
+        key_sets,
         tuple((places[s, b, 0], places[s, b, 1]) for s in number),
         repeats,
     )

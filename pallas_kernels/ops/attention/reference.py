@@ -12,23 +12,23 @@ from hmf_jax.pallas_kernels.segments import documents, leading
 
 
 def dense_attention(
-    streams: Sequence[tuple[jax.Array, jax.Array, jax.Array, jax.Array]], scale: float
+    key_sets: Sequence[tuple[jax.Array, jax.Array, jax.Array, jax.Array]], scale: float
 ) -> jax.Array:
-    """Softmax over the visible keys of all streams together.
+    """Softmax over the visible keys of all key sets together.
 
     Args:
-      streams: (q [B, T, H, D], k [B, S, K, D], v [B, S, K, D], visible [B, T, S] bool) each.
+      key_sets: (q [B, T, H, D], k [B, S, K, D], v [B, S, K, D], visible [B, T, S] bool) each.
       scale: factor of the scores.
 
     Returns:
       [B, T, H, D] in the dtype of the values; zero where nothing is visible. float32 inside
       (float64 for float64 inputs).
     """
-    dtype = streams[0][2].dtype
+    dtype = key_sets[0][2].dtype
     acc = jnp.promote_types(dtype, jnp.float32)
     exact = jax.lax.Precision.HIGHEST
     scores, values = [], []
-    for q, k, v, visible in streams:
+    for q, k, v, visible in key_sets:
         q, k, v = (x.astype(acc) for x in (q, k, v))
         group = q.shape[2] // k.shape[2]
         k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)

@@ -8,7 +8,7 @@ One warpgroup (128 threads) per (row, head) does the whole step, so that a layer
 
 Memory bounds the step: both float32 states are read and written once, 256 KiB per (row, head) at
 head_dim 128, by the copy engine (TMA) through shared memory. U arrives and H leaves while the
-solver runs, and two blocks share a multiprocessor: one streams while the other iterates.
+solver runs, and two blocks share a multiprocessor: one copies while the other iterates.
 
 For H z, a thread holds two rows of H and every other group of four columns (D = 128), a warp whole
 rows: z comes from shared memory, a sum over columns takes one shuffle, a step one barrier.
@@ -143,7 +143,7 @@ def _early_rows(blocks: int, D: int) -> int:
     """Rows of U that are fetched along with H; the others go where H was, once that is stored.
 
     With half of U two blocks of D = 128 fit on a multiprocessor (132 of them, 228 KiB each), so
-    that one streams while the other iterates. No block waits for another when there are few.
+    that one copies while the other iterates. No block waits for another when there are few.
     """
     early = D // 2 if D == 128 and blocks > 132 else D
     return min(D, tuned("gka.decode", jnp.bfloat16, blocks, early=early)["early"])

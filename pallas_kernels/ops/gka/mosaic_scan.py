@@ -40,7 +40,7 @@ INSIDE, LATER = range(2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
+class Recurrence:
     """A recurrence S <- keep S + sum over pairs of a^T diag(weight) b [+ coef P].
 
     Attributes:
@@ -57,23 +57,23 @@ class Stream:
 
 
 FORWARD = (
-    Stream(operands=(0,), pairs=((0, 0, TAIL_KK),), keep=START_KK),
-    Stream(operands=(0, 1), pairs=((0, 1, TAIL),), keep=START),
+    Recurrence(operands=(0,), pairs=((0, 0, TAIL_KK),), keep=START_KK),
+    Recurrence(operands=(0, 1), pairs=((0, 1, TAIL),), keep=START),
 )
 # Operands q~, do, x, y, k: see `_backward`.
 REVERSE = (
-    Stream(
+    Recurrence(
         operands=(2, 3, 4),
         pairs=((1, 0, Z_IN), (0, 1, Z_IN), (2, 2, Z_GRAM)),
         keep=Z_KEEP,
         coef=Z_STATE,
     ),
-    Stream(operands=(0, 1), pairs=((0, 1, W_IN),), keep=W_KEEP),
+    Recurrence(operands=(0, 1), pairs=((0, 1, W_IN),), keep=W_KEEP),
 )
 
 
 def scan(
-    streams: tuple[Stream, ...],
+    recurrences: tuple[Recurrence, ...],
     operands: tuple[jax.Array, ...],
     gates: jax.Array,
     initial: jax.Array,
@@ -89,28 +89,28 @@ def scan(
     Args:
       operands: bfloat16 [B, T, heads, D]; head h of H reads head h // (H / heads).
       gates: float32 [B, H, n, rows, C].
-      initial: float32 [len(streams), B, H, D, D].
-      prefix: bfloat16 [streams, B, H, n, D, D], a state P for every chunk.
+      initial: float32 [len(recurrences), B, H, D, D].
+      prefix: bfloat16 [recurrences, B, H, n, D, D], a state P for every chunk.
       split: multiply a * weight as the sum of two bfloat16 numbers, exact to 2^-16.
       reverse: walk from the last chunk to the first.
       stages: chunks whose loads are in flight, >= 2; None = as tuned.
 
     Returns:
-      states before each chunk was added, bfloat16 [streams, B, H, n, D, D]; the last ones, float32
-      [streams, B, H, D, D]; with `prefix`, <P, keep state> before the chunk was added, as sums
-      over rows, float32 [streams, B, H, n, D].
+      states before each chunk was added, bfloat16 [R, B, H, n, D, D] of R recurrences; the last
+      ones, float32 [R, B, H, D, D]; with `prefix`, <P, keep state> before the chunk was added, as
+      sums over rows, float32 [R, B, H, n, D].
     """
     S, B, H, D, _ = initial.shape
     n, rows = gates.shape[2:4]
     paired = prefix is not None
     if stages is None:
         stages = tuned("gka.scan", bf16, n * C, stages=4)["stages"]
-    loads = [1 + len(s.operands) + paired for s in streams]
-    room = max(len(s.operands) for s in streams)
+    loads = [1 + len(s.operands) + paired for s in recurrences]
+    room = max(len(s.operands) for s in recurrences)
     scratch = {
         "x_s": tile((stages, room, C, D)),
         "gates_s": plgpu.SMEM((stages, rows, C), f32),
-        "left_s": tile((max(len(s.pairs) for s in streams) * (2 if split else 1), C, 64)),
+        "left_s": tile((max(len(s.pairs) for s in recurrences) * (2 if split else 1), C, 64)),
         "out_s": tile((2, 64, D)),
         "state_s": tile((64, D), f32),
         "bars": [plgpu.Barrier(num_arrivals=m, num_barriers=stages) for m in loads],
@@ -126,10 +126,10 @@ def scan(
             jax.ShapeDtypeStruct(initial.shape, f32),
             *products,
         ),
-        grid={"half": D // 64, "stream": S, "h": H, "b": B},
+        grid={"half": D // 64, "recurrence": S, "h": H, "b": B},
         scratch=scratch,
         interpret=interpret,
-        streams=streams,
+        recurrences=recurrences,
         inputs=len(operands),
         split=split,
         reverse=reverse,
@@ -139,7 +139,7 @@ def scan(
 
 def _scan_body(
     *refs: Ref,
-    streams: tuple[Stream, ...],
+    recurrences: tuple[Recurrence, ...],
     inputs: int,
     split: bool,
     reverse: bool,
@@ -165,14 +165,14 @@ def _scan_body(
     mine = pl.ds(half * 64, 64)  # this CTA's rows of the state
     parts = 2 if split else 1
 
-    def run(number: int, stream: Stream, bars: Ref) -> None:
+    def run(number: int, recurrence: Recurrence, bars: Ref) -> None:
         def chunk(i):
             return n - 1 - i if reverse else i
 
         def load(i):
             c, slot = chunk(i), lax.rem(i, stages)
             bar = bars.at[slot]
-            for place, operand in enumerate(stream.operands):
+            for place, operand in enumerate(recurrence.operands):
                 x_g = operands[operand]
                 head = h // (H // x_g.shape[2])
                 x_g = x_g.at[b, pl.ds(c * C, C), head]
@@ -192,19 +192,19 @@ def _scan_body(
             plgpu.wait_smem_to_gmem(2 if paired else 1, wait_read_only=True)
             out_s[out] = state.astype(bf16)
             plgpu.barrier_wait(bars.at[slot])
-            for place, (a, _, weight) in enumerate(stream.pairs):
+            for place, (a, _, weight) in enumerate(recurrence.pairs):
                 left = matrix(x_s.at[slot, a, :, mine])
                 left *= along_rows(vector(gates_s.at[slot, weight]), 64)
                 for part in range(parts):
                     rounded = left.astype(bf16)
                     left_s[parts * place + part] = rounded
                     left -= rounded.astype(f32)
-            state = state * gates_s[slot, stream.keep, C - 1]
+            state = state * gates_s[slot, recurrence.keep, C - 1]
             if paired:
                 given = matrix(prefix_s.at[slot])
                 row_s[out] = jnp.sum(state * given, axis=1)
-                if stream.coef is not None:
-                    state += gates_s[slot, stream.coef, 0] * given
+                if recurrence.coef is not None:
+                    state += gates_s[slot, recurrence.coef, 0] * given
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_s.at[out], out_g.at[number, b, h, chunk(i), mine])
             if paired:
@@ -215,8 +215,8 @@ def _scan_body(
                 load(i + stages - 1)
 
             def add(acc):
-                for i in range(parts * len(stream.pairs)):
-                    right = x_s.at[slot, stream.pairs[i // parts][1]]
+                for i in range(parts * len(recurrence.pairs)):
+                    right = x_s.at[slot, recurrence.pairs[i // parts][1]]
                     plgpu.wgmma(acc, transposed(left_s.at[i]), right)
 
             return wg.accumulate(state, add)
@@ -227,5 +227,7 @@ def _scan_body(
         plgpu.copy_smem_to_gmem(state_s, last_g.at[number, b, h, mine])
         plgpu.wait_smem_to_gmem(0)
 
-    for number, stream in enumerate(streams):
-        pl.when(lax.axis_index("stream") == number)(partial(run, number, stream, bars[number]))
+    for number, recurrence in enumerate(recurrences):
+        pl.when(lax.axis_index("recurrence") == number)(
+            partial(run, number, recurrence, bars[number])
+        )

@@ -20,7 +20,7 @@ def two_window_attention(inputs: Inputs, *, window: int, scale: float) -> jax.Ar
     length = q.shape[1]
     q_fading = q if q_fading is None else q_fading
     valid = own_tokens(q, segment_ids, lengths) if offset is None else None
-    streams = []
+    key_sets = []
     for query, key, value, newest in ((q, k, v, 0), (q_fading, k_fading, v_fading, window)):
         if valid is not None:
             query, key, value = (blank(x, valid[1]) for x in (query, key, value))
@@ -33,8 +33,8 @@ def two_window_attention(inputs: Inputs, *, window: int, scale: float) -> jax.Ar
             past=None if offset is None else key.shape[1] - length,
             valid=valid,
         )
-        streams.append((query, key, value, visible))
-    o = dense_attention(streams, scale)
+        key_sets.append((query, key, value, visible))
+    o = dense_attention(key_sets, scale)
     return o if valid is None else blank(o, valid[1])
 
 
@@ -42,13 +42,13 @@ def two_window_decode(token: Token, *, scale: float) -> jax.Array:
     """Dense version of `pallas_kernels.two_window_decode`."""
     q, k, v, lengths_in, lengths_fading, q_fading = token
     half = k.shape[1] // 2
-    streams = []
+    key_sets = []
     for query, part, lengths in (
         (q, slice(None, half), lengths_in),
         (q if q_fading is None else q_fading, slice(half, None), lengths_fading),
     ):
         valid = leading(lengths, half)
-        streams.append(
+        key_sets.append(
             (query[:, None], blank(k[:, part], valid), blank(v[:, part], valid), valid[:, None])
         )
-    return dense_attention(streams, scale)[:, 0]
+    return dense_attention(key_sets, scale)[:, 0]
