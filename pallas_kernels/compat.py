@@ -9,6 +9,7 @@ import inspect
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.experimental.mosaic.gpu import utils as _mosaic_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -20,7 +21,7 @@ SwizzleTransform: Any = plgpu.SwizzleTransform
 
 def is_traced(x: Any) -> bool:
     """Whether the value of `x` is known only when the program runs."""
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer)
 
 
 def compute_capability() -> str:

@@ -62,10 +62,10 @@ def step64(arrays, num_iter, states, *, ridge=0.02, scale=None, decay_kk=True):
 
 
 def kernel(arrays, num_iter, slots, states, **options):
-    options = {"decay_kk": True} | options
-    interpret = options.pop("interpret", None)
-    token = Token(*arrays, num_iter, slots, *states)
-    return gka_decode(token, Options(**options), interpret=interpret)
+    interpret: Any = options.pop("interpret", None)
+    static: Any = {"decay_kk": True} | options
+    everything: Any = (*arrays, num_iter, slots, *states)
+    return gka_decode(Token(*everything), Options(**static), interpret=interpret)
 
 
 def mesh_of(*shape):

@@ -533,8 +533,8 @@ def test_the_operator_checks_what_it_takes():
     q, *rest = case.arrays
     h_kk, h_kv = case.states
     with pytest.raises(ValueError, match="gka_mosaic: its kernels take bfloat16"):
-        inputs = Inputs(q.astype(jnp.float32), *rest, case.num_iter, None, h_kk, h_kv)
-        mosaic.gka_mosaic(inputs, Options(0.02, 1.0, decay_kk=True))
+        everything: Any = (q.astype(jnp.float32), *rest, case.num_iter, None, h_kk, h_kv)
+        mosaic.gka_mosaic(Inputs(*everything), Options(0.02, 1.0, decay_kk=True))
 
 
 # -- the kernels themselves -----------------------------------------------------------------------

@@ -108,11 +108,11 @@ def gated_delta_rule(
         "reference": reference.gated_delta_rule,
     }[name]
 
-    doc, arrays = mask_padding(segment_ids, lengths, q, k, v, g, beta)
+    doc, (q, k, v, g, beta) = mask_padding(segment_ids, lengths, q, k, v, g, beta)
     return sharded.run(
         functools.partial(fn, scale=scale),
         mesh,
-        Inputs(*arrays, state, doc),
+        Inputs(q, k, v, g, beta, state, doc),
         ("bthd", "bhdv"),
         rename=sharded.rename_kv(H, K),
     )

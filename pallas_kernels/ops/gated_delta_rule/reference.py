@@ -28,17 +28,17 @@ def step(token: Token, *, scale: float) -> tuple[jax.Array, jax.Array]:
 
 def gated_delta_rule(inputs: Inputs, *, scale: float) -> tuple[jax.Array, jax.Array]:
     """`step` over T tokens; see `pallas_kernels.gated_delta_rule`."""
-    *arrays, state, doc = inputs
+    q, k, v, g, beta, state, doc = inputs
     if doc is None:
-        doc = jnp.zeros(inputs.q.shape[:2], jnp.int32)
+        doc = jnp.zeros(q.shape[:2], jnp.int32)
     starts = jnp.diff(doc, axis=1, prepend=0) != 0
 
     def body(state, token):
-        *arrays, start = token
+        q, k, v, g, beta, start = token
         state = jnp.where(start[:, None, None, None], 0, state)
-        o, state = step(Token(*arrays, state), scale=scale)
+        o, state = step(Token(q, k, v, g, beta, state), scale=scale)
         return state, o
 
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (*arrays, starts))
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, g, beta, starts))
     state, o = jax.lax.scan(body, state, tokens)
     return jnp.moveaxis(o, 0, 1), state

@@ -225,8 +225,8 @@ def _inputs(q, k, v, alpha, g, beta, num_iter, initial_state, segment_ids, lengt
     for name, state in {"h_kk": h_kk, "h_kv": h_kv}.items():
         check("gka", f"initial_state {name}", state, (B, H, D, D), "B, H, D, D")
     check_padding("gka", segment_ids, lengths, (B, T))
-    doc, arrays = mask_padding(segment_ids, lengths, q, k, v, alpha, g, beta)
-    return Inputs(*arrays, _per_row(num_iter, B), doc, h_kk, h_kv)
+    doc, (q, k, v, alpha, g, beta) = mask_padding(segment_ids, lengths, q, k, v, alpha, g, beta)
+    return Inputs(q, k, v, alpha, g, beta, _per_row(num_iter, B), doc, h_kk, h_kv)
 
 
 def _check_token(q, k, v, slots, state, mesh) -> tuple[int, ...]:

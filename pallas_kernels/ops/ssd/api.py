@@ -105,11 +105,11 @@ def ssd(
         "reference": reference.ssd,
     }[name]
 
-    doc, arrays = mask_padding(segment_ids, lengths, x, B, C, dt)
+    doc, (x, B, C, dt) = mask_padding(segment_ids, lengths, x, B, C, dt)
     return sharded.run(
         fn,
         mesh,
-        Inputs(*arrays, A, D, state, doc),
+        Inputs(x, B, C, dt, A, D, state, doc),
         ("bthp", "bhpn"),
         rename=sharded.rename_kv(H, K),
     )

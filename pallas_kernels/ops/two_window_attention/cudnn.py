@@ -127,6 +127,7 @@ def _plain(token: Token) -> attention_inputs.Token:
 
 
 def _untied(token: Token, *, scale: float) -> Array:
+    assert token.q_fading is not None
     queries = jnp.stack([token.q, token.q_fading], 1)
     lengths = jnp.stack([token.lengths_in, token.lengths_fading], 1)
     return cudnn.decode_groups(queries, token.k, token.v, lengths, scale=scale)
