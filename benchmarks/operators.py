@@ -26,12 +26,19 @@ import numpy as np
 
 from benchmarks.rows import Row
 from benchmarks.timing import SETS, DeviceTime, device_time, milliseconds
-from hmf_jax.pallas_kernels.attention import attention, decode_attention
-from hmf_jax.pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
-from hmf_jax.pallas_kernels.gka import gka, gka_step
+from hmf_jax.pallas_kernels import (
+    attention,
+    decode_attention,
+    gated_delta_rule,
+    gated_delta_rule_step,
+    gka,
+    gka_step,
+    ssd,
+    ssd_step,
+    two_window_attention,
+    two_window_decode,
+)
 from hmf_jax.pallas_kernels.shapes import SHAPES, Shape
-from hmf_jax.pallas_kernels.ssd import ssd, ssd_step
-from hmf_jax.pallas_kernels.two_window_attention import two_window_attention, two_window_decode
 
 Array = jax.Array
 Inputs = dict[str, Array]

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 from jax.sharding import Mesh
 
 from hmf_jax import parameters
@@ -23,6 +22,7 @@ from hmf_jax.mixers import Context, Mixer, make_mixer
 from hmf_jax.mixers.base import abstract_zeros, zeros
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
 from hmf_jax.padding import arrange, restore, valid_first
+from hmf_jax.pallas_kernels.compat import is_traced
 from hmf_jax.sharding import constrain, for_model
 from hmf_jax.state import ModelState
 
@@ -78,7 +78,7 @@ def _run_block(block: Block, x: Array, ctx: Context, state: Any) -> tuple[Array,
 
 def _split[M: nnx.Module](module: M, mesh: Mesh | None) -> M:
     """The module with its parameters on their shards; as it is without a mesh or in a trace."""
-    if mesh is None or any(isinstance(x, Tracer) for x in jax.tree.leaves(module)):
+    if mesh is None or any(is_traced(x) for x in jax.tree.leaves(module)):
         return module
     return jax.block_until_ready(jax.device_put(module, parameters.shardings(module, mesh)))
 

@@ -18,24 +18,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.pallas_kernels.sharded import (
-    BATCH_AXES,
-    EMBED_AXES,
-    HEAD_AXES,
-    KV_HEAD_AXES,
-    TOKEN_AXES,
-    batch_axes,
-)
+from hmf_jax.pallas_kernels.sharded import AXES, batch_axes, batch_parts
+
+BATCH_AXES = AXES.batch
 
 # Dimension name -> mesh axes. Dimensions without a name stay whole.
 TABLE: dict[str, tuple[str, ...]] = {
-    "batch": BATCH_AXES,
-    "tokens": TOKEN_AXES,
-    "embed": EMBED_AXES,
-    "heads": HEAD_AXES,
-    "kv_heads": KV_HEAD_AXES,
-    "mlp": HEAD_AXES,
-    "vocab": HEAD_AXES,
+    "batch": AXES.batch,
+    "tokens": AXES.tokens,
+    "embed": AXES.embed,
+    "heads": AXES.heads,
+    "kv_heads": AXES.kv_heads,
+    "mlp": AXES.heads,
+    "vocab": AXES.vocab,
 }
 
 
@@ -117,7 +112,7 @@ def for_model(mesh: Mesh | None, config: HybridConfig) -> Mesh | None:
 
 def row_parts(mesh: Mesh) -> int:
     """How many parts the mesh splits the rows of a batch into: dp x fsdp."""
-    return math.prod(n for axis, n in mesh.shape.items() if axis in BATCH_AXES)
+    return batch_parts(mesh)
 
 
 def spec(mesh: Mesh, dims: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:

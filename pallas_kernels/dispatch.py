@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from hmf_jax.pallas_kernels.compat import compute_capability
+
 IMPLS = ("auto", "mosaic", "triton", "jla", "cudnn", "chunked", "reference")
 _log = logging.getLogger("pallas_kernels")
 _said: set[tuple[str, str, str]] = set()
@@ -54,8 +56,7 @@ def resolve(op: str, impl: str, usable: Mapping[str, str | None]) -> str:
 @functools.cache
 def why_no_hopper() -> str | None:
     """Why kernels for NVIDIA Hopper cannot run on this machine; None if they can."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
+    if jax.devices()[0].platform != "gpu" or compute_capability() != "9.0":
         return "its kernels need an NVIDIA Hopper GPU (compute capability 9.0)"
     return None
 

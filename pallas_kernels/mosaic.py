@@ -18,24 +18,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hmf_jax.pallas_kernels.compat import ACC, SwizzleTransform, TilingTransform
+
 MATRIX = plgpu.Layout.WGMMA
 ROWS, COLUMNS = MATRIX.reduce(1), MATRIX.reduce(0)
 Ref = Any
-_ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
 def tile(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
     """Shared memory for matrices [..., m, n]: 128-byte swizzled tiles, as wgmma and TMA want."""
     width = 128 // jnp.dtype(dtype).itemsize
-    tiling: Any = plgpu.TilingTransform
-    swizzle: Any = plgpu.SwizzleTransform
-    transforms = (tiling((8, width)), swizzle(128))
+    transforms = (TilingTransform((8, width)), SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def accumulator(shape: tuple[int, ...]) -> Any:
     """Room for the float32 result of matrix products, for `pl.run_scoped`; it starts as zeros."""
-    return _ACC(shape, jnp.float32)
+    return ACC(shape, jnp.float32)
 
 
 def vector(ref: Ref, layout: Any = ROWS) -> jax.Array:
@@ -110,7 +109,7 @@ class Warpgroup:
         """start + what `add(acc)` adds to the accumulator by `plgpu.wgmma`."""
         if self.registers:
             init = plgpu.layout_cast(start, MATRIX)
-            return plgpu.layout_cast(pl.run_state(add)(_ACC.init(init)), MATRIX)
+            return plgpu.layout_cast(pl.run_state(add)(ACC.init(init)), MATRIX)
 
         def run(acc):
             add(acc)
@@ -123,7 +122,7 @@ class Warpgroup:
     ) -> tuple[jax.Array, jax.Array]:
         """a and b plus what `add` adds to their accumulators."""
         if self.registers:
-            start: Any = tuple(_ACC.init(plgpu.layout_cast(x, MATRIX)) for x in (a, b))
+            start: Any = tuple(ACC.init(plgpu.layout_cast(x, MATRIX)) for x in (a, b))
             a, b = pl.run_state(lambda accs: add(*accs))(start)
             return plgpu.layout_cast(a, MATRIX), plgpu.layout_cast(b, MATRIX)
 

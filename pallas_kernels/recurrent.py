@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from hmf_jax.pallas_kernels.dispatch import why_no_hopper
-from hmf_jax.pallas_kernels.segments import documents
+from hmf_jax.pallas_kernels.segments import documents, leading
 
 
 def check(op: str, name: str, x: jax.Array, shape: tuple[int, ...], dims: str) -> None:
@@ -30,23 +30,34 @@ def check_heads(op: str, heads: int, kv_heads: int) -> None:
         )
 
 
-def check_segments(op: str, segment_ids: jax.Array, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless `segment_ids` is an integer array [B, T]."""
-    if segment_ids.shape != shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+def check_padding(
+    op: str, segment_ids: jax.Array | None, lengths: jax.Array | None, shape: tuple[int, int]
+) -> None:
+    """Raise ValueError unless at most one is given: integers [B, T], or integers [B]."""
+    if segment_ids is not None and lengths is not None:
         raise ValueError(
-            f"{op}: segment_ids is {segment_ids.dtype}{segment_ids.shape}, "
-            f"expected integers [B, T] = {shape}."
+            f"{op}: segment_ids and lengths both say where padding is; give one of them."
         )
+    named = {"segment_ids": (segment_ids, shape, "B, T"), "lengths": (lengths, shape[:1], "B")}
+    for name, (x, expected, dims) in named.items():
+        if x is not None and (x.shape != expected or not jnp.issubdtype(x.dtype, jnp.integer)):
+            raise ValueError(
+                f"{op}: {name} is {x.dtype}{x.shape}, expected integers [{dims}] = {expected}."
+            )
 
 
 def mask_padding(
-    segment_ids: jax.Array | None, *arrays: jax.Array
+    segment_ids: jax.Array | None, lengths: jax.Array | None, *arrays: jax.Array
 ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
     """Document numbers [B, T] (None without segment ids) and the arrays [B, T, ...] with zeros at
-    padding, whatever was there: a token of zeros neither writes nor decays."""
-    if segment_ids is None:
+    padding, whatever was there: a token of zeros neither writes nor decays, and reads zeros."""
+    doc = None
+    if segment_ids is not None:
+        doc, valid = documents(segment_ids)
+    elif lengths is not None:
+        valid = leading(lengths, arrays[0].shape[1])
+    else:
         return None, arrays
-    doc, valid = documents(segment_ids)
     wide = [valid.reshape(valid.shape + (1,) * (x.ndim - 2)) for x in arrays]
     return doc, tuple(jnp.where(w, x, 0) for w, x in zip(wide, arrays, strict=True))
 

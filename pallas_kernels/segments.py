@@ -25,3 +25,8 @@ def documents(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     before = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
     starts = valid & (previous >= 0) & (segment_ids != before)
     return jnp.cumsum(starts, axis=1, dtype=jnp.int32), valid
+
+
+def leading(lengths: jax.Array, length: int) -> jax.Array:
+    """[B, T] bool: the first `lengths` [B] of T = `length` tokens."""
+    return jnp.arange(length) < lengths[:, None]

@@ -83,7 +83,7 @@ class Attention(Mixer):
     def _own_tokens(self, q: Array, k: Array, v: Array, ctx: Context, packed=None) -> Array:
         """Attention among the tokens of this call, which are whole sequences."""
         return attention(
-            q, k, v, window=self.window, segment_ids=packed, kv_lengths=ctx.lengths, **ctx.options
+            q, k, v, window=self.window, segment_ids=packed, lengths=ctx.lengths, **ctx.options
         )
 
     def _full(self, q, k, v, ctx: Context, state):

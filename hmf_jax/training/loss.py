@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from hmf_jax.layers import exact_dtype
 from hmf_jax.model import HybridLM
-from hmf_jax.pallas_kernels.sharded import EMBED_AXES, HEAD_AXES, TOKEN_AXES, batch_axes, call
+from hmf_jax.pallas_kernels.sharded import AXES, batch_axes, call
 
 Array = jax.Array
 
@@ -123,9 +123,9 @@ def _forward(hidden, kernel, targets, weights, mesh, chunk_size):
 
 def _backward(mesh, chunk_size, saved, g):
     positions, vocab = _axes(mesh, len(saved[0]))
-    split = tuple(a for a in EMBED_AXES if a in positions)
+    split = tuple(a for a in AXES.embed if a in positions)
     if mesh is not None and any(
-        mesh.shape.get(a, 1) > 1 and a not in positions for a in EMBED_AXES
+        mesh.shape.get(a, 1) > 1 and a not in positions for a in AXES.embed
     ):
         split = ()  # a batch that stays whole
 
@@ -162,7 +162,7 @@ def _axes(mesh: Mesh | None, batch: int) -> tuple[tuple[str, ...], tuple[str, ..
     if mesh is None:
         return (), ()
     several = [axis for axis, size in mesh.shape.items() if size > 1]
-    positions, vocab = batch_axes(mesh, batch) + TOKEN_AXES, HEAD_AXES
+    positions, vocab = batch_axes(mesh, batch) + AXES.tokens, AXES.vocab
     return tuple(a for a in positions if a in several), tuple(a for a in vocab if a in several)
 
 

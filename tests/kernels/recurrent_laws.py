@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,20 +18,23 @@ Arrays = dict[str, Any]
 
 
 @functools.partial(jax.jit, static_argnames=("op", "impl", "chunk_size"))
-def _forward(op, arrays, state, segment_ids, *, impl, chunk_size):
+def _forward(op, arrays, state, segment_ids, lengths=None, *, impl, chunk_size):
     return op(
         **arrays,
         initial_state=state,
         segment_ids=segment_ids,
+        lengths=lengths,
         impl=impl,
         chunk_size=chunk_size,
     )
 
 
 @functools.partial(jax.jit, static_argnames=("op", "impl", "chunk_size"))
-def _gradient(op, arrays, state, segment_ids, d_out, d_state, *, impl, chunk_size):
+def _gradient(op, arrays, state, segment_ids, d_out, d_state, lengths=None, *, impl, chunk_size):
     def loss(arrays, state):
-        out, final = _forward(op, arrays, state, segment_ids, impl=impl, chunk_size=chunk_size)
+        out, final = _forward(
+            op, arrays, state, segment_ids, lengths, impl=impl, chunk_size=chunk_size
+        )
         return jnp.sum(out * d_out) + jnp.sum(final * d_state)
 
     return jax.grad(loss, argnums=(0, 1))(arrays, state)
@@ -62,15 +66,26 @@ class RecurrentLaws:
         arrays, state = self.draw(np.random.default_rng(seed), B, T, H, K)
         return {n: jnp.asarray(x, dtype) for n, x in arrays.items()}, jnp.asarray(state, dtype)
 
-    def run(self, arrays, state=None, segment_ids=None, impl="chunked", chunk_size=16):
+    def run(
+        self, arrays, state=None, segment_ids=None, impl="chunked", chunk_size=16, lengths=None
+    ):
         op = type(self).op
-        return _forward(op, arrays, state, segment_ids, impl=impl, chunk_size=chunk_size)
+        return _forward(op, arrays, state, segment_ids, lengths, impl=impl, chunk_size=chunk_size)
 
-    def grad(self, arrays, state, segment_ids, d_out, d_state, impl="chunked", chunk_size=16):
+    def grad(
+        self,
+        arrays,
+        state,
+        segment_ids,
+        d_out,
+        d_state,
+        impl="chunked",
+        chunk_size=16,
+        lengths=None,
+    ):
         op = type(self).op
-        return _gradient(
-            op, arrays, state, segment_ids, d_out, d_state, impl=impl, chunk_size=chunk_size
-        )
+        args = (op, arrays, state, segment_ids, d_out, d_state, lengths)
+        return _gradient(*args, impl=impl, chunk_size=chunk_size)
 
     def cut(self, arrays: Arrays, time: slice | np.ndarray) -> Arrays:
         return {n: x[:, time] if n in self.per_token else x for n, x in arrays.items()}
@@ -162,6 +177,48 @@ class RecurrentLaws:
         np.testing.assert_array_equal(final[0], state[0])
         assert rel(final[1], state[1]) > 0.01
 
+    @pytest.mark.parametrize("impl", ["chunked", "reference"])
+    def test_lengths_equal_segment_ids(self, impl):
+        """Rows without a token, with fewer than a convolution has taps, and full; from a state."""
+        lengths, T = jnp.asarray([0, 37, 2, 20]), 37
+        arrays, state = self.arguments(B=4, T=T)
+        padding = np.arange(T) >= np.asarray(lengths)[:, None]
+        for name in self.per_token:
+            mask = padding.reshape(padding.shape + (1,) * (arrays[name].ndim - 2))
+            arrays[name] = jnp.where(mask, jnp.nan, arrays[name])
+        segment_ids = jnp.asarray(~padding, jnp.int32)
+        expected = self.run(arrays, state, segment_ids, impl=impl)
+        out, final = self.run(arrays, state, lengths=lengths, impl=impl)
+        for a, b in zip((out, final), expected, strict=True):
+            assert rel(a, b) < 1e-6
+        np.testing.assert_array_equal(final[0], state[0])
+        assert not np.asarray(out)[padding].any()
+        d_out, d_state = self.cotangents(out, final)
+        grads = self.grad(arrays, state, None, d_out, d_state, impl, lengths=lengths)
+        expected = self.grad(arrays, state, segment_ids, d_out, d_state, impl)
+        for name, grad in grads[0].items():
+            assert rel(grad, expected[0][name]) < 1e-5, name
+            if name in self.per_token:
+                assert not np.asarray(grad)[padding].any(), name
+        assert rel(grads[1], expected[1]) < 1e-5
+
+    def test_lengths_need_neither_sorts_nor_document_numbers(self):
+        """Nor gathers, but for one where a convolution reads its last inputs."""
+        arrays, state = self.arguments(T=20)
+        options = dict(impl="chunked", chunk_size=16)
+
+        def count(word, **padding):
+            run = lambda x, s: type(self).op(**x, initial_state=s, **options, **padding)  # noqa: E731
+            text = jax.jit(run).lower(arrays, state).as_text()
+            return len(re.findall(rf"\"stablehlo.{word}\"", text))
+
+        plain = dict(segment_ids=None, lengths=None)
+        prefix = dict(segment_ids=None, lengths=jnp.asarray([20, 3]))
+        packed = dict(segment_ids=jnp.ones((2, 20), jnp.int32), lengths=None)
+        assert count("sort", **prefix) == count("sort", **plain) == 0
+        assert count("gather", **plain) <= count("gather", **prefix) <= count("gather", **plain) + 1
+        assert count("gather", **prefix) < count("gather", **packed)
+
     def test_packed_equals_separate(self):
         lengths = [10, 10, 10]  # equal, so that all share one program
         arrays, state = self.arguments(T=sum(lengths))
@@ -235,6 +292,10 @@ class RecurrentLaws:
             self.run(arrays, state, jnp.ones((2, 4), jnp.int32))
         with pytest.raises(ValueError, match="segment_ids"):
             self.run(arrays, state, jnp.ones((2, 3)))
+        with pytest.raises(ValueError, match="lengths is int32"):
+            self.run(arrays, state, lengths=jnp.ones((2, 1), jnp.int32))
+        with pytest.raises(ValueError, match="give one of them"):
+            self.run(arrays, state, jnp.ones((2, 3), jnp.int32), lengths=jnp.ones(2, jnp.int32))
         with pytest.raises(ValueError, match="chunk_size"):
             self.run(arrays, state, chunk_size=0)
 

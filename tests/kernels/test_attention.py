@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmf_jax.pallas_kernels.attention import attention, chunked, cudnn, decode_attention
-from hmf_jax.pallas_kernels.attention.reference import visible_keys
+from hmf_jax.pallas_kernels import attention, compat, decode_attention, two_window_attention
 from hmf_jax.pallas_kernels.dispatch import why_no_hopper
-from hmf_jax.pallas_kernels.two_window_attention import two_window_attention
+from hmf_jax.pallas_kernels.ops.attention import chunked, cudnn
+from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs
+from hmf_jax.pallas_kernels.ops.attention.reference import visible_keys
 from tests.util import rel
 
 # Documents of 9 and 21 tokens with padding before, between and after them.
@@ -24,7 +25,7 @@ SEGMENT_IDS = jnp.array(
 )
 KEYWORDS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "lengths": {"kv_lengths": jnp.array([37, 21])},
+    "lengths": {"lengths": jnp.array([37, 21])},
     "packed": {"segment_ids": SEGMENT_IDS},
 }
 
@@ -267,7 +268,7 @@ def test_packed_equals_separate(window):
 def test_padding_never_leaks(keywords, impl):
     kwargs = KEYWORDS[keywords]
     if keywords == "lengths":
-        pad = np.arange(37) >= kwargs["kv_lengths"][:, None]
+        pad = np.arange(37) >= kwargs["lengths"][:, None]
     else:
         pad = kwargs["segment_ids"] == 0
     args = qkv()
@@ -279,6 +280,20 @@ def test_padding_never_leaks(keywords, impl):
     for a, b in zip(dirty, clean, strict=True):
         np.testing.assert_array_equal(a, b)
         assert not np.asarray(a)[pad].any()
+
+
+@pytest.mark.parametrize("op", [attention, two_window_attention])
+def test_lengths_equal_segment_ids(op):
+    args = qkv(4)
+    args = args if op is attention else (*args, *args[1:])
+    window = {} if op is attention else {"window": 5}
+    lengths = jnp.array([0, 37, 1, 20])
+    valid = np.arange(37) < np.asarray(lengths)[:, None]
+    kwargs = {"lengths": lengths}, {"segment_ids": jnp.asarray(valid, jnp.int32)}
+    ours, expected = (compiled(functools.partial(op, **window, **k), *args) for k in kwargs)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+        assert not np.asarray(a)[~valid].any()
 
 
 def test_same_id_after_another_document_is_a_new_document():
@@ -404,7 +419,7 @@ def test_cudnn_lowers_for_cuda(cuda_lowering):
     text = cuda_lowering(lambda *a: attention(*a), q, k, v)
     assert "__cudnn$fmhaSoftmax" in text
     assert '"mask_type": "CAUSAL"' in text and '"sliding_window_length": 0' in text
-    text = cuda_lowering(lambda *a: attention(*a, window=16, kv_lengths=lengths), q, k, v)
+    text = cuda_lowering(lambda *a: attention(*a, window=16, lengths=lengths), q, k, v)
     assert '"mask_type": "CAUSAL"' in text and '"sliding_window_length": 16' in text
     text = cuda_lowering(
         jax.grad(lambda *a: attention(*a, window=16).astype(jnp.float32).sum()), q, k, v
@@ -507,19 +522,19 @@ def test_programs_do_not_grow_with_the_number_of_pieces(cuda_lowering):
 
 def test_a_jax_that_has_changed_hides_its_internals(monkeypatch):
     found = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    assert cudnn._find_internals() is found
+    assert compat.find_cudnn() is found
     monkeypatch.setattr(found, "dot_product_attention", lambda query, key, value, *, scale: None)
-    assert cudnn._find_internals() is None
+    assert compat.find_cudnn() is None
     monkeypatch.delattr(found, "dot_product_attention")
-    assert cudnn._find_internals() is None
+    assert compat.find_cudnn() is None
 
 
 def test_cudnn_takes_what_it_can(cuda_lowering):
     good = [jnp.zeros((1, 4, 2, 64), jnp.bfloat16)] * 3
-    assert cudnn.why_not(*good) is None
-    assert "bfloat16" in str(cudnn.why_not(*(x.astype(jnp.float32) for x in good)))
-    assert "head_dim" in str(cudnn.why_not(*(x[..., :60] for x in good)))
-    assert "head_dim" in str(cudnn.why_not(*(jnp.tile(x, 3) for x in good)))
+    assert cudnn.why_not(Inputs(*good)) is None
+    assert "bfloat16" in str(cudnn.why_not(Inputs(*(x.astype(jnp.float32) for x in good))))
+    assert "head_dim" in str(cudnn.why_not(Inputs(*(x[..., :60] for x in good))))
+    assert "head_dim" in str(cudnn.why_not(Inputs(*(jnp.tile(x, 3) for x in good))))
 
 
 @pytest.mark.gpu
@@ -527,7 +542,7 @@ def test_cudnn_takes_what_it_can(cuda_lowering):
 @pytest.mark.parametrize("lengths", [None, (300, 0, 77)])
 def test_cudnn_equals_reference(window, lengths):
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(3, 300, 8, 2, 128))
-    kwargs = {"window": window, "kv_lengths": None if lengths is None else jnp.array(lengths)}
+    kwargs = {"window": window, "lengths": None if lengths is None else jnp.array(lengths)}
     ours = compiled(functools.partial(attention, impl="cudnn", **kwargs), q, k, v)
     exact = value_and_grads(
         functools.partial(attention, impl="reference", **kwargs),
@@ -564,13 +579,13 @@ def test_cudnn_decode_equals_reference(monkeypatch, entries, pieces):
         ({"past": 3}, "needs offset"),
         ({"past": 3, "offset": jnp.zeros(2, int)}, "3 past and 37 new"),
         ({"offset": jnp.zeros(3, int)}, "one integer per row"),
-        ({"kv_lengths": np.zeros((2, 1), np.int32)}, "one integer per row"),
+        ({"lengths": np.zeros((2, 1), np.int32)}, "one integer per row"),
         ({"segment_ids": jnp.ones((2, 36), int)}, "segment_ids must be"),
         (
             {"segment_ids": jnp.ones((2, 37), int), "offset": jnp.zeros(2, int)},
             "leave them",
         ),
-        ({"kv_lengths": jnp.ones(2, int), "offset": jnp.zeros(2, int)}, "leave them"),
+        ({"lengths": jnp.ones(2, int), "offset": jnp.zeros(2, int)}, "leave them"),
         ({"impl": "fast"}, "unknown"),
     ],
 )

@@ -17,16 +17,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hmf_jax.pallas_kernels.attention import mosaic, reference
-from hmf_jax.pallas_kernels.attention.chunked import document_ids
-from hmf_jax.pallas_kernels.attention.mosaic_tiles import TILE, Options, spans_of
-from hmf_jax.pallas_kernels.two_window_attention import reference as two_window_reference
+from hmf_jax.pallas_kernels.ops.attention import mosaic, reference
+from hmf_jax.pallas_kernels.ops.attention.chunked import document_ids
+from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs
+from hmf_jax.pallas_kernels.ops.attention.mosaic_tiles import TILE, Options, spans_of
+from hmf_jax.pallas_kernels.ops.two_window_attention import mosaic as two_window_mosaic
+from hmf_jax.pallas_kernels.ops.two_window_attention import reference as two_window_reference
+from hmf_jax.pallas_kernels.ops.two_window_attention.inputs import Inputs as TwoWindowInputs
 from tests.util import rel
 
 # Operands, probabilities and results are rounded to bfloat16 (2^-9).
 BOUND = 6e-3
 ONE = ("q", "k", "v")
 TWO = ("q", "k", "v", "k_fading", "v_fading", "q_fading")
+
+
+def by_name(op: Any, inputs: Any) -> Any:
+    """An implementation that takes its arrays by name."""
+
+    def run(**keywords: Any) -> jax.Array:
+        arrays = {name: keywords.pop(name) for name in inputs._fields if name in keywords}
+        return op(inputs(**arrays), **keywords)
+
+    return run
+
+
+ONE_OURS = by_name(mosaic.attention, Inputs)
+ONE_EXACT = by_name(reference.attention, Inputs)
+TWO_OURS = by_name(two_window_mosaic.two_window_attention, TwoWindowInputs)
+TWO_EXACT = by_name(two_window_reference.two_window_attention, TwoWindowInputs)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -69,7 +88,7 @@ def assert_equals_reference(
     ours: Any, theirs: Any, arrays: dict[str, jax.Array], interpret: bool = True, **keywords: Any
 ) -> dict[str, np.ndarray]:
     """The kernels and float32 agree, row by row, in everything. Returns what the kernels gave."""
-    keywords = {"offset": None, "segment_ids": None, "kv_lengths": None} | keywords
+    keywords = {"offset": None, "segment_ids": None, "lengths": None} | keywords
     keywords["scale"] = arrays["q"].shape[-1] ** -0.5
     actual = results(partial(ours, interpret=interpret), arrays, **keywords)
     exact = {name: x.astype(jnp.float32) for name, x in arrays.items()}
@@ -85,13 +104,12 @@ def assert_equals_reference(
 
 def check_two(arrays: dict[str, jax.Array], **keywords: Any) -> dict[str, np.ndarray]:
     fixed: dict[str, Any] = {} if "q_fading" in arrays else {"q_fading": None}
-    ours, theirs = mosaic.two_window_attention, two_window_reference.two_window_attention
-    return assert_equals_reference(ours, theirs, arrays, **fixed, **keywords)
+    return assert_equals_reference(TWO_OURS, TWO_EXACT, arrays, **fixed, **keywords)
 
 
 def check_one(arrays: dict[str, jax.Array], **keywords: Any) -> dict[str, np.ndarray]:
     keywords = {"window": None, "past": None} | keywords
-    return assert_equals_reference(mosaic.attention, reference.attention, arrays, **keywords)
+    return assert_equals_reference(ONE_OURS, ONE_EXACT, arrays, **keywords)
 
 
 def packed(B: int, T: int) -> jax.Array:
@@ -159,8 +177,8 @@ def test_two_windows_continue_a_sequence(interpret):
         filled = jnp.arange(past + T) >= jnp.maximum(past - offset, 0)[:, None]
         keys |= with_nan(own, filled)
     check_continued(
-        mosaic.two_window_attention,
-        two_window_reference.two_window_attention,
+        TWO_OURS,
+        TWO_EXACT,
         queries | keys,
         interpret,
         offset=offset,
@@ -172,7 +190,7 @@ def check_continued(
     ours: Any, theirs: Any, arrays: dict[str, jax.Array], interpret: bool, **keywords: Any
 ) -> None:
     """The kernels, given NaN in empty entries, agree with float32, given zeros."""
-    keywords |= {"segment_ids": None, "kv_lengths": None, "scale": 0.125}
+    keywords |= {"segment_ids": None, "lengths": None, "scale": 0.125}
     got = results(partial(ours, interpret=interpret), arrays, **keywords)
     exact = {n: jnp.nan_to_num(x).astype(jnp.float32) for n, x in arrays.items()}
     for name, expected in reference_results(theirs, exact, **keywords).items():
@@ -191,7 +209,7 @@ def check_continued(
         pytest.param({"T": 1, "B": 2}, {}, marks=pytest.mark.slow),
         pytest.param({"T": 128, "H": 8, "K": 4}, {"window": 2}, marks=pytest.mark.slow),
         pytest.param(
-            {"T": 300, "B": 2}, {"kv_lengths": jnp.asarray([20, 290])}, marks=pytest.mark.slow
+            {"T": 300, "B": 2}, {"lengths": jnp.asarray([20, 290])}, marks=pytest.mark.slow
         ),
         pytest.param({"T": 700}, {"segment_ids": packed(1, 700)}, marks=pytest.mark.slow),
     ],
@@ -210,7 +228,7 @@ def test_queries_continue_a_cache(window, interpret):
     del keys["q"]
     keys = with_nan(keys, jnp.arange(S) < (offset + T)[:, None])
     keywords = {"offset": offset, "window": window, "past": None}
-    check_continued(mosaic.attention, reference.attention, q | keys, interpret, **keywords)
+    check_continued(ONE_OURS, ONE_EXACT, q | keys, interpret, **keywords)
 
 
 def test_log_sum_exp():
@@ -321,11 +339,11 @@ def test_lowers_for_cuda(names, keywords, backward):
         for n in names
     }
     ids = packed(1, 8192) if keywords.pop("packed", False) else None
-    fixed = dict(offset=None, segment_ids=ids, kv_lengths=None, scale=0.1) | keywords
+    fixed = dict(offset=None, segment_ids=ids, lengths=None, scale=0.1) | keywords
     if names == ONE:
-        op = partial(mosaic.attention, window=None, past=None, **fixed)
+        op = partial(ONE_OURS, window=None, past=None, **fixed)
     else:
-        op = partial(mosaic.two_window_attention, **fixed)
+        op = partial(TWO_OURS, **fixed)
         op = partial(op, q_fading=None) if names == TWO[:-1] else op
 
     def gradients(arrays):
@@ -341,16 +359,16 @@ def test_lowers_for_cuda(names, keywords, backward):
 
 def test_errors_say_what_is_wrong():
     keywords: dict[str, Any] = dict(
-        offset=None, segment_ids=None, kv_lengths=None, window=None, past=None
+        offset=None, segment_ids=None, lengths=None, window=None, past=None
     )
     arrays = draw(ONE, T=4)
     with pytest.raises(ValueError, match="scale must be positive, got -1"):
-        mosaic.attention(**arrays, scale=-1.0, **keywords)
+        ONE_OURS(**arrays, scale=-1.0, **keywords)
     with pytest.raises(ValueError, match="head_dim 64 and 128, got 32"):
-        mosaic.attention(**draw(ONE, T=4, D=32), scale=1.0, **keywords)
+        ONE_OURS(**draw(ONE, T=4, D=32), scale=1.0, **keywords)
     exact = arrays | {"v": arrays["v"].astype(jnp.float32)}
     with pytest.raises(ValueError, match="take bfloat16, got bfloat16, bfloat16, float32"):
-        mosaic.attention(**exact, scale=1.0, **keywords)
+        ONE_OURS(**exact, scale=1.0, **keywords)
 
 
 @pytest.mark.slow
@@ -382,7 +400,7 @@ def test_causal_attention_on_gpu(window, ids):
 def test_gradients_repeat_on_gpu():
     """No sum depends on which CTA is first: the same bits every time."""
     arrays = draw(TWO[:-1], B=2, T=4133, H=8, K=2, D=128)
-    keywords: dict[str, Any] = dict(offset=None, segment_ids=None, kv_lengths=None, q_fading=None)
-    op = partial(mosaic.two_window_attention, window=512, scale=0.1)
+    keywords: dict[str, Any] = dict(offset=None, segment_ids=None, lengths=None, q_fading=None)
+    op = partial(TWO_OURS, window=512, scale=0.1)
     first, second = (results(op, arrays, **keywords) for _ in range(2))
     assert all(np.array_equal(first[name], second[name]) for name in first)

@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.pallas_kernels.causal_conv1d import causal_conv1d
+from hmf_jax.pallas_kernels import causal_conv1d
 from tests.kernels.recurrent_laws import RecurrentLaws, normal
 from tests.util import rel
 
 
-def conv(*, x, weight, bias, initial_state, segment_ids, impl, chunk_size):
-    return causal_conv1d(
-        x, weight, bias, initial_state=initial_state, segment_ids=segment_ids, impl=impl
-    )
+def conv(*, x, weight, bias, chunk_size, **options):
+    return causal_conv1d(x, weight, bias, **options)
 
 
 def step(x, weight, bias, state):
@@ -68,6 +66,8 @@ class TestCausalConv1d(RecurrentLaws):
             self.run(arrays, jnp.concatenate([state, state[:, :1]], axis=1))
         with pytest.raises(ValueError, match="segment_ids"):
             self.run(arrays, state, jnp.ones((2, 4), jnp.int32))
+        with pytest.raises(ValueError, match="give one of them"):
+            self.run(arrays, state, jnp.ones((2, 3), jnp.int32), lengths=jnp.ones(2, jnp.int32))
         with pytest.raises(ValueError, match="activation='relu'"):
             causal_conv1d(**arrays, activation="relu")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="channels='c'"):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
-from hmf_jax.pallas_kernels.gated_delta_rule.jla import gated_delta_rule as jla_gated_delta_rule
+from hmf_jax.pallas_kernels import gated_delta_rule, gated_delta_rule_step
+from hmf_jax.pallas_kernels.ops.gated_delta_rule.inputs import Inputs
+from hmf_jax.pallas_kernels.ops.gated_delta_rule.jla import gated_delta_rule as jla_gated_delta_rule
 from tests.goldens import expected, golden
 from tests.kernels.recurrent_laws import RecurrentLaws, normal, unit
 from tests.util import rel
@@ -104,7 +105,9 @@ def test_jla_adapter_maps_the_arguments():
     pytest.importorskip("jla.ops")
     arrays, state = TestGatedDeltaRule().arguments(T=70)
     doc = jnp.asarray([[0] * 30 + [1] * 40, [0] * 10 + [1] * 50 + [2] * 10])
-    o, final = jla_gated_delta_rule(**arrays, state=state, doc=doc, scale=0.3, kernel="chunked")
+    o, final = jla_gated_delta_rule(
+        Inputs(**arrays, state=state, doc=doc), scale=0.3, kernel="chunked"
+    )
     expected = gated_delta_rule(
         **arrays, initial_state=state, segment_ids=doc + 1, scale=0.3, impl="chunked"
     )

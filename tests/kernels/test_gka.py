@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hmf_jax.pallas_kernels.gka import gka, gka_step
+from hmf_jax.pallas_kernels import gka, gka_step
 from tests.goldens import golden
 from tests.kernels.recurrent_laws import RecurrentLaws, normal, unit
 from tests.util import rel

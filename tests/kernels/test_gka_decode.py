@@ -14,8 +14,10 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
 
-from hmf_jax.pallas_kernels.gka import gka_step, mosaic_decode
-from hmf_jax.pallas_kernels.gka.mosaic_decode import gka_decode
+from hmf_jax.pallas_kernels import gka_step
+from hmf_jax.pallas_kernels.ops.gka import mosaic_decode
+from hmf_jax.pallas_kernels.ops.gka.inputs import Options, Token
+from hmf_jax.pallas_kernels.ops.gka.mosaic_decode import gka_decode
 from tests.kernels.recurrent_laws import normal, unit
 from tests.util import rel
 
@@ -60,8 +62,10 @@ def step64(arrays, num_iter, states, *, ridge=0.02, scale=None, decay_kk=True):
 
 
 def kernel(arrays, num_iter, slots, states, **options):
-    h_kk, h_kv = states
-    return gka_decode(*arrays, num_iter=num_iter, slots=slots, h_kk=h_kk, h_kv=h_kv, **options)
+    interpret: Any = options.pop("interpret", None)
+    static: Any = {"decay_kk": True} | options
+    everything: Any = (*arrays, num_iter, slots, *states)
+    return gka_decode(Token(*everything), Options(**static), interpret=interpret)
 
 
 def mesh_of(*shape):
@@ -159,8 +163,8 @@ def test_facade_runs_the_kernel_and_its_gradient(monkeypatch):
     assert rel(o, run(None, None, None, None, impl="chunked")[0]) < 1e-5
 
 
-def _interpreted(launch, static, *arrays):
-    return launch(static._replace(interpret=INTERPRET), *arrays)
+def _interpreted(launch, static, token):
+    return launch(static._replace(interpret=INTERPRET), token)
 
 
 def test_auto_picks_the_kernel_where_it_can_run(monkeypatch):

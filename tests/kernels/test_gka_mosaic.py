@@ -19,7 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
 from safetensors.flax import load_file
 
-from hmf_jax.pallas_kernels.gka import gka, mosaic
+from hmf_jax.pallas_kernels import gka
+from hmf_jax.pallas_kernels.ops.gka import mosaic
+from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options
 from tests.goldens import golden
 from tests.kernels.recurrent_laws import normal, unit
 from tests.util import rel
@@ -87,12 +89,15 @@ def cut(case: Case, time: Any, **changes) -> Case:
 
 
 @partial(jax.jit, static_argnames=("impl", "options"))
-def _run(case: Case, impl: str, options: tuple[tuple[str, Any], ...]) -> dict[str, jax.Array]:
+def _run(
+    case: Case, impl: str, options: tuple[tuple[str, Any], ...], lengths: Any = None
+) -> dict[str, jax.Array]:
     def op(arrays, states):
         return gka(
             *arrays,
             num_iter=case.num_iter,
             segment_ids=case.segment_ids,
+            lengths=lengths,
             initial_state=states,
             impl=impl,
             **dict(options),
@@ -181,6 +186,30 @@ def check_equals_float64(shape, num_iter, segments, options, bounds) -> None:
 )
 def test_equals_float64(name):
     check_equals_float64(*SHAPES[name])
+
+
+def check_lengths() -> None:
+    """Results and gradients are those of segment ids of ones and zeros; rows of length 0 and T."""
+    lengths, T = jnp.asarray([0, 70, 9], jnp.int32), 70
+    ids = jnp.asarray(np.arange(T) < np.asarray(lengths)[:, None], jnp.int32)
+    case = draw(3, T, 1, 1, 64)._replace(segment_ids=None)
+    got = _run(case, "mosaic", (), lengths)
+    expected = _run(case._replace(segment_ids=ids), "mosaic", ())
+    for name, want in expected.items():
+        np.testing.assert_array_equal(got[name], want, err_msg=name)
+    np.testing.assert_array_equal(got["h_kk"][0], case.states[0][0])
+    assert not np.asarray(got["o"])[np.asarray(ids) == 0].any()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+def test_lengths_equal_segment_ids():
+    check_lengths()
+
+
+@pytest.mark.gpu
+def test_lengths_equal_segment_ids_on_gpu():
+    check_lengths()
 
 
 @pytest.mark.slow
@@ -504,18 +533,8 @@ def test_the_operator_checks_what_it_takes():
     q, *rest = case.arrays
     h_kk, h_kv = case.states
     with pytest.raises(ValueError, match="gka_mosaic: its kernels take bfloat16"):
-        mosaic.gka_mosaic(
-            q.astype(jnp.float32),
-            *rest,
-            num_iter=case.num_iter,
-            segment_ids=None,
-            h_kk=h_kk,
-            h_kv=h_kv,
-            ridge=0.02,
-            scale=1.0,
-            decay_kk=True,
-            bp_lambda=True,
-        )
+        everything: Any = (q.astype(jnp.float32), *rest, case.num_iter, None, h_kk, h_kv)
+        mosaic.gka_mosaic(Inputs(*everything), Options(0.02, 1.0, decay_kk=True))
 
 
 # -- the kernels themselves -----------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmf_jax.pallas_kernels.gka import gka, gka_step
+from hmf_jax.pallas_kernels import gka, gka_step
 from tests.kernels.recurrent_laws import unit
 from tests.kernels.test_gka import exact, inputs
 from tests.util import rel

@@ -20,14 +20,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from hmf_jax.pallas_kernels.gka import gka, gka_step, triton
+from hmf_jax.pallas_kernels import gka, gka_step
+from hmf_jax.pallas_kernels import triton as shared
+from hmf_jax.pallas_kernels.ops.gka import triton, triton_decode, triton_solver
+from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options, Token
 from tests.kernels.recurrent_laws import normal, unit
 from tests.util import rel
 
 RIDGE = 0.02
 Case = dict[str, Any]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(triton._MISSING is not None, reason=str(triton._MISSING))
+needs_triton = pytest.mark.skipif(shared.MISSING is not None, reason=str(shared.MISSING))
 
 
 class Memory:
@@ -66,7 +69,8 @@ def interpret(*args, kernel, out_shape, grid, input_output_aliases=None, **optio
 def interpreter(monkeypatch):
     if not INTERPRET:
         pytest.skip("test_in_the_interpreter runs this one")
-    monkeypatch.setattr(triton, "triton_call", interpret)
+    monkeypatch.setattr(triton_solver, "triton_call", interpret)
+    monkeypatch.setattr(triton_decode, "triton_call", interpret)
     from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
 
     def patch(tensor, scope, plain=interpreter._patch_lang_tensor):
@@ -120,8 +124,8 @@ def prepared(case: Case) -> tuple[Any, Any, Any, Any]:
     doc = np.zeros((B, T), int) if case["doc"] is None else np.asarray(case["doc"])
     cum, start = np.zeros((B, T, H)), np.zeros((B, T, H))
     for t in range(T):
-        first = t % triton.CHUNK == 0
-        carried = 0 if t < triton.CHUNK else doc[:, t - t % triton.CHUNK - 1]
+        first = t % triton_solver.CHUNK == 0
+        carried = 0 if t < triton_solver.CHUNK else doc[:, t - t % triton_solver.CHUNK - 1]
         again = np.asarray(first | (doc[:, t] != doc[:, t - 1]))
         cum[:, t] = g[:, t] + np.where(again.reshape(-1, 1), 0, cum[:, t - 1])
         start[:, t] = np.where((doc[:, t] == carried)[:, None], np.exp(cum[:, t]), 0)
@@ -158,9 +162,13 @@ def expected(case: Case, u="k", states: Any = None):
     doc = np.zeros(k.shape[:2]) if case["doc"] is None else case["doc"]
     now, made, xs, fs = case["initial"], [], [], []
     for t in range(T):
-        if t % triton.CHUNK == 0:
+        if t % triton_solver.CHUNK == 0:
             made.append(now)
-            now = now if states is None else np.asarray(states, np.float64)[:, :, t // triton.CHUNK]
+            now = (
+                now
+                if states is None
+                else np.asarray(states, np.float64)[:, :, t // triton_solver.CHUNK]
+            )
         same = doc[:, t] == (doc[:, t - 1] if t else 0)
         decay = np.exp(case["g"][:, t]) * same[:, None]
         now = decay[..., None, None] * now + k[:, t, :, :, None] * u[:, t, :, None, :]
@@ -174,15 +182,15 @@ def check_states_and_solve(case: Case, jit: Any = jax.jit, state_error=1e-5, sol
     args = prepared(case)
     low = case["q"].dtype
     for u in "kv":
-        run = jit(partial(triton.states, dtype=jnp.float32))
+        run = jit(partial(triton_solver.states, dtype=jnp.float32))
         states, final = run(case["k"], case[u], *args, case["initial"])
         right = expected(case, u)
         assert rel(states, right[0]) < state_error and rel(final, right[1]) < state_error
         assert states.dtype == final.dtype == jnp.float32
-    run = jit(partial(triton.states, dtype=low))
+    run = jit(partial(triton_solver.states, dtype=low))
     states, _ = run(case["k"], case["k"], *args, case["initial"])
     _, _, f_right, x_right = expected(case, states=states.astype(jnp.float32))
-    run = jit(partial(triton.solve, ridge=RIDGE))
+    run = jit(partial(triton_solver.solve, ridge=RIDGE))
     x, f = run(case["q"], case["k"], *args, states, case["num_iter"], None)
     assert x.dtype == low and f.dtype == jnp.float32
     assert rel(f, f_right) < 1e-5
@@ -212,6 +220,10 @@ def decode_case(B=5, S=7, H=4, K=2, D=32, seed=0, dtype: Any = np.float32) -> An
     return arrays, num_iter, slots, tuple(x.astype(jnp.float32) for x in states)
 
 
+def decode(*arrays, **options):
+    return triton_decode.decode(Token(*arrays), Options(**options))
+
+
 def check_decode(case, jit: Any = jax.jit, decay_kk=True, o_error=1e-5):
     arrays, num_iter, slots, states = case
     slots[1] = -3  # inactive
@@ -219,7 +231,7 @@ def check_decode(case, jit: Any = jax.jit, decay_kk=True, o_error=1e-5):
     beta = arrays[5].at[0, 0].set(0)  # a covariance that stays zero
     arrays = (*arrays[:5], beta)
     options = dict(ridge=RIDGE, scale=0.3, decay_kk=decay_kk)
-    run = jit(partial(triton.decode, **options))
+    run = jit(partial(decode, **options))
     o, new = run(*arrays, num_iter, jnp.asarray(slots), *states)
     active = np.flatnonzero(slots >= 0)
     q, k, v, alpha, g, beta = (np.asarray(x).astype(np.float64)[active] for x in arrays)
@@ -241,26 +253,27 @@ def check_decode(case, jit: Any = jax.jit, decay_kk=True, o_error=1e-5):
 
 
 def test_why_not(monkeypatch):
-    triton._no_device.cache_clear()
+    shared.why_no_triton.cache_clear()
 
     def why_not(dtypes=(jnp.float32,) * 3, D=64, solver="chebyshev", state: Any = jnp.float32):
         q, k, v = (jax.ShapeDtypeStruct((2, 9, 4, D), dtype) for dtype in dtypes)
         h = jax.ShapeDtypeStruct((2, 4, D, D), state)
-        return triton.why_not(q, k, v, h, h, solver) or ""  # type: ignore[arg-type]
+        inputs: Any = Inputs(q, k, v, *[None] * 5, h, h)  # type: ignore[arg-type]
+        return triton.why_not(inputs, solver) or ""
 
     low, full = (jnp.bfloat16,) * 3, (jnp.float32,) * 3
     if jax.default_backend() != "gpu":
         assert "jax-triton" in why_not() or "NVIDIA" in why_not()
-    monkeypatch.setattr(triton, "_no_device", lambda: "no device")
+    monkeypatch.setattr(triton, "why_no_triton", lambda: "no device")
     assert why_not() == "no device"
-    monkeypatch.setattr(triton, "_no_device", lambda: None)
+    monkeypatch.setattr(triton, "why_no_triton", lambda: None)
     assert not why_not(low, 128) and not why_not(full, 64)
     assert "bfloat16, float32" in why_not((*low[:2], *full[:1]))
     assert "float16" in why_not((jnp.float16,) * 3)
     assert "head dims" in why_not(low, 96)
     assert "float32 states" in why_not(low, state=jnp.bfloat16)
     assert "not 'cg'" in why_not(solver="cg")
-    monkeypatch.setattr(triton, "_capability", lambda: "8.6")
+    monkeypatch.setattr(triton, "compute_capability", lambda: "8.6")
     assert "shared memory" in why_not(full, 128)
     assert not why_not(full, 64) and not why_not(low, 128)
 
@@ -366,7 +379,7 @@ def check_step(case, jit: Any = jax.jit, error=1e-5, gradient_error=1e-4, **opti
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="it may run there")
 def test_refused_without_a_gpu():
     arrays, states, *_ = operator_case(T=1)
-    reason = r"pip install hmf-jax\[triton\]" if triton._MISSING else "NVIDIA GPU"
+    reason = r"pip install hmf-jax\[triton\]" if shared.MISSING else "NVIDIA GPU"
     with pytest.raises(ValueError, match=f"gka cannot run impl='triton' here.*{reason}"):
         gka(*arrays, initial_state=states, impl="triton")
     with pytest.raises(ValueError, match=f"gka_step cannot run impl='triton' here.*{reason}"):
@@ -378,13 +391,13 @@ def test_refused_without_a_gpu():
 def test_auto_prefers_it_to_chunked(monkeypatch):
     ran = []
 
-    def operator(q, *args, **kwargs):
-        ran.append(q.shape)
-        return q, args[-2:]
+    def operator(inputs, options):
+        ran.append(inputs.q.shape)
+        return inputs.q, (inputs.h_kk, inputs.h_kv)
 
-    monkeypatch.setattr(triton, "_no_device", lambda: None)
+    monkeypatch.setattr(triton, "why_no_triton", lambda: None)
     monkeypatch.setattr(triton, "gka_triton", operator)
-    monkeypatch.setattr(triton, "gka_decode", operator)
+    monkeypatch.setattr(triton_decode, "gka_decode", operator)
     arrays, states, *_ = operator_case(T=1)
     gka(*arrays, initial_state=states)
     gka_step(*(x[:, 0] for x in arrays), state=states)
@@ -419,14 +432,29 @@ def test_interpreted_decode(decay_kk):
     ],
 )
 def test_interpreted_operator(monkeypatch, T, options):
-    monkeypatch.setattr(triton, "_no_device", lambda: None)
+    monkeypatch.setattr(triton, "why_no_triton", lambda: None)
     check_operator(operator_case(T), jit=lambda f: f, **options)
 
 
 @needs_triton
 @pytest.mark.usefixtures("interpreter")
+def test_interpreted_lengths(monkeypatch):
+    """The same as segment ids of ones and zeros; rows of length 0 and T."""
+    monkeypatch.setattr(triton, "why_no_triton", lambda: None)
+    arrays, states, _, num_iter = operator_case(T=65)
+    lengths = jnp.asarray([0, 65, 9], jnp.int32)
+    ids = jnp.asarray(np.arange(65) < np.asarray(lengths)[:, None], jnp.int32)
+    run = partial(gka, *arrays, num_iter=num_iter, initial_state=states, impl="triton")
+    got, expected = run(lengths=lengths), run(segment_ids=ids)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.asarray(got[0])[np.asarray(ids) == 0].any()
+
+
+@needs_triton
+@pytest.mark.usefixtures("interpreter")
 def test_interpreted_step(monkeypatch):
-    monkeypatch.setattr(triton, "_no_device", lambda: None)
+    monkeypatch.setattr(triton, "why_no_triton", lambda: None)
     check_step(decode_case(), jit=lambda f: f, decay_kk=False, ridge=0.05, scale=1.3)
 
 
@@ -443,14 +471,16 @@ def test_compiles_without_a_gpu(monkeypatch, capability, dtype, D):
     args = prepared(case)
 
     def run(case: Case, args: tuple[Any, Any, Any, Any]):
-        states, final = triton.states(case["k"], case["k"], *args, case["initial"], dtype=dtype)
-        x, f = triton.solve(
+        states, final = triton_solver.states(
+            case["k"], case["k"], *args, case["initial"], dtype=dtype
+        )
+        x, f = triton_solver.solve(
             case["q"], case["k"], *args, states, case["num_iter"], None, ridge=RIDGE
         )
         return x, f, final
 
     arrays, num_iter, slots, states = decode_case(B=2, D=D, dtype=dtype)
-    step = partial(triton.decode, ridge=RIDGE, scale=1.0, decay_kk=True)
+    step = partial(decode, ridge=RIDGE, scale=1.0, decay_kk=True)
     step: Any = jax.jit(step, donate_argnums=(8, 9))
     names = ("gka_states", "gka_norm", "gka_solve", "gka_decode")
     programs = [(jax.jit(run), (case, args)), (step, (*arrays, num_iter, slots, *states))]
@@ -466,7 +496,7 @@ def test_gradient_compiles_without_a_gpu(monkeypatch, dtype):
 
     library = jax_triton.triton_lib.triton_kernel_call_lib
     monkeypatch.setattr(library, "get_compute_capability", lambda device: 80)
-    monkeypatch.setattr(triton, "_no_device", lambda: None)
+    monkeypatch.setattr(triton, "why_no_triton", lambda: None)
     arrays, states, segments, num_iter = operator_case(dtype=dtype)
 
     @jax.jit
@@ -489,7 +519,7 @@ def test_shard_map_splits_heads_without_collectives(monkeypatch):
 
     library = jax_triton.triton_lib.triton_kernel_call_lib
     monkeypatch.setattr(library, "get_compute_capability", lambda device: 80)
-    monkeypatch.setattr(triton, "_no_device", lambda: None)
+    monkeypatch.setattr(triton, "why_no_triton", lambda: None)
     shape = (2, 1, 2, 2)
     devices = np.asarray(jax.devices()[: math.prod(shape)]).reshape(shape)
     mesh = Mesh(devices, ("dp", "fsdp", "tp", "rep"))
@@ -577,7 +607,7 @@ def test_decode(D, dtype):
 def test_decode_in_place():
     """Donated states are updated where they are."""
     arrays, num_iter, slots, states = decode_case(B=64, S=64, D=128)
-    step = partial(triton.decode, ridge=RIDGE, scale=1.0, decay_kk=True)
+    step = partial(decode, ridge=RIDGE, scale=1.0, decay_kk=True)
     program = jax.jit(step, donate_argnums=(8, 9)).lower(*arrays, num_iter, slots, *states)
     memory: Any = program.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * states[0].nbytes

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.pallas_kernels.ssd import ssd, ssd_step
-from hmf_jax.pallas_kernels.ssd.jla import ssd as jla_ssd
+from hmf_jax.pallas_kernels import ssd, ssd_step
+from hmf_jax.pallas_kernels.ops.ssd.inputs import Inputs
+from hmf_jax.pallas_kernels.ops.ssd.jla import ssd as jla_ssd
 from tests.goldens import expected, golden
 from tests.kernels.recurrent_laws import RecurrentLaws, normal
 from tests.util import rel
@@ -92,7 +93,7 @@ def test_jla_adapter_maps_the_arguments():
     pytest.importorskip("jla.ops")
     arrays, state = TestSSD().arguments(T=70)
     doc = jnp.asarray([[0] * 30 + [1] * 40, [0] * 10 + [1] * 50 + [2] * 10])
-    y, final = jla_ssd(**arrays, state=state, doc=doc, kernel="chunked")
+    y, final = jla_ssd(Inputs(**arrays, state=state, doc=doc), kernel="chunked")
     expected = ssd(**arrays, initial_state=state, segment_ids=doc + 1, impl="chunked")
     assert rel(y, expected[0]) < 1e-4
     assert rel(final, expected[1]) < 1e-4

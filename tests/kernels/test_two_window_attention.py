@@ -13,12 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmf_jax.pallas_kernels.attention import chunked
-from hmf_jax.pallas_kernels.two_window_attention import (
-    cudnn,
-    two_window_attention,
-    two_window_decode,
-)
+from hmf_jax.pallas_kernels import two_window_attention, two_window_decode
+from hmf_jax.pallas_kernels.ops.attention import chunked
+from hmf_jax.pallas_kernels.ops.two_window_attention import cudnn
 from tests.goldens import expected, golden
 from tests.kernels.test_attention import (
     KEYWORDS,
@@ -361,7 +358,7 @@ def test_merged_passes_equal_reference(monkeypatch, window, lengths):
     monkeypatch.setattr(cudnn.cudnn, "with_lse", dense_pass)
     monkeypatch.setattr(cudnn, "_pass_backward", dense_pass_backward)
     monkeypatch.setattr(cudnn, "why_not", lambda *args: None)
-    kwargs = {"window": window, "kv_lengths": None if lengths is None else jnp.array(lengths)}
+    kwargs = {"window": window, "lengths": None if lengths is None else jnp.array(lengths)}
     ours, exact = (compiled(op(impl, **kwargs), *streams()) for impl in ("cudnn", "reference"))
     assert_close(ours, exact)
 
@@ -379,7 +376,7 @@ def test_prefill_lowers_to_two_cudnn_passes(cuda_lowering, monkeypatch):  # noqa
     backward = [line for line in calls if "fmhaSoftmaxBackward" in line]
     assert (len(calls), len(backward)) == (4, 2)
     assert all('"sliding_window_length": 8' in line for line in calls)
-    monkeypatch.setattr(cudnn, "_BACKWARD", None)
+    monkeypatch.setattr(cudnn, "_backward_pass", None)
     with pytest.raises(ValueError, match="hides the cuDNN passes"):
         op("cudnn", window=8)(*args)
 
@@ -388,7 +385,7 @@ def test_prefill_lowers_to_two_cudnn_passes(cuda_lowering, monkeypatch):  # noqa
 @pytest.mark.parametrize("lengths", [None, (300, 0, 77)])
 def test_cudnn_equals_reference(lengths):
     args = [jnp.asarray(x, jnp.bfloat16) for x in streams(3, 300, 8, 2, 128)]
-    kwargs = {"window": 64, "kv_lengths": None if lengths is None else jnp.array(lengths)}
+    kwargs = {"window": 64, "lengths": None if lengths is None else jnp.array(lengths)}
     ours = compiled(op("cudnn", **kwargs), *args)
     exact = value_and_grads(op("reference", **kwargs), *(x.astype(jnp.float32) for x in args))
     assert_close(ours, exact, 1e-2)

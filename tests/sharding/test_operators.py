@@ -79,6 +79,7 @@ def _decode_attention(q, k, v, mesh):
     return decode_attention(q, k, v, jnp.arange(q.shape[0]) + 3, mesh=mesh)
 
 
+LENGTHS = np.asarray([6, 0, 1, 4], np.int32)
 QKV = {"q": "bthd", "k": "btkd", "v": "btkd"}
 GKA = QKV | dict.fromkeys(("alpha", "g", "beta"), "bth") | {"h_kk": "bhde", "h_kv": "bhde"}
 GDN = QKV | dict.fromkeys(("g", "beta"), "bth") | {"s": "bhde"}
@@ -91,10 +92,10 @@ def _token(arrays: dict[str, str]) -> dict[str, str]:
     return {name: letters.replace("t", "") for name, letters in arrays.items()}
 
 
-def _conv(channels: Literal["h", "k"]) -> Case:
+def _conv(channels: Literal["h", "k"], **kw: Any) -> Case:
     arrays = {"x": "bt", "weight": "w", "bias": "", "initial_state": "bz"}
     arrays = {name: letters + channels for name, letters in arrays.items()}
-    call = partial(causal_conv1d, channels=channels)
+    call = partial(causal_conv1d, channels=channels, **kw)
     return Case(arrays, call, ("bt" + channels, "bz" + channels))
 
 
@@ -105,10 +106,14 @@ CASES = {
     "gated_delta_rule_step": Case(
         _token(GDN), partial(_gdn, gated_delta_rule_step), ("bhd", "bhde")
     ),
+    "gated_delta_rule lengths": Case(
+        GDN, partial(_gdn, gated_delta_rule, chunk_size=4, lengths=LENGTHS), ("bthd", "bhde")
+    ),
     "ssd": Case(SSD, partial(_ssd, ssd, chunk_size=4), ("bthd", "bhde")),
     "ssd_step": Case(_token(SSD), partial(_ssd, ssd_step), ("bhd", "bhde")),
     "causal_conv1d heads": _conv("h"),
     "causal_conv1d kv heads": _conv("k"),
+    "causal_conv1d lengths": _conv("h", lengths=LENGTHS),
     "attention": Case(QKV, attention, "bthd"),
     "attention window": Case(QKV, partial(attention, window=2), "bthd"),
     "two_window_attention": Case(QKV | FADING, partial(two_window_attention, window=2), "bthd"),
@@ -202,6 +207,19 @@ def test_backward_sums_only_what_is_shared(name: str, mesh_name: str) -> None:
 
 def _indices(x: jax.Array) -> list[Any]:
     return [shard.index for shard in x.addressable_shards]
+
+
+@pytest.mark.parametrize("op", [gated_delta_rule, ssd])
+def test_keys_of_all_heads_are_split_like_queries(op: Any) -> None:
+    """Where "rep" splits query heads further, keys that were expanded to all heads go along."""
+    mesh, all_heads = _mesh(REP), {"k": "h"}
+    arrays = GDN if op is gated_delta_rule else SSD
+    table = str.maketrans(all_heads)
+    case = Case({n: d.translate(table) for n, d in arrays.items()}, None, None)  # type: ignore
+    x = _inputs(case)
+    run = partial(_gdn if op is gated_delta_rule else _ssd, op, chunk_size=4)
+    for got, want in zip(run(**x, mesh=mesh), run(**x, mesh=None), strict=True):
+        assert rel(got, want) < 1e-5
 
 
 def test_a_batch_that_does_not_divide_stays_whole() -> None:
