@@ -45,10 +45,13 @@ def refill(tokens: Array, offset: Array, lengths: Array, skip: int, size: int, l
     return jnp.take_along_axis(tokens, entry[:, :, None, None], axis=1)
 
 
-def project(x: Array, proj: nnx.Linear, norm: RMSNorm | None, ctx: Context, D: int) -> Array:
-    """Project x to heads [B, T, H, D]; queries and keys are normalised, then rotated."""
+def project(
+    x: Array, proj: nnx.Linear, norm: RMSNorm | None, ctx: Context, D: int, *, rotate: bool
+) -> Array:
+    """Project x to heads [B, T, H, D]: normalised if there is a norm, then rotated if asked."""
     heads = split_heads(ctx.over_tokens(proj(x)), D)
-    return heads if norm is None else apply_rope(norm(heads), ctx.rope)
+    heads = heads if norm is None else norm(heads)
+    return apply_rope(heads, ctx.rope) if rotate else heads
 
 
 class Attention(Mixer):
@@ -73,9 +76,9 @@ class Attention(Mixer):
     def __call__(
         self, x: Array, ctx: Context, state: AttentionState | WindowState | None = None
     ) -> tuple[Array, AttentionState | WindowState | None]:
-        q = project(x, self.q_proj, self.q_norm, ctx, self.head_dim)
-        k = project(x, self.k_proj, self.k_norm, ctx, self.head_dim)
-        v = project(x, self.v_proj, None, ctx, self.head_dim)
+        q = project(x, self.q_proj, self.q_norm, ctx, self.head_dim, rotate=True)
+        k = project(x, self.k_proj, self.k_norm, ctx, self.head_dim, rotate=True)
+        v = project(x, self.v_proj, None, ctx, self.head_dim, rotate=False)
         attend = self._full if self.window is None else self._windowed
         o, state = attend(q, k, v, ctx, state)
         return self.o_proj(merge_heads(ctx.over_tokens(o))), state

@@ -46,19 +46,22 @@ class TwoWindowAttention(nnx.Module):
     ) -> tuple[Array, BMojoState | None]:
         """x, fading [B, T, d]; `inner` is the new state of the inner mixer."""
         D, tied = self.head_dim, self.tied
-        q = project(x, self.q_proj, self.q_norm, ctx, D)
-        q_fading = None if tied else project(x, self.q_proj_, self.q_norm_, ctx, D)
+        q = project(x, self.q_proj, self.q_norm, ctx, D, rotate=True)
+        q_fading = None
+        if not tied:
+            q_fading = project(x, self.q_proj_, self.q_norm_, ctx, D, rotate=True)
         if tied and x.shape[1] == 1:
             # One token's products are as long as reading their weights takes: read them once.
             both = jnp.stack([x, fading])
-            k, k_fading = project(both, self.k_proj, self.k_norm, ctx, D)
-            v, v_fading = project(both, self.v_proj, None, ctx, D)
+            k, k_fading = project(both, self.k_proj, self.k_norm, ctx, D, rotate=True)
+            v, v_fading = project(both, self.v_proj, None, ctx, D, rotate=False)
         else:
-            k = project(x, self.k_proj, self.k_norm, ctx, D)
-            v = project(x, self.v_proj, None, ctx, D)
+            k = project(x, self.k_proj, self.k_norm, ctx, D, rotate=True)
+            v = project(x, self.v_proj, None, ctx, D, rotate=False)
             k_proj, k_norm = (self.k_proj, self.k_norm) if tied else (self.k_proj_, self.k_norm_)
-            k_fading = project(fading, k_proj, k_norm, ctx, D)
-            v_fading = project(fading, self.v_proj if tied else self.v_proj_, None, ctx, D)
+            v_proj = self.v_proj if tied else self.v_proj_
+            k_fading = project(fading, k_proj, k_norm, ctx, D, rotate=True)
+            v_fading = project(fading, v_proj, None, ctx, D, rotate=False)
         attend = self._step if state is not None and x.shape[1] == 1 else self._prefill
         o, state = attend(q, k, v, q_fading, k_fading, v_fading, ctx, state, inner)
         return self.o_proj(merge_heads(ctx.over_tokens(o))), state
