@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.convert.verify import Report, run_case, verify_dir
+from hmf_jax.verify import Report, run_case, verify_dir
 from hmf_jax.loading import from_pretrained
 from tests.goldens import cases, expected, golden
 

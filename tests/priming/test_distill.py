@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from hmf_jax.config import SWAConfig
-from hmf_jax.convert.verify import run_stage1, verify_dir
+from hmf_jax.verify import run_stage1, verify_dir
 from hmf_jax.loading import flat_params, from_pretrained, save_pretrained
 from hmf_jax.priming import (
     DistillConfig,
