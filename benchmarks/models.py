@@ -23,11 +23,11 @@ from benchmarks.timing import SETS, device_time, milliseconds
 from hmf_jax.config import HybridConfig
 from hmf_jax.layers import rope_table
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
-from hmf_jax.mixers import Context, Mixer
+from hmf_jax.mixers import AttentionState, Context, Mixer
 from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.pallas_kernels import dispatch
 from hmf_jax.sharding import constrain, make_mesh, named_sharding
-from hmf_jax.state import AttentionState, ModelState
+from hmf_jax.state import ModelState
 
 Array = jax.Array
 MODELS = ("model", "ttft", "decode_throughput", "train_step", "mixer", "mixer_decode")

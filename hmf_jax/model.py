@@ -16,9 +16,9 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from hmf_jax.config import HybridConfig, streams
+from hmf_jax.config import HybridConfig
 from hmf_jax.layers import MLP, RMSNorm, linear, one_row_twice, rope_table
-from hmf_jax.mixers import Context, Mixer, make_mixer
+from hmf_jax.mixers import Context, Mixer, make_mixer, split_symbol
 from hmf_jax.pallas_kernels.segments import documents
 from hmf_jax.sharding import constrain, for_model, named_sharding
 from hmf_jax.state import ModelState
@@ -34,14 +34,14 @@ class Block(nnx.Module):
     """
 
     def __init__(self, symbol: str, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
-        kind, teacher = streams(symbol)
+        kind, teacher = split_symbol(symbol)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mixer = make_mixer(kind, config, dtype=dtype, rngs=rngs)
+        self.mixer = make_mixer(kind, config, config.sections, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype, rngs)
-        self.teacher = (
-            None if teacher is None else make_mixer(teacher, config, dtype=dtype, rngs=rngs)
-        )
+        self.teacher: Mixer | None = None
+        if teacher is not None:
+            self.teacher = make_mixer(teacher, config, config.sections, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
         """x [B, T, d] -> (the residual stream after the block, the mixer's output, new state)."""

@@ -43,10 +43,11 @@ from hmf_jax.loading import (
     save_pretrained,
     with_params,
 )
+from hmf_jax.mixers import AttentionState, BMojoState, WindowState
 from hmf_jax.model import HybridLM
 from hmf_jax.priming import make_distill_step, prime, unfuse
 from hmf_jax.priming.selection import swa_variant
-from hmf_jax.state import AttentionState, BMojoState, ModelState, WindowState
+from hmf_jax.state import ModelState
 from hmf_jax.training import TrainState, make_train_step
 
 WINDOW = 16  # tokens that sliding windows see; a question is about facts far behind them

@@ -15,10 +15,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hmf_jax.config import LAYER_KINDS
-from hmf_jax.convert import mapping
+from hmf_jax import table
 from hmf_jax.layers import exact, exact_dtype
-from hmf_jax.mixers import Context
+from hmf_jax.mixers import KINDS, Context
 from hmf_jax.model import Block, HybridLM
 from hmf_jax.sharding import constrain
 from hmf_jax.training.loss import next_token_loss
@@ -53,7 +52,7 @@ def select_parameters(model: HybridLM, trainable: str | Sequence[str] | None = N
     names = _template(model)[0].names
     if trainable is None:
         return list(names)
-    stored = {e.path: e.name for e in mapping.table(model.config)}
+    stored = {e.path: e.name for e in table.entries(model.config)}
     text = {path: f"{stored.get(path, '')} {path}" for path in names}
     given = trainable if isinstance(trainable, str) else ",".join(trainable)
     patterns = [p for p in map(str.strip, given.split(",")) if p]
@@ -222,11 +221,11 @@ def make_train_step(
         raise ValueError(f"max_grad_norm={max_grad_norm} must be positive; None does not clip.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
-    remat = dict.fromkeys(LAYER_KINDS, remat) if isinstance(remat, str) else dict(remat)
+    remat = dict.fromkeys(KINDS, remat) if isinstance(remat, str) else dict(remat)
     for kind, choice in remat.items():
-        if kind not in LAYER_KINDS or choice not in REMAT:
+        if kind not in KINDS or choice not in REMAT:
             raise ValueError(
-                f"remat {kind!r}: {choice!r} is unknown; kinds are {LAYER_KINDS}, choices "
+                f"remat {kind!r}: {choice!r} is unknown; kinds are {tuple(KINDS)}, choices "
                 f"{tuple(REMAT)}."
             )
 
