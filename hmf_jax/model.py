@@ -34,14 +34,15 @@ class Block(nnx.Module):
     """
 
     def __init__(self, symbol: str, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
+        def mixer(kind: str) -> Mixer:
+            return make_mixer(kind, config, config.sections, dtype=dtype, rngs=rngs)
+
         kind, teacher = split_symbol(symbol)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mixer = make_mixer(kind, config, config.sections, dtype=dtype, rngs=rngs)
+        self.mixer = mixer(kind)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype, rngs)
-        self.teacher: Mixer | None = None
-        if teacher is not None:
-            self.teacher = make_mixer(teacher, config, config.sections, dtype=dtype, rngs=rngs)
+        self.teacher = None if teacher is None else mixer(teacher)
 
     def __call__(self, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
         """x [B, T, d] -> (the residual stream after the block, the mixer's output, new state)."""
