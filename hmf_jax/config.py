@@ -200,29 +200,25 @@ class HybridConfig(Backbone):
         """The config.json object that the original loads.
 
         The mixer dicts also hold the derived geometry, because the original's serving plugin reads
-        it from there. A base model comes back as it was read, with what has changed since.
+        it from there. A base model comes back as it was read, or with what has changed since.
         """
         out = self._keys()
         if not self.is_stock:
             return out
-        read = json.loads(self.stock or "{}")
-        before = HybridConfig.from_dict(read)._keys()
-        changed = {k: v for k, v in out.items() if k not in before or before[k] != v}
-        gone = {k for k in before if k not in out}
-        if "rope_parameters" in changed:
-            gone |= set(families.LEGACY_ROPE)
-        elif "rope_parameters" not in read and any(k in read for k in families.LEGACY_ROPE):
-            del out["rope_parameters"]
-        if "torch_dtype" in read:
+        read, legacy = json.loads(self.stock or "{}"), families.LEGACY_ROPE
+        if "torch_dtype" in read and "dtype" not in read:
             del out["dtype"]
-        kept = {k: v for k, v in read.items() if k not in gone}
-        return dict(sorted({**out, **kept, **changed}.items()))
+        if HybridConfig.from_dict(read)._keys() != self._keys():
+            # One value may imply another: only what means nothing here stays as it was read.
+            read = {k: v for k, v in read.items() if k not in out and k not in legacy}
+        elif "rope_parameters" not in read and any(k in read for k in legacy):
+            del out["rope_parameters"]
+        return dict(sorted({**out, **read}.items()))
 
     def _keys(self) -> dict[str, Any]:
         """config.json with every key under its present name."""
         family, kinds = FAMILIES[self.family], [KINDS.get(symbol) for symbol in self.layer_kinds]
         out: dict[str, Any] = {
-            **family.constants,
             **families.backbone_keys(self, family),
             "dtype": "bfloat16",
             "hidden_act": "silu",
@@ -238,6 +234,7 @@ class HybridConfig(Backbone):
             for kind in kinds:
                 out |= kind.base_keys(self.sections) if kind else {}
         else:
+            out |= family.constants
             out["model_type"], out["architectures"] = family.hybrid, [family.architectures[0]]
             out["layer_types"] = list(self.layer_kinds)
             out["hybrid_override_pattern"] = self.hybrid_override_pattern
