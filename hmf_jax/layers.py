@@ -85,35 +85,6 @@ class RMSNorm(nnx.Module):
         return self.weight[...].astype(x.dtype) * rms(x, self.eps).astype(x.dtype)
 
 
-class OutputNorm(nnx.Module):
-    """RMSNorm over head_dim, then an optional SiLU gate: rms(x) * weight * silu(gate)."""
-
-    def __init__(self, size: int, eps: float, dtype):
-        self.weight = nnx.Param(jnp.ones(size, dtype), dims=(None,))
-        self.eps = eps
-
-    def __call__(self, x: Array, gate: Array | None) -> Array:
-        """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
-        y = rms(x, self.eps) * exact(self.weight[...])
-        if gate is not None:
-            y = y * jax.nn.silu(exact(gate))
-        return y.astype(x.dtype)
-
-
-class GatedGroupNorm(nnx.Module):
-    """Mamba2's output norm: gate first, then RMSNorm per head: rms(x * silu(gate)) * weight."""
-
-    def __init__(self, size: int, eps: float, dtype):
-        self.weight = nnx.Param(jnp.ones(size, dtype), dims=("heads",))
-        self.eps = eps
-
-    def __call__(self, x: Array, gate: Array) -> Array:
-        """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
-        y = rms(exact(x) * jax.nn.silu(exact(gate)), self.eps)
-        weight = exact(self.weight[...]).reshape(x.shape[-2:])
-        return (y * weight).astype(x.dtype)
-
-
 class MLP(nnx.Module):
     """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x))."""
 

@@ -11,12 +11,12 @@ from flax import nnx
 from hmf_jax.convert import rows
 from hmf_jax.convert.rows import Row
 from hmf_jax.layers import (
-    OutputNorm,
     decay_params,
     exact,
     exact_dtype,
     linear,
     merge_heads,
+    rms,
     split_heads,
 )
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
@@ -65,6 +65,21 @@ class ShortConv(nnx.Module):
         size, channels = self.weight.shape
         dim = "heads" if self.letter == "h" else "kv_heads"
         return zeros((batch, size - 1, channels), ("batch", None, dim), dtype, mesh)
+
+
+class OutputNorm(nnx.Module):
+    """RMSNorm over head_dim, then an optional SiLU gate: rms(x) * weight * silu(gate)."""
+
+    def __init__(self, size: int, eps: float, dtype):
+        self.weight = nnx.Param(jnp.ones(size, dtype), dims=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Array, gate: Array | None) -> Array:
+        """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
+        y = rms(x, self.eps) * exact(self.weight[...])
+        if gate is not None:
+            y = y * jax.nn.silu(exact(gate))
+        return y.astype(x.dtype)
 
 
 class LowRank(nnx.Module):

@@ -14,14 +14,15 @@ from flax import nnx
 from hmf_jax.convert import rows
 from hmf_jax.convert.rows import Row
 from hmf_jax.layers import (
-    GatedGroupNorm,
     RMSNorm,
     apply_rope,
     decay_params,
+    exact,
     exact_dtype,
     linear,
     log_decay,
     merge_heads,
+    rms,
     split_heads,
 )
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
@@ -55,6 +56,20 @@ class Mamba2State:
     conv_C: Array
     s: Array
     log_decay: Array
+
+
+class GatedGroupNorm(nnx.Module):
+    """The output norm: gate first, then RMSNorm per head: rms(x * silu(gate)) * weight."""
+
+    def __init__(self, size: int, eps: float, dtype):
+        self.weight = nnx.Param(jnp.ones(size, dtype), dims=("heads",))
+        self.eps = eps
+
+    def __call__(self, x: Array, gate: Array) -> Array:
+        """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
+        y = rms(exact(x) * jax.nn.silu(exact(gate)), self.eps)
+        weight = exact(self.weight[...]).reshape(x.shape[-2:])
+        return (y * weight).astype(x.dtype)
 
 
 class Mamba2(Mixer):
