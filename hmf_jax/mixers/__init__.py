@@ -146,5 +146,7 @@ def start(symbol: str, source: str, sections: Sections) -> Mapping[str, str] | N
     None if there is no way. `GATE` in place of a part stands for a mean of several.
     """
     starts = KINDS[symbol].starts
-    like = source if source in starts else KINDS[source].like
-    return starts[like](sections) if like in starts else None
+    for other in (source, KINDS[source].like):
+        if other is not None and other in starts:
+            return starts[other](sections)
+    return None
