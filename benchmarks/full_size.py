@@ -28,8 +28,10 @@ from flax import nnx
 import hmf_jax
 from benchmarks.models import Settings
 from benchmarks.rows import environment
+from hmf_jax import table
 from hmf_jax.config import HybridConfig
-from hmf_jax.convert import jax_to_hf, mapping
+from hmf_jax.convert import jax_to_hf
+from hmf_jax.convert.rows import Entry, by_tensor, tensor_shape
 from hmf_jax.convert.safetensors_io import DTYPES, Pending, dtype_name, write
 from hmf_jax.loading import flat_params
 from hmf_jax.model import HybridLM
@@ -130,10 +132,10 @@ def write_checkpoint(config: HybridConfig, directory: Path) -> None:
     rng = np.random.default_rng(0)
     normal = statistics.NormalDist(0, config.initializer_range)
     levels = np.array([normal.inv_cdf((i + 0.5) / 256) for i in range(256)], DTYPES["BF16"])
-    entries = mapping.table(config)
+    entries = table.entries(config)
     small = _small_parameters(config)
 
-    def value(entry: mapping.Entry) -> np.ndarray:
+    def value(entry: Entry) -> np.ndarray:
         if (x := small.get(_place(entry.path, config))) is not None:
             return (x.T if entry.transposed else x).reshape(entry.shape)
         out, step = np.empty(math.prod(entry.shape), levels.dtype), 1 << 22  # indices are 8 bytes
@@ -142,16 +144,16 @@ def write_checkpoint(config: HybridConfig, directory: Path) -> None:
             part[:] = levels[rng.integers(0, 256, part.size, np.uint8)]
         return out.reshape(entry.shape)
 
-    def tensor(name: str, blocks: list[mapping.Entry]) -> Pending:
+    def tensor(name: str, blocks: list[Entry]) -> Pending:
         x = small.get(_place(blocks[0].path, config))
         dtype = "BF16" if x is None else dtype_name(x.dtype)
         make = lambda: np.concatenate([value(e) for e in blocks])  # noqa: E731
-        return Pending(name, dtype, mapping.tensor_shape(blocks), make)
+        return Pending(name, dtype, tensor_shape(blocks), make)
 
-    tensors = [tensor(*item) for item in mapping.by_tensor(entries).items()]
+    tensors = [tensor(*item) for item in by_tensor(entries).items()]
     with jax_to_hf.replacing(directory, overwrite=False) as tmp:
         write(tmp, tensors)
-        jax_to_hf.write_config(tmp, config, "BF16")
+        jax_to_hf.write_config(tmp, config.to_dict(), "BF16")
 
 
 def _small_parameters(config: HybridConfig) -> dict[str, np.ndarray]:
@@ -159,7 +161,7 @@ def _small_parameters(config: HybridConfig) -> dict[str, np.ndarray]:
     kinds = tuple(dict.fromkeys(config.layer_kinds))
     one = dataclasses.replace(config, layer_kinds=kinds)
     matrices = {
-        e.path for e in mapping.table(one) if e.layout == "linear" or "embed_tokens" in e.path
+        e.path for e in table.entries(one) if e.layout == "linear" or "embed_tokens" in e.path
     }
 
     def make() -> dict[str, jax.Array]:

@@ -25,13 +25,13 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.engine import programs
 from hmf_jax.layers import rope_table
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
-from hmf_jax.mixers import Context, Mixer
+from hmf_jax.mixers import AttentionState, Context, Mixer
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
 from hmf_jax.pallas_kernels import dispatch
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.sharding import make_mesh, named_sharding
-from hmf_jax.state import AttentionState, ModelState
+from hmf_jax.state import ModelState
 
 Array = jax.Array
 MODELS = ("model", "ttft", "decode_throughput", "train_step", "mixer", "mixer_decode")

@@ -19,8 +19,8 @@ import optax
 from benchmarks import models
 from benchmarks.rows import Row
 from benchmarks.timing import device_time, milliseconds
-from hmf_jax.convert.mapping import PREFIX
 from hmf_jax.memory import device_bytes
+from hmf_jax.mixers import KINDS
 from hmf_jax.model import HybridLM
 from hmf_jax.sharding import BATCH_AXES
 from hmf_jax.training import TrainState, make_train_step, training_flops
@@ -53,7 +53,7 @@ def measure(op: str, s: models.Settings, remat: str, env: dict[str, Any]) -> Row
     if op == "lora_step":
         state = TrainState.create(apply_lora(model), optimizer, trainable="lora")
     else:
-        trainable = PREFIX[s.mixer] if op == "mixers_step" else None
+        trainable = KINDS[s.mixer].name if op == "mixers_step" else None
         state = TrainState.create(model, optimizer, trainable=trainable)
     del model  # its trained arrays: the state holds them in float32
     flops = training_flops(state, s.length)

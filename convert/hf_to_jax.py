@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
-from hmf_jax.config import HybridConfig
-from hmf_jax.convert import mapping
+from hmf_jax.convert.rows import Entry, by_tensor, tensor_shape
 from hmf_jax.convert.safetensors_io import DTYPES, Checkpoint
 
 THREADS = 4
@@ -29,9 +28,11 @@ _CHUNK = 1 << 26  # elements compared or scanned at a time
 
 def load(
     directory: str | Path,
-    config: HybridConfig,
+    entries: Sequence[Entry],
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
+    aliases: Mapping[str, str] | None = None,
+    copies: Mapping[str, str] | None = None,
     progress: bool = True,
     threads: int = THREADS,
 ) -> dict[str, jax.Array]:
@@ -39,8 +40,10 @@ def load(
 
     Args:
       directory: holds model*.safetensors (or is one such file).
-      config: decides which tensors there must be, and their shapes.
+      entries: the tensors that there must be, and the parameters that they become.
       abstract: parameter path -> shape, dtype to hold it in, and sharding (None: default device).
+      aliases: beginning of tensor names -> what the checkpoint may have in its place.
+      copies: tensors that it may hold although they equal another one -> that one.
       progress: show a bar with bytes and remaining time.
       threads: reader threads; host memory beyond the arrays is at most one tensor for each.
 
@@ -53,10 +56,9 @@ def load(
         wrong-shaped, of an unreadable dtype or not finite.
     """
     checkpoint = Checkpoint(directory)
-    entries = mapping.table(config)
     _check_abstract(entries, abstract)
-    tensors = mapping.by_tensor(entries)
-    renamed, problems = check(checkpoint, config)
+    tensors = by_tensor(entries)
+    renamed, problems = _check(checkpoint, tensors, aliases or {}, copies or {})
     if problems:
         problems += [_not_finite(n) for n in _scan(checkpoint, tensors, renamed)]
         raise ValueError(_message(directory, problems))
@@ -95,20 +97,25 @@ def load(
     return {e.path: params[e.path] for e in entries}
 
 
-def check(checkpoint: Checkpoint, config: HybridConfig) -> tuple[dict[str, str], list[str]]:
-    """Compares the checkpoint's headers with what the config needs.
+def _check(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Sequence[Entry]],
+    aliases: Mapping[str, str],
+    copies: Mapping[str, str],
+) -> tuple[dict[str, str], list[str]]:
+    """Compares the checkpoint's headers with what is needed.
 
     Returns:
       canonical name -> name in this checkpoint, where they differ; and one line per problem.
     """
-    tensors = mapping.by_tensor(mapping.table(config))
-    found = {n for n in checkpoint.tensors if not mapping.ignored(n)}
-    renamed = mapping.find(found, config)
+    # Old checkpoints store these buffers, which the config already determines.
+    found = {n for n in checkpoint.tensors if not n.endswith("rotary_emb.inv_freq")}
+    renamed = _renamed(found, aliases)
     used = {renamed.get(n, n) for n in tensors}
     problems = []
     for name, blocks in tensors.items():
         info = checkpoint.tensors.get(renamed.get(name, name))
-        shape = mapping.tensor_shape(blocks)
+        shape = tensor_shape(blocks)
         if info is None:
             problems.append(f"missing: {name} {list(shape)}")
         elif info.shape != shape:
@@ -116,12 +123,11 @@ def check(checkpoint: Checkpoint, config: HybridConfig) -> tuple[dict[str, str],
         elif info.dtype not in DTYPES:
             problems.append(f"wrong dtype: {name} is {info.dtype}; dequantize it to BF16 or F32")
     unexpected = sorted(found - used)
-    if config.tie_word_embeddings and "lm_head.weight" in unexpected:
-        unexpected.remove("lm_head.weight")
-        embed = "model.embed_tokens.weight"
-        if not problems and not _equal(checkpoint, "lm_head.weight", embed):
+    for name in [n for n in unexpected if n in copies]:
+        unexpected.remove(name)
+        if not problems and not _equal(checkpoint, name, copies[name]):
             problems.append(
-                "wrong value: lm_head.weight differs from model.embed_tokens.weight although "
+                f"wrong value: {name} differs from {copies[name]} although "
                 "tie_word_embeddings is true; set it to false in config.json"
             )
     for name in unexpected:
@@ -130,17 +136,27 @@ def check(checkpoint: Checkpoint, config: HybridConfig) -> tuple[dict[str, str],
     return renamed, problems
 
 
-def stored_dtypes(directory: str | Path, config: HybridConfig) -> dict[str, str]:
+def stored_dtypes(
+    directory: str | Path, entries: Sequence[Entry], *, aliases: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Canonical checkpoint name -> dtype ("BF16", "F32", ...) the tensor is stored in."""
     checkpoint = Checkpoint(directory)
-    renamed = mapping.find(set(checkpoint.tensors), config)
-    names = mapping.by_tensor(mapping.table(config))
-    found = {n: checkpoint.tensors.get(renamed.get(n, n)) for n in names}
+    renamed = _renamed(set(checkpoint.tensors), aliases or {})
+    found = {n: checkpoint.tensors.get(renamed.get(n, n)) for n in by_tensor(entries)}
     return {n: info.dtype for n, info in found.items() if info is not None}
 
 
+def _renamed(names: set[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Canonical tensor name -> name in a checkpoint that holds `names`, for names that differ."""
+    renamed = {}
+    for new, old in aliases.items():
+        if not any(n.startswith(new) for n in names):
+            renamed |= {new + n.removeprefix(old): n for n in names if n.startswith(old)}
+    return renamed
+
+
 def _place(
-    raw: np.ndarray, entry: mapping.Entry, target: jax.ShapeDtypeStruct
+    raw: np.ndarray, entry: Entry, target: jax.ShapeDtypeStruct
 ) -> tuple[jax.Array, jax.Array]:
     """One parameter from its checkpoint tensor, and whether all its values are finite."""
     block = raw[entry.start : entry.start + entry.shape[0]]
@@ -183,8 +199,8 @@ def _all_finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
 
 
-def _check_abstract(entries: list[mapping.Entry], abstract: Mapping[str, Any]) -> None:
-    """The model and the mapping table must agree; they come from the same config."""
+def _check_abstract(entries: Sequence[Entry], abstract: Mapping[str, Any]) -> None:
+    """The model and the table must agree; they come from the same config."""
     wanted = {e.path: e.parameter_shape for e in entries}
     given = {path: tuple(a.shape) for path, a in abstract.items()}
     if wanted != given:

@@ -7,16 +7,16 @@ import functools
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from hmf_jax.config import HybridConfig
-from hmf_jax.convert import mapping
+from hmf_jax.convert.rows import Entry, by_tensor, tensor_shape
 from hmf_jax.convert.safetensors_io import DTYPES, Pending, dtype_name, write
 
 # What travels with a model besides its weights and config.
@@ -34,7 +34,8 @@ _COMPANIONS = (
 
 def save(
     directory: str | Path,
-    config: HybridConfig,
+    config: Mapping[str, Any],
+    entries: Sequence[Entry],
     params: Mapping[str, jax.Array],
     *,
     dtypes: Mapping[str, str] | None = None,
@@ -47,7 +48,8 @@ def save(
 
     Args:
       directory: target; created by renaming a finished temporary directory next to it.
-      config: the model's config.
+      config: the object of config.json.
+      entries: the tensors to write, and the parameters that they are made of.
       params: parameter path -> array.
       dtypes: checkpoint name -> "BF16" | "F16" | "F32", e.g. those of the checkpoint the parameters
         came from; tensors it does not name keep the dtype they are held in.
@@ -60,7 +62,6 @@ def save(
       FileExistsError: the directory is not empty (and `overwrite` cannot help or is off).
       ValueError: parameters that are missing, unexpected, wrong-shaped or not finite, by name.
     """
-    entries = mapping.table(config)
     wanted = {e.path: e.parameter_shape for e in entries}
     problems = [f"missing: {p}" for p in wanted if p not in params]
     adapters = "  (an adapter: hmf_jax.training.merge_lora adds it to the weights first)"
@@ -74,13 +75,13 @@ def save(
     ]
     bad: list[str] = []
     pending = []
-    for name, blocks in mapping.by_tensor(entries).items() if not problems else ():
+    for name, blocks in by_tensor(entries).items() if not problems else ():
         held = dtype_name(np.result_type(*(params[e.path].dtype for e in blocks)))
         dtype = (dtypes or {}).get(name, held)
         if dtype not in DTYPES:
             raise ValueError(f"{name}: cannot write dtype {dtype!r}; use one of {list(DTYPES)}")
         make = functools.partial(_assemble, name, blocks, params, DTYPES[dtype], bad)
-        pending.append(Pending(name, dtype, mapping.tensor_shape(blocks), make))
+        pending.append(Pending(name, dtype, tensor_shape(blocks), make))
     if problems:
         raise ValueError(f"nothing written to {directory}:\n  " + "\n  ".join(problems))
 
@@ -98,9 +99,10 @@ def save(
             copy_companions(companions, tmp)
 
 
-def write_config(directory: Path, config: HybridConfig, dtype: str) -> None:
+def write_config(directory: Path, config: Mapping[str, Any], dtype: str) -> None:
     """config.json, whose `dtype` is that of the embeddings ("BF16", ...)."""
-    data = {**config.to_dict(), "dtype": DTYPES[dtype].name}
+    older = "torch_dtype" in config and "dtype" not in config
+    data = {**config, "torch_dtype" if older else "dtype": DTYPES[dtype].name}
     (directory / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
@@ -153,13 +155,13 @@ def replacing(directory: str | Path, overwrite: bool) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def tensors(config: HybridConfig, params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+def tensors(entries: Sequence[Entry], params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Checkpoint name -> tensor in the checkpoint's layout and the held dtype, on the host.
 
     `params` may be anything shaped like the parameters, for example their gradients.
     """
     out = {}
-    for name, blocks in mapping.by_tensor(mapping.table(config)).items():
+    for name, blocks in by_tensor(entries).items():
         dtype = np.result_type(*(params[e.path].dtype for e in blocks))
         out[name] = _assemble(name, blocks, params, dtype, [])
     return out
@@ -173,7 +175,7 @@ def _convert(x: jax.Array, transpose: bool, dtype: np.dtype) -> tuple[jax.Array,
 
 def _assemble(
     name: str,
-    blocks: list[mapping.Entry],
+    blocks: list[Entry],
     params: Mapping[str, jax.Array],
     dtype: np.dtype,
     bad: list[str],

@@ -9,10 +9,9 @@ positions of the parts overlap. Source: PICASO, arXiv 2502.17605.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,23 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hmf_jax.config import HybridConfig
 from hmf_jax.engine import Tokens, check_prompts
-from hmf_jax.mixers.attention import chronological, refill
+from hmf_jax.mixers import KINDS, Parts, kinds_within
+from hmf_jax.mixers.parts import Span
 from hmf_jax.model import HybridLM, PackedModel
-from hmf_jax.state import (
-    AttentionState,
-    BMojoState,
-    GKAState,
-    Mamba2State,
-    ModelState,
-    WindowState,
-)
+from hmf_jax.state import ModelState
 
-Array = jax.Array
 KV = ("concat", "last", "full")
 SSM = ("soup", "fuse", "zero")
 ROOM = 512  # tokens that fit after the context unless a capacity is given
-Span = tuple[int, int, int]  # row, first token, end
 
 
 def compose(
@@ -66,10 +58,11 @@ def compose(
       kv: keys and values of attention, with a window or without. "concat": of the prefix and all
         parts, one after the other; "last": of the prefix and the last part only; "full": of one
         ordinary pass over the whole context (without a prefix), the parts only make states.
-      ssm: states of all other layers. "soup": the mean over the parts; "fuse": for GKA the sum
-        (additive information), for Mamba2 the mean over all orders in which the parts could follow
-        each other (PICASO-S); "zero": nothing. Convolutions keep the mean of their last inputs,
-        with "zero" nothing. B'MOJO-F: kv for its windows, ssm for its inner mixer.
+      ssm: states of all other layers. "soup": the mean over the parts; "fuse": added up as their
+        kind does it, for GKA the sum (additive information), for Mamba2 the mean over all orders in
+        which the parts could follow each other (PICASO-S); "zero": nothing. Convolutions keep the
+        mean of their last inputs, with "zero" nothing. B'MOJO-F: kv for its windows, ssm for its
+        inner mixer.
       sequential: number the tokens of a part after those of the parts before. By default all parts
         start where the prefix ends, so that a long context needs no position that a part does not.
       capacity: tokens that the state can hold, those of the context included; default: 512 more.
@@ -81,7 +74,7 @@ def compose(
 
     Raises:
       ValueError: a bad argument, more chunks than tokens, a part beyond max_position_embeddings, or
-        "fuse" for Gated DeltaNet, whose transitions do not commute; nothing has run then.
+        "fuse" for a kind that cannot add states up (Gated DeltaNet); nothing has run then.
     """
     config = model.config
     (context,) = check_prompts([context], config.vocab_size)
@@ -95,11 +88,9 @@ def compose(
         raise ValueError("kv='full' reads the context once: let it start with the prefix instead.")
     if prefill_chunk < 1:
         raise ValueError(f"{prefill_chunk=} must be at least 1.")
-    kinds = set(config.student_kinds)
-    if "BMF" in kinds and config.bmojo is not None:
-        kinds.add(config.bmojo.ssm_mixer)
-    if ssm == "fuse" and "GDN" in kinds:
-        raise ValueError("Gated DeltaNet states cannot be fused; use ssm='soup'.")
+    for kind in kinds_within(config.student_kinds, config.sections) if ssm == "fuse" else ():
+        if not kind.fuses:
+            raise ValueError(f"{kind.label} states cannot be fused; use ssm='soup'.")
 
     parts = _cut(context, chunks, even=kv == "full")
     rows = [prefix + part for part in parts]
@@ -121,7 +112,7 @@ def compose(
     before = [0, *itertools.accumulate(map(len, parts))] if sequential else [0] * len(parts)
     state = feed(rows, [_positions(P, n, b) for n, b in zip(lengths, before, strict=False)])
     whole = feed([context], [np.arange(held)], capacity=capacity) if kv == "full" else None
-    return _merge(state, whole, tuple(spans), tuple(lengths), start, capacity, ssm)
+    return _merge(config, state, whole, tuple(spans), tuple(lengths), start, capacity, ssm)
 
 
 def _cut(context: list[int], chunks: int, even: bool) -> list[list[int]]:
@@ -168,8 +159,9 @@ def _prefill(packed, state, tokens, positions, valid, num_iter, impl):
     return state
 
 
-@partial(jax.jit, static_argnames=("spans", "lengths", "position", "capacity", "ssm"))
+@partial(jax.jit, static_argnames=("config", "spans", "lengths", "position", "capacity", "ssm"))
 def _merge(
+    config: HybridConfig,
     state: ModelState,
     whole: ModelState | None,
     spans: tuple[Span, ...],
@@ -180,100 +172,11 @@ def _merge(
 ) -> ModelState:
     """One row of the parts' rows; keys and values those of `whole`, if given, else of the spans."""
     held = sum(end - start for _, start, end in spans)
-
-    def gather(x: Array) -> Array:
-        x = jnp.concatenate([x[row, start:end] for row, start, end in spans])
-        return jnp.pad(x, ((0, capacity - held), (0, 0), (0, 0)))[None]
-
-    def newest(x: Array, size: int) -> Array:
-        """The last tokens of all spans [1, size, K, D], from those of each row [N, size, K, D]."""
-        tails = [x[row, size - min(size, end - start) :] for row, start, end in spans]
-        return jnp.pad(jnp.concatenate(tails), ((size, 0), (0, 0), (0, 0)))[None, -size:]
-
-    counts, total, at, none = (jnp.array(x, jnp.int32) for x in (lengths, [held], [position], [0]))
-
-    def ring(x: Array, lag: int, size: int) -> Array:
-        return refill(x, total, none, x.shape[1], size, lag)
-
-    def window(x: Array) -> Array:
-        W = x.shape[1]
-        return ring(newest(chronological(x, counts), W), 0, W)
-
-    def fading(x: Array, pending: Array) -> tuple[Array, Array]:
-        """Readable and pending entries, the readable ones being W tokens older."""
-        W = pending.shape[1]
-        both = [chronological(r, counts) for r in (x[:, W:], pending)]
-        both = newest(jnp.concatenate(both, axis=1), 2 * W)
-        return ring(both, W, W), ring(both, 0, W)
-
-    def merged(layer: Any, full: Any) -> Any:
-        match layer:
-            case AttentionState():
-                return full or AttentionState(gather(layer.k), gather(layer.v))
-            case WindowState():
-                return full or WindowState(window(layer.k), window(layer.v))
-            case BMojoState():
-                inner = _recurrent(layer.inner, ssm)
-                if full is not None:
-                    return dataclasses.replace(full, inner=inner)
-                W = layer.k_pending.shape[1]
-                (k, k_pending), (v, v_pending) = (
-                    fading(x, pending)
-                    for x, pending in ((layer.k, layer.k_pending), (layer.v, layer.v_pending))
-                )
-                k = jnp.concatenate([window(layer.k[:, :W]), k], axis=1)
-                v = jnp.concatenate([window(layer.v[:, :W]), v], axis=1)
-                return BMojoState(k, v, k_pending, v_pending, inner)
-        return _recurrent(layer, ssm)
-
-    fulls = [None] * len(state.layers) if whole is None else whole.layers
-    layers = tuple(map(merged, state.layers, fulls))
+    counts, total, at = (jnp.array(x, jnp.int32) for x in (lengths, [held], [position]))
+    parts = Parts(spans, counts, total, capacity, ssm)
+    wholes = [None] * len(state.layers) if whole is None else whole.layers
+    layers = tuple(
+        KINDS[symbol].compose(parts, config.sections, layer, full)
+        for symbol, layer, full in zip(config.student_kinds, state.layers, wholes, strict=True)
+    )
     return ModelState(layers, total, at, capacity, fresh=False)
-
-
-def _recurrent(layer: Any, ssm: str) -> Any:
-    """The states [N, ...] of a layer without keys and values made one [1, ...]."""
-
-    def over_rows(do: Callable[..., Array], x: Array) -> Array:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return do(x.astype(wide), axis=0, keepdims=True).astype(x.dtype)
-
-    if ssm == "zero":
-        return jax.tree.map(lambda x: jnp.zeros_like(x[:1]), layer)
-    mean = jax.tree.map(partial(over_rows, jnp.mean), layer)
-    if isinstance(layer, Mamba2State):
-        mean = dataclasses.replace(mean, log_decay=over_rows(jnp.sum, layer.log_decay))
-    if ssm == "soup":
-        return mean
-    if isinstance(layer, GKAState):
-        h_kk, h_kv = (over_rows(jnp.sum, x) for x in (layer.h_kk, layer.h_kv))
-        return dataclasses.replace(mean, h_kk=h_kk, h_kv=h_kv)
-    assert isinstance(layer, Mamba2State)
-    weights = picaso_weights(layer.log_decay)
-    return dataclasses.replace(mean, s=over_rows(jnp.sum, weights[..., None, None] * layer.s))
-
-
-def picaso_weights(log_decay: Array) -> Array:
-    """Weights of N states in their sum, averaged over all orders of their parts.
-
-    In one order, state i decays by what the parts after it decay: S <- a_next S + S_next. Over all
-    N! orders a state's weight is the mean over m of the elementary symmetric polynomials of the
-    other parts' decays, c_i = 1/N sum_m e_m({a_j, j != i}) / binom(N - 1, m) (PICASO-S).
-
-    Args:
-      log_decay: [N, ...] log a_i, what a part decays an earlier state by.
-
-    Returns:
-      [N, ...] c_i; computed in log space.
-    """
-    N = len(log_decay)
-    others = [[j for j in range(N) if j != i] for i in range(N)]
-    polynomials = jnp.full((N, N, *log_decay.shape[1:]), -jnp.inf, log_decay.dtype)
-    polynomials = polynomials.at[:, 0].set(0)  # [i, m]: log e_m of the parts so far
-    for step in range(N - 1):
-        a = log_decay[jnp.array([other[step] for other in others])]
-        longer = jnp.logaddexp(polynomials[:, 1:], a[:, None] + polynomials[:, :-1])
-        polynomials = polynomials.at[:, 1:].set(longer)
-    orders = jnp.log(jnp.array([N * math.comb(N - 1, m) for m in range(N)], log_decay.dtype))
-    orders = orders.reshape(1, N, *([1] * (log_decay.ndim - 1)))
-    return jnp.exp(jax.nn.logsumexp(polynomials - orders, axis=1))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hmf_jax.config import HybridConfig
+from hmf_jax.options import Backbone
 
 Array = jax.Array
 Dims = tuple[str | None, ...]
@@ -38,7 +38,7 @@ def linear(
     n_in: int,
     n_out: int,
     dims: Dims,
-    config: HybridConfig,
+    config: Backbone,
     dtype,
     rngs: nnx.Rngs,
     bias: bool = False,
@@ -85,43 +85,14 @@ class RMSNorm(nnx.Module):
         return self.weight[...].astype(x.dtype) * rms(x, self.eps).astype(x.dtype)
 
 
-class OutputNorm(nnx.Module):
-    """RMSNorm over head_dim, then an optional SiLU gate: rms(x) * weight * silu(gate)."""
-
-    def __init__(self, size: int, eps: float, dtype):
-        self.weight = nnx.Param(jnp.ones(size, dtype), dims=(None,))
-        self.eps = eps
-
-    def __call__(self, x: Array, gate: Array | None) -> Array:
-        """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
-        y = rms(x, self.eps) * exact(self.weight[...])
-        if gate is not None:
-            y = y * jax.nn.silu(exact(gate))
-        return y.astype(x.dtype)
-
-
-class GatedGroupNorm(nnx.Module):
-    """Mamba2's output norm: gate first, then RMSNorm per head: rms(x * silu(gate)) * weight."""
-
-    def __init__(self, size: int, eps: float, dtype):
-        self.weight = nnx.Param(jnp.ones(size, dtype), dims=("heads",))
-        self.eps = eps
-
-    def __call__(self, x: Array, gate: Array) -> Array:
-        """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
-        y = rms(exact(x) * jax.nn.silu(exact(gate)), self.eps)
-        weight = exact(self.weight[...]).reshape(x.shape[-2:])
-        return (y * weight).astype(x.dtype)
-
-
 class MLP(nnx.Module):
     """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x))."""
 
-    def __init__(self, config: HybridConfig, dtype, rngs: nnx.Rngs):
-        d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = linear(d, f, ("embed", "mlp"), config, dtype, rngs)
-        self.up_proj = linear(d, f, ("embed", "mlp"), config, dtype, rngs)
-        self.down_proj = linear(f, d, ("mlp", "embed"), config, dtype, rngs)
+    def __init__(self, config: Backbone, dtype, rngs: nnx.Rngs):
+        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = linear(d, f, ("embed", "mlp"), config, dtype, rngs, bias)
+        self.up_proj = linear(d, f, ("embed", "mlp"), config, dtype, rngs, bias)
+        self.down_proj = linear(f, d, ("mlp", "embed"), config, dtype, rngs, bias)
 
     def __call__(self, x: Array) -> Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -154,7 +125,7 @@ def decay_params(heads: int, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:
     return nnx.Param(jnp.log(A), dims=dims), nnx.Param(inverse_softplus, dims=dims)
 
 
-def rope_frequencies(config: HybridConfig) -> tuple[Array, float]:
+def rope_frequencies(config: Backbone) -> tuple[Array, float]:
     """Inverse frequencies float32 [D/2] and the factor that multiplies cos and sin.
 
     "default": theta^(-2i/D). "linear": divided by `factor`. "yarn" (Peng et al. 2023): slow
@@ -191,7 +162,7 @@ def rope_frequencies(config: HybridConfig) -> tuple[Array, float]:
     return frequency, temperature(1.0)
 
 
-def rope_table(positions: Array, config: HybridConfig) -> tuple[Array, Array]:
+def rope_table(positions: Array, config: Backbone) -> tuple[Array, Array]:
     """cos, sin float32 [B, T, 1, D/2] of rotary position embeddings for positions [B, T]."""
     frequency, scale = rope_frequencies(config)
     angle = positions[..., None, None].astype(jnp.float32) * frequency

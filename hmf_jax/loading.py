@@ -23,8 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import tqdm as hub_tqdm
 from jax.sharding import Mesh
 
+from hmf_jax import table
 from hmf_jax.config import HybridConfig
-from hmf_jax.convert import hf_to_jax, jax_to_hf, mapping
+from hmf_jax.convert import hf_to_jax, jax_to_hf
 from hmf_jax.convert.safetensors_io import DTYPES, dtype_name
 from hmf_jax.model import HybridLM
 from hmf_jax.parameters import abstract_params, flat_params, with_params
@@ -97,7 +98,14 @@ def from_pretrained(
     if _is_orbax(directory):
         params = _restore(directory, abstract)
     else:
-        params = hf_to_jax.load(directory, config, abstract, progress=progress)
+        params = hf_to_jax.load(
+            directory,
+            table.entries(config),
+            abstract,
+            aliases=table.aliases(config),
+            copies=table.copies(config),
+            progress=progress,
+        )
     model = with_params(model, params)
     model.source = str(directory)
     return model
@@ -132,7 +140,8 @@ def save_pretrained(
     source = source or model.source
     jax_to_hf.save(
         directory,
-        model.config,
+        model.config.to_dict(),
+        table.entries(model.config),
         flat_params(model),
         dtypes=_stored_dtypes(source, model.config),
         companions=source,
@@ -161,7 +170,7 @@ def save_orbax(
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp / _PARAMS, traverse_util.unflatten_dict(params, sep="."))
         embedding = dtype_name(params["embed_tokens.embedding"].dtype)
-        jax_to_hf.write_config(tmp, model.config, embedding)
+        jax_to_hf.write_config(tmp, model.config.to_dict(), embedding)
         if stored is not None:
             (tmp / _DTYPES).write_text(json.dumps(stored, indent=0) + "\n")
         if source is not None:
@@ -255,7 +264,13 @@ def _stored_dtypes(source: str | Path | None, config: HybridConfig) -> dict[str,
         return json.loads(file.read_text()) if file.is_file() else None
     if not directory.is_dir() or not any(directory.glob("model*.safetensors")):
         return None
-    return hf_to_jax.stored_dtypes(directory, config)
+    return _checkpoint_dtypes(directory, config)
+
+
+def _checkpoint_dtypes(directory: Path, config: HybridConfig) -> dict[str, str]:
+    """Checkpoint name -> dtype, of a Hugging Face directory."""
+    aliases = table.aliases(config)
+    return hf_to_jax.stored_dtypes(directory, table.entries(config), aliases=aliases)
 
 
 def _is_of_another_model(directory: Path, config: HybridConfig) -> bool:
@@ -270,10 +285,10 @@ def _held_dtypes(directory: Path, config: HybridConfig) -> dict[str, np.dtype]:
     if _is_orbax(directory):
         found = {path: np.dtype(a.dtype) for path, a in _orbax_metadata(directory).items()}
     else:
-        stored = hf_to_jax.stored_dtypes(directory, config)
+        stored = _checkpoint_dtypes(directory, config)
         found = {
             e.path: DTYPES.get(stored.get(e.name, "F32"), DTYPES["F32"])
-            for e in mapping.table(config)
+            for e in table.entries(config)
         }
     float32 = DTYPES["F32"]  # also what JAX makes of float64
     return {

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hmf_jax.config import HybridConfig, streams
-from hmf_jax.convert.mapping import num_parameters
+from hmf_jax.config import HybridConfig
+from hmf_jax.mixers import BASE, KINDS, split_symbol
 from hmf_jax.model import HybridLM
 from hmf_jax.parameters import abstract_params
 from hmf_jax.sharding import row_parts
 from hmf_jax.state import ModelState
+from hmf_jax.table import num_parameters
 
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -52,11 +53,14 @@ def state_memory(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS, *, 
     out: dict[int, StateMemory] = {}
     for context in contexts:
         state = jax.eval_shape(lambda n=context: model.init_state(1, n))
-        size = {"*": 0, "other": 0}
-        for kind, layer in zip(config.student_kinds, state.layers, strict=True):
-            leaves = jax.tree.leaves(layer)
-            size["*" if kind == "*" else "other"] += sum(x.size * x.dtype.itemsize for x in leaves)
-        out[context] = StateMemory(size["*"], size["other"])
+        growing = fixed = 0
+        for symbol, layer in zip(config.student_kinds, state.layers, strict=True):
+            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layer))
+            if KINDS[symbol].grows:
+                growing += size
+            else:
+                fixed += size
+        out[context] = StateMemory(growing, fixed)
     return out
 
 
@@ -142,7 +146,7 @@ def plan_memory(
 def memory_table(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS) -> str:
     """A text table: state of one bfloat16 sequence per context length, against pure attention."""
     hybrid = state_memory(config, contexts)
-    pure = dataclasses.replace(config, layer_kinds=("*",) * config.num_hidden_layers)
+    pure = dataclasses.replace(config, layer_kinds=(BASE,) * config.num_hidden_layers)
     transformer = state_memory(pure, contexts)
     lines = ["context   attention KV   fixed state        total   all attention   saved"]
     for n in contexts:
@@ -156,28 +160,15 @@ def memory_table(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS) -> 
 
 def describe(config: HybridConfig) -> str:
     """Layers, shapes and parameters of a model as text."""
-    names = {
-        "*": "full attention",
-        "SWA": "sliding-window attention",
-        "GKA": "Gated KalmaNet",
-        "GDN": "Gated DeltaNet",
-        "M2": "Mamba-2",
-        "BMF": "B'MOJO-F",
-    }
     c, parameters = config, num_parameters(config)
     kinds = sorted(set(c.layer_kinds), key=c.layer_kinds.index)
     lines = [f"{c.num_hidden_layers} layers: {c.hybrid_override_pattern}"]
     for symbol in kinds:
-        kind, teacher = streams(symbol)
-        name = names[kind]
-        if kind == "BMF" and c.bmojo is not None:
-            name += f", window {c.bmojo.window_size}, inner mixer {c.bmojo.ssm_mixer}"
-        if kind == "SWA" and c.swa is not None:
-            name += f", window {c.swa.window_size}"
-        if kind == "GKA" and c.gka is not None:
-            name += f", {c.gka.num_iter} Chebyshev iterations"
+        kind, teacher = split_symbol(symbol)
+        details = KINDS[kind].details(c.sections)
+        name = f"{KINDS[kind].label}, {details}" if details else KINDS[kind].label
         if teacher is not None:
-            name += f", learning from {names[teacher]}"
+            name += f", learning from {KINDS[teacher].label}"
         lines.append(f"  {c.layer_kinds.count(symbol):3d} x {symbol:3s}  {name}")
     lines += [
         f"hidden size {c.hidden_size}, {c.num_attention_heads} heads "

@@ -16,9 +16,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hmf_jax import parameters
-from hmf_jax.config import HybridConfig, streams
+from hmf_jax.config import HybridConfig
 from hmf_jax.layers import MLP, RMSNorm, linear, one_row_twice, rope_table
-from hmf_jax.mixers import Context, Mixer, make_mixer
+from hmf_jax.mixers import Context, Mixer, make_mixer, split_symbol
 from hmf_jax.mixers.base import abstract_zeros, zeros
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
 from hmf_jax.padding import arrange, restore, valid_first
@@ -37,14 +37,15 @@ class Block(nnx.Module):
     """
 
     def __init__(self, symbol: str, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
-        kind, teacher = streams(symbol)
+        def mixer(kind: str) -> Mixer:
+            return make_mixer(kind, config, config.sections, dtype=dtype, rngs=rngs)
+
+        kind, teacher = split_symbol(symbol)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mixer = make_mixer(kind, config, dtype=dtype, rngs=rngs)
+        self.mixer = mixer(kind)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype, rngs)
-        self.teacher = (
-            None if teacher is None else make_mixer(teacher, config, dtype=dtype, rngs=rngs)
-        )
+        self.teacher = None if teacher is None else mixer(teacher)
 
     def __call__(self, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
         """x [B, T, d] -> (the residual stream after the block, the mixer's output, new state)."""

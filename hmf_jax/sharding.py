@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hmf_jax.config import HybridConfig
+from hmf_jax.options import Backbone
 from hmf_jax.pallas_kernels.sharded import AXES, batch_axes, batch_parts
 
 BATCH_AXES = AXES.batch
@@ -61,7 +61,7 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(shape), ("dp", "fsdp", "sp", "tp"))
 
 
-def for_model(mesh: Mesh | None, config: HybridConfig) -> Mesh | None:
+def for_model(mesh: Mesh | None, config: Backbone) -> Mesh | None:
     """The mesh a model of this config runs on: axes ("dp", "fsdp", "sp", "tp", "rep").
 
     Args:

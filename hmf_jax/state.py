@@ -1,7 +1,8 @@
-"""What layers remember between calls: one small pytree per layer kind, static shapes.
+"""What a model remembers between calls: a state per layer, static shapes, and where its rows are.
 
-Recurrent states are float32 whatever the dtype of the model; convolution histories and keys and
-values have the model's dtype. Nothing here counts tokens: `ModelState.length` does, once per row.
+The state of a layer is a small pytree, defined beside its mixer. Recurrent states are float32
+whatever the dtype of the model; convolution histories and keys and values have the model's dtype.
+None of them counts tokens: `ModelState.length` does, once per row.
 """
 
 from __future__ import annotations
@@ -13,83 +14,6 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AttentionState:
-    """Keys (after norm and RoPE) and values by token index: [B, capacity, K, D]."""
-
-    k: Array
-    v: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WindowState:
-    """Ring of the last W keys and values, token i in slot i mod W: [B, W, K, D]."""
-
-    k: Array
-    v: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class GKAState:
-    """Gated KalmaNet: the last conv_size - 1 projections of q, k, v, and two float32 matrices.
-
-    conv_q [B, K-1, Hq*D], conv_k, conv_v [B, K-1, Hkv*D] (None where there is no convolution);
-    h_kk [B, H, D, D] key covariance, h_kv [B, H, D, D] (key dim, value dim).
-    """
-
-    conv_q: Array | None
-    conv_k: Array | None
-    conv_v: Array | None
-    h_kk: Array
-    h_kv: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class GDNState:
-    """Gated DeltaNet: convolution histories as in `GKAState`, s [B, H, D, D] (key, value)."""
-
-    conv_q: Array | None
-    conv_k: Array | None
-    conv_v: Array | None
-    s: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Mamba2State:
-    """Mamba2: convolution histories of x, B, C; s [B, H, P, N]; log_decay [B, H].
-
-    log_decay is the sum of dt * A over all tokens seen (state composition needs it).
-    """
-
-    conv_x: Array
-    conv_B: Array
-    conv_C: Array
-    s: Array
-    log_decay: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BMojoState:
-    """B'MOJO-F: rings of W entries, and the state of the inner mixer.
-
-    k, v [B, 2W, K, D] = [in-context ring (W) | readable fading ring (W)]; k_pending, v_pending
-    [B, W, K, D] hold the fading keys and values that become readable W tokens later. In each ring
-    token i sits in slot i mod W.
-    """
-
-    k: Array
-    v: Array
-    k_pending: Array
-    v_pending: Array
-    inner: Any
 
 
 @jax.tree_util.register_dataclass
@@ -127,3 +51,9 @@ class ModelState:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+
+def __getattr__(name: str) -> Any:
+    if name.endswith("State"):
+        raise ImportError(f"hmf_jax.state.{name} is now hmf_jax.mixers.{name}.")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

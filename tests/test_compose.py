@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import hmf_jax
-from hmf_jax.composition import compose, picaso_weights
+from hmf_jax.composition import compose
 from hmf_jax.mixers.attention import chronological
+from hmf_jax.mixers.mamba2 import picaso_weights
 from tests import goldens
 from tests.util import mesh_of, place, random_model, rel, tiny_config
 

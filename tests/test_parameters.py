@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from hmf_jax import loading, parameters
-from hmf_jax.convert import mapping
+from hmf_jax import loading, parameters, table
 from hmf_jax.model import HybridLM
 from hmf_jax.sharding import for_model, make_mesh
 from hmf_jax.training.lora import apply_lora
@@ -23,7 +22,7 @@ def test_paths_are_those_of_the_checkpoint_table_in_the_order_of_the_leaves():
     model = nnx.eval_shape(lambda: HybridLM(CONFIG))
     params = parameters.flat_params(model)
     assert list(params.values()) == jax.tree.leaves(model)
-    assert sorted(params) == sorted(entry.path for entry in mapping.table(CONFIG))
+    assert sorted(params) == sorted(entry.path for entry in table.entries(CONFIG))
     layers = [int(path.split(".")[1]) for path in params if path.startswith("layers.")]
     assert layers == sorted(layers) and layers[-1] == 11
     assert loading.flat_params is parameters.flat_params  # where it used to live

@@ -55,9 +55,9 @@ def verify(
 
     Exit code 0 only if every tensor agrees.
     """
-    from hmf_jax.convert.verify import verify_dir
     from hmf_jax.loading import from_pretrained
     from hmf_jax.priming import loss_and_gradients
+    from hmf_jax.verify import verify_dir
 
     def load(path: Path, dtype: Any) -> Any:
         return from_pretrained(path, dtype=dtype, progress=False)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hmf_jax.embedded import corpus
+from hmf_jax.mixers import AttentionState, BMojoState, WindowState
 from hmf_jax.model import HybridLM
-from hmf_jax.state import AttentionState, BMojoState, ModelState, WindowState
+from hmf_jax.state import ModelState
 
 
 def forget(state: ModelState, wanted: jax.Array) -> ModelState:

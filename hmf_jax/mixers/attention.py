@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hmf_jax.config import HybridConfig
+from hmf_jax.convert import rows
+from hmf_jax.convert.rows import Row
 from hmf_jax.layers import RMSNorm, apply_rope, linear, merge_heads, split_heads
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
+from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
+from hmf_jax.mixers.parts import Parts
+from hmf_jax.options import Backbone, check_int
 from hmf_jax.pallas_kernels import attention, decode_attention
-from hmf_jax.state import AttentionState, WindowState
 
 KV_DIMS = ("batch", None, "kv_heads", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class SWAConfig:
+    """Sliding-window attention: query i sees the `window_size` keys (i - window_size, i]."""
+
+    window_size: int = dataclasses.field(metadata={"example": "the original's example uses 512"})
+
+    def __post_init__(self) -> None:
+        check_int("swa_config.window_size", self.window_size, 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionState:
+    """Keys (after norm and RoPE) and values by token index: [B, capacity, K, D]."""
+
+    k: Array
+    v: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WindowState:
+    """Ring of the last W keys and values, token i in slot i mod W: [B, W, K, D]."""
+
+    k: Array
+    v: Array
 
 
 def write(buffer: Array, slots: Array, values: Array) -> Array:
@@ -45,10 +79,18 @@ def refill(tokens: Array, offset: Array, lengths: Array, skip: int, size: int, l
     return jnp.take_along_axis(tokens, entry[:, :, None, None], axis=1)
 
 
-def project(x: Array, proj: nnx.Linear, norm: RMSNorm | None, ctx: Context, D: int) -> Array:
-    """Project x to heads [B, T, H, D]; queries and keys are normalised, then rotated."""
+def project(
+    x: Array, proj: nnx.Linear, norm: RMSNorm | None, ctx: Context, D: int, *, rotate: bool
+) -> Array:
+    """Project x to heads [B, T, H, D]: normalised if there is a norm, then rotated if asked."""
     heads = split_heads(ctx.over_tokens(proj(x)), D)
-    return heads if norm is None else apply_rope(norm(heads), ctx.rope)
+    heads = heads if norm is None else norm(heads)
+    return apply_rope(heads, ctx.rope) if rotate else heads
+
+
+def head_norm(config: Backbone, dtype) -> RMSNorm | None:
+    """The norm of queries or of keys, where the backbone has one."""
+    return RMSNorm(config.head_dim, config.rms_norm_eps, dtype) if config.qk_norm else None
 
 
 class Attention(Mixer):
@@ -58,24 +100,22 @@ class Attention(Mixer):
     a window W it is a ring of W entries and query i sees keys i-W+1 .. i.
     """
 
-    def __init__(self, config: HybridConfig, *, dtype, rngs: nnx.Rngs, window: int | None = None):
+    def __init__(self, config: Backbone, *, dtype, rngs: nnx.Rngs, window: int | None = None):
         d, D = config.hidden_size, config.head_dim
-        nq, nk = config.num_attention_heads * D, config.num_key_value_heads * D
-        bias = config.attention_bias
+        nq, nk, bias = config.query_width, config.key_width, config.qkv_bias
         self.q_proj = linear(d, nq, ("embed", "heads"), config, dtype, rngs, bias)
         self.k_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs, bias)
         self.v_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs, bias)
-        self.o_proj = linear(nq, d, ("heads", "embed"), config, dtype, rngs, bias)
-        self.q_norm = RMSNorm(D, config.rms_norm_eps, dtype)
-        self.k_norm = RMSNorm(D, config.rms_norm_eps, dtype)
+        self.o_proj = linear(nq, d, ("heads", "embed"), config, dtype, rngs, config.o_bias)
+        self.q_norm, self.k_norm = head_norm(config, dtype), head_norm(config, dtype)
         self.kv_heads, self.head_dim, self.window = config.num_key_value_heads, D, window
 
     def __call__(
         self, x: Array, ctx: Context, state: AttentionState | WindowState | None = None
     ) -> tuple[Array, AttentionState | WindowState | None]:
-        q = project(x, self.q_proj, self.q_norm, ctx, self.head_dim)
-        k = project(x, self.k_proj, self.k_norm, ctx, self.head_dim)
-        v = project(x, self.v_proj, None, ctx, self.head_dim)
+        q = project(x, self.q_proj, self.q_norm, ctx, self.head_dim, rotate=True)
+        k = project(x, self.k_proj, self.k_norm, ctx, self.head_dim, rotate=True)
+        v = project(x, self.v_proj, None, ctx, self.head_dim, rotate=False)
         attend = self._full if self.window is None else self._windowed
         o, state = attend(q, k, v, ctx, state)
         return self.o_proj(merge_heads(ctx.over_tokens(o))), state
@@ -128,3 +168,95 @@ class Attention(Mixer):
         size = capacity if self.window is None else self.window
         shape = (batch, size, self.kv_heads, self.head_dim)
         return cls(zeros(shape, KV_DIMS, dtype, mesh), zeros(shape, KV_DIMS, dtype, mesh))
+
+
+def qkv_rows(config: Backbone, suffix: str = "") -> list[Row]:
+    """Projections and norms of q, k and v, with `suffix` behind their names."""
+    d, nq, nk, bias = config.hidden_size, config.query_width, config.key_width, config.qkv_bias
+    found = [
+        *rows.linear(nq, d, f"q_proj{suffix}", bias),
+        *rows.linear(nk, d, f"k_proj{suffix}", bias),
+        *rows.linear(nk, d, f"v_proj{suffix}", bias),
+    ]
+    if config.qk_norm:
+        found += rows.vector(config.head_dim, f"q_norm{suffix}.weight", f"k_norm{suffix}.weight")
+    return found
+
+
+def attention_rows(config: Backbone, sections: Sections | None = None) -> list[Row]:
+    """All parameters of `Attention`."""
+    o_proj = rows.linear(config.hidden_size, config.query_width, "o_proj", config.o_bias)
+    return qkv_rows(config) + o_proj
+
+
+def as_ring(tokens: Array, total: Array, size: int, lag: int) -> Array:
+    """The ring of `size` entries of a row of `total` tokens [1], from its newest tokens."""
+    return refill(tokens, total, jnp.zeros_like(total), tokens.shape[1], size, lag)
+
+
+def composed_ring(parts: Parts, ring: Array) -> Array:
+    """One ring [1, W, K, D] of the rings [N, W, K, D] that the parts left behind."""
+    W = ring.shape[1]
+    return as_ring(parts.newest(chronological(ring, parts.counts), W), parts.total, W, 0)
+
+
+def _compose_full(parts: Parts, sections: Sections, state: Any, whole: Any) -> AttentionState:
+    return whole or AttentionState(parts.gather(state.k), parts.gather(state.v))
+
+
+def _compose_windows(parts: Parts, sections: Sections, state: Any, whole: Any) -> WindowState:
+    return whole or WindowState(composed_ring(parts, state.k), composed_ring(parts, state.v))
+
+
+def _make_windowed(config: Backbone, sections: Sections, *, dtype, rngs: nnx.Rngs) -> Mixer:
+    return Attention(config, dtype=dtype, rngs=rngs, window=sections["swa"].window_size)
+
+
+def _take_window(top: dict[str, Any]) -> dict[str, Any] | None:
+    """swa_config, or else the window that the base model has (use_sliding_window)."""
+    window = top.pop("sliding_window", None)
+    window = window if top.pop("use_sliding_window", False) else None
+    top.pop("max_window_layers", None)
+    stored = top.pop("swa_config", None) or {}
+    return None if stored.get("window_size", window) is None else {"window_size": window, **stored}
+
+
+FULL = Kind(
+    symbol=BASE,
+    label="full attention",
+    name="self_attn",
+    make=lambda config, sections, *, dtype, rngs: Attention(config, dtype=dtype, rngs=rngs),
+    rows=attention_rows,
+    compose=_compose_full,
+    fuses=True,
+    sees=lambda sections, length: length,
+    grows=True,
+    layer_type="full_attention",
+)
+WINDOWED = Kind(
+    symbol="SWA",
+    label="sliding-window attention",
+    name="swa",
+    make=_make_windowed,
+    rows=attention_rows,
+    section=Section(
+        attribute="swa",
+        key="swa_config",
+        type=SWAConfig,
+        missing=(
+            "the pattern has SWA layers but no window: set swa_config.window_size "
+            "(the original's layer-selection recipe uses 2048)"
+        ),
+        take=_take_window,
+    ),
+    details=lambda sections: f"window {sections['swa'].window_size}",
+    like=BASE,
+    compose=_compose_windows,
+    fuses=True,
+    sees=lambda sections, length: sections["swa"].window_size,
+    layer_type="sliding_attention",
+    base_keys=lambda sections: {
+        "use_sliding_window": True,
+        "sliding_window": sections["swa"].window_size,
+    },
+)

@@ -7,58 +7,119 @@ Source: B'MOJO, arXiv 2407.06324.
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hmf_jax.config import HybridConfig
-from hmf_jax.layers import RMSNorm, linear, merge_heads
-from hmf_jax.mixers.attention import KV_DIMS, chronological, project, refill, write
+from hmf_jax.convert import rows
+from hmf_jax.convert.rows import Row
+from hmf_jax.layers import linear, merge_heads
+from hmf_jax.mixers.attention import (
+    KV_DIMS,
+    as_ring,
+    attention_rows,
+    chronological,
+    composed_ring,
+    head_norm,
+    project,
+    qkv_rows,
+    refill,
+    write,
+)
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
+from hmf_jax.mixers.gdn import GDN
+from hmf_jax.mixers.gka import GKA
+from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
+from hmf_jax.mixers.mamba2 import M2
+from hmf_jax.mixers.parts import Parts
+from hmf_jax.options import Backbone, check_int
 from hmf_jax.pallas_kernels import two_window_attention, two_window_decode
-from hmf_jax.state import BMojoState
+
+INNER = {kind.symbol: kind for kind in (M2, GDN, GKA)}  # what can make the fading tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class BMojoConfig:
+    """B'MOJO-F settings (`bmojo_config`); `ssm_mixer` is the layer symbol of the inner mixer."""
+
+    window_size: int = 2048
+    tie_attn_weights: bool = True
+    ssm_mixer: str = "M2"
+
+    def __post_init__(self) -> None:
+        check_int("bmojo_config.window_size", self.window_size, 1)
+        if self.ssm_mixer not in INNER:
+            symbols = {name: kind.symbol for kind in INNER.values() for name in kind.aliases}
+            symbol = symbols.get(str(self.ssm_mixer).lower())
+            if symbol is None:
+                raise ValueError(
+                    f"bmojo_config.ssm_mixer {self.ssm_mixer!r} is unknown; use one of "
+                    f"{', '.join(sorted(symbols))}"
+                )
+            object.__setattr__(self, "ssm_mixer", symbol)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BMojoState:
+    """B'MOJO-F: rings of W entries, and the state of the inner mixer.
+
+    k, v [B, 2W, K, D] = [in-context ring (W) | readable fading ring (W)]; k_pending, v_pending
+    [B, W, K, D] hold the fading keys and values that become readable W tokens later. In each ring
+    token i sits in slot i mod W.
+    """
+
+    k: Array
+    v: Array
+    k_pending: Array
+    v_pending: Array
+    inner: Any
 
 
 class TwoWindowAttention(nnx.Module):
     """Joint softmax over both windows. Untied weights (names ending in _) serve the fading one."""
 
-    def __init__(self, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
-        c = config.bmojo
-        assert c is not None
-        d, D = config.hidden_size, config.head_dim
-        nq, nk = config.num_attention_heads * D, config.num_key_value_heads * D
-        bias, eps = config.attention_bias, config.rms_norm_eps
+    def __init__(self, config: Backbone, c: BMojoConfig, *, dtype, rngs: nnx.Rngs):
+        d, nq, nk = config.hidden_size, config.query_width, config.key_width
 
         def proj(n: int, dim: str) -> nnx.Linear:
-            return linear(d, n, ("embed", dim), config, dtype, rngs, bias)
+            return linear(d, n, ("embed", dim), config, dtype, rngs, config.qkv_bias)
 
-        self.q_proj, self.q_norm = proj(nq, "heads"), RMSNorm(D, eps, dtype)
-        self.k_proj, self.k_norm = proj(nk, "kv_heads"), RMSNorm(D, eps, dtype)
+        self.q_proj, self.q_norm = proj(nq, "heads"), head_norm(config, dtype)
+        self.k_proj, self.k_norm = proj(nk, "kv_heads"), head_norm(config, dtype)
         self.v_proj = proj(nk, "kv_heads")
-        self.o_proj = linear(nq, d, ("heads", "embed"), config, dtype, rngs, bias)
+        self.o_proj = linear(nq, d, ("heads", "embed"), config, dtype, rngs, config.o_bias)
         if not c.tie_attn_weights:
-            self.q_proj_, self.q_norm_ = proj(nq, "heads"), RMSNorm(D, eps, dtype)
-            self.k_proj_, self.k_norm_ = proj(nk, "kv_heads"), RMSNorm(D, eps, dtype)
+            self.q_proj_, self.q_norm_ = proj(nq, "heads"), head_norm(config, dtype)
+            self.k_proj_, self.k_norm_ = proj(nk, "kv_heads"), head_norm(config, dtype)
             self.v_proj_ = proj(nk, "kv_heads")
-        self.tied, self.window, self.head_dim = c.tie_attn_weights, c.window_size, D
+        self.tied, self.window, self.head_dim = c.tie_attn_weights, c.window_size, config.head_dim
 
     def __call__(
         self, x: Array, fading: Array, ctx: Context, state: BMojoState | None, inner
     ) -> tuple[Array, BMojoState | None]:
         """x, fading [B, T, d]; `inner` is the new state of the inner mixer."""
         D, tied = self.head_dim, self.tied
-        q = project(x, self.q_proj, self.q_norm, ctx, D)
-        q_fading = None if tied else project(x, self.q_proj_, self.q_norm_, ctx, D)
+        q = project(x, self.q_proj, self.q_norm, ctx, D, rotate=True)
+        q_fading = None
+        if not tied:
+            q_fading = project(x, self.q_proj_, self.q_norm_, ctx, D, rotate=True)
         if tied and x.shape[1] == 1:
             # One token's products are as long as reading their weights takes: read them once.
             both = jnp.stack([x, fading])
-            k, k_fading = project(both, self.k_proj, self.k_norm, ctx, D)
-            v, v_fading = project(both, self.v_proj, None, ctx, D)
+            k, k_fading = project(both, self.k_proj, self.k_norm, ctx, D, rotate=True)
+            v, v_fading = project(both, self.v_proj, None, ctx, D, rotate=False)
         else:
-            k = project(x, self.k_proj, self.k_norm, ctx, D)
-            v = project(x, self.v_proj, None, ctx, D)
+            k = project(x, self.k_proj, self.k_norm, ctx, D, rotate=True)
+            v = project(x, self.v_proj, None, ctx, D, rotate=False)
             k_proj, k_norm = (self.k_proj, self.k_norm) if tied else (self.k_proj_, self.k_norm_)
-            k_fading = project(fading, k_proj, k_norm, ctx, D)
-            v_fading = project(fading, self.v_proj if tied else self.v_proj_, None, ctx, D)
+            v_proj = self.v_proj if tied else self.v_proj_
+            k_fading = project(fading, k_proj, k_norm, ctx, D, rotate=True)
+            v_fading = project(fading, v_proj, None, ctx, D, rotate=False)
         attend = self._step if state is not None and x.shape[1] == 1 else self._prefill
         o, state = attend(q, k, v, q_fading, k_fading, v_fading, ctx, state, inner)
         return self.o_proj(merge_heads(ctx.over_tokens(o))), state
@@ -135,9 +196,9 @@ class TwoWindowAttention(nnx.Module):
 class BMojo(Mixer):
     """An inner mixer makes the fading tokens; two-window attention reads them and x."""
 
-    def __init__(self, config: HybridConfig, inner, *, dtype, rngs: nnx.Rngs):
-        self.inner = inner(config, dtype=dtype, rngs=rngs)
-        self.bmojo_attn = TwoWindowAttention(config, dtype=dtype, rngs=rngs)
+    def __init__(self, config: Backbone, c: BMojoConfig, inner: Mixer, *, dtype, rngs: nnx.Rngs):
+        self.inner = inner
+        self.bmojo_attn = TwoWindowAttention(config, c, dtype=dtype, rngs=rngs)
         self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
 
     def __call__(
@@ -156,3 +217,94 @@ class BMojo(Mixer):
 
         inner = self.inner.init_state(batch, capacity, dtype, mesh)
         return BMojoState(ring(2 * W), ring(2 * W), ring(W), ring(W), inner)
+
+
+def _inner(sections: Sections) -> Kind:
+    return INNER[sections["bmojo"].ssm_mixer]
+
+
+def _make(config: Backbone, sections: Sections, *, dtype, rngs: nnx.Rngs) -> BMojo:
+    inner = _inner(sections).make(config, sections, dtype=dtype, rngs=rngs)
+    return BMojo(config, sections["bmojo"], inner, dtype=dtype, rngs=rngs)
+
+
+def _rows(config: Backbone, sections: Sections) -> list[Row]:
+    inner, found = _inner(sections), attention_rows(config)
+    if not sections["bmojo"].tie_attn_weights:
+        found += qkv_rows(config, "_")
+    inner_rows = rows.under(inner.name, inner.rows(config, sections), "inner")
+    return rows.under("bmojo_attn", found) + inner_rows
+
+
+def _from_attention(sections: Sections) -> dict[str, str]:
+    """Both windows start from the attention of the base, and so does the inner mixer."""
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    found = {f"bmojo_attn.{part}{suffix}": part for part in parts for suffix in ("", "_")}
+    inner = _inner(sections).starts[BASE](sections)
+    return found | {f"inner.{part}": source for part, source in inner.items()}
+
+
+def _compose(parts: Parts, sections: Sections, state: Any, whole: Any) -> BMojoState:
+    """Windows as those of attention, the inner mixer's state as its kind does it."""
+    inner = _inner(sections).compose(parts, sections, state.inner, None)
+    if whole is not None:
+        return dataclasses.replace(whole, inner=inner)
+    W = state.k_pending.shape[1]
+
+    def fading(ring: Array, pending: Array) -> tuple[Array, Array]:
+        """Readable and pending entries, the readable ones being W tokens older."""
+        both = [chronological(r, parts.counts) for r in (ring[:, W:], pending)]
+        both = parts.newest(jnp.concatenate(both, axis=1), 2 * W)
+        return as_ring(both, parts.total, W, W), as_ring(both, parts.total, W, 0)
+
+    (k, k_pending), (v, v_pending) = (
+        fading(ring, pending)
+        for ring, pending in ((state.k, state.k_pending), (state.v, state.v_pending))
+    )
+    k = jnp.concatenate([composed_ring(parts, state.k[:, :W]), k], axis=1)
+    v = jnp.concatenate([composed_ring(parts, state.v[:, :W]), v], axis=1)
+    return BMojoState(k, v, k_pending, v_pending, inner)
+
+
+def _details(sections: Sections) -> str:
+    c = sections["bmojo"]
+    return f"window {c.window_size}, inner mixer {c.ssm_mixer}"
+
+
+def _uses(sections: Sections, parameter: str) -> int:
+    """With tied weights, the keys and values of both windows are projected by the same ones."""
+    tied = sections["bmojo"].tie_attn_weights
+    return 2 if tied and re.match(r"bmojo_attn\.[kv]_proj\.", parameter) else 1
+
+
+BMF = Kind(
+    symbol="BMF",
+    label="B'MOJO-F",
+    name="bmojo_f",
+    make=_make,
+    rows=_rows,
+    section=Section(
+        attribute="bmojo",
+        key="bmojo_config",
+        type=BMojoConfig,
+        ask=(
+            "the pattern has BMF layers: give their settings, bmojo={window_size, "
+            "tie_attn_weights, ssm_mixer} (the released model: 2048, true, gka)"
+        ),
+        geometry=lambda config: {
+            "hidden_size": config.hidden_size,
+            "head_dim": config.head_dim,
+            "num_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+        },
+        derived=lambda config, layers: {"rms_norm_eps": config.rms_norm_eps},
+        write=lambda c: {"ssm_mixer": INNER[c.ssm_mixer].aliases[0]},
+    ),
+    details=_details,
+    inner=lambda sections: (sections["bmojo"].ssm_mixer,),
+    starts={BASE: _from_attention},
+    compose=_compose,
+    fuses=True,  # the inner mixer is asked by itself
+    sees=lambda sections, length: 2 * sections["bmojo"].window_size,
+    uses=_uses,
+)

@@ -2,15 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 from flax import nnx
 
-from hmf_jax.config import GDNConfig, HybridConfig
+from hmf_jax.convert import rows
+from hmf_jax.convert.rows import Row
 from hmf_jax.layers import exact, linear, log_decay, split_heads
 from hmf_jax.mixers.base import Array, Context
-from hmf_jax.mixers.linear import GatedLinearMixer, l2_normalize
+from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
+from hmf_jax.mixers.linear import (
+    FROM_ATTENTION,
+    GatedLinearMixer,
+    gated_linear_rows,
+    geometry,
+    l2_normalize,
+)
+from hmf_jax.options import Backbone, check_int, check_rank
 from hmf_jax.pallas_kernels import gated_delta_rule, gated_delta_rule_step
-from hmf_jax.state import GDNState
+
+
+@dataclasses.dataclass(frozen=True)
+class GDNConfig:
+    """Gated DeltaNet settings (`gdn_config`); the names are those of config.json."""
+
+    use_gate: bool = True
+    use_short_conv: bool = True
+    allow_neg_eigval: bool = False
+    conv_size: int = 4
+    conv_bias: bool = False
+    norm_eps: float = 1e-5
+    kv_proj_rank: int | None = None
+    kv_learnable_residual: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("gdn_config.conv_size", self.conv_size, 1)
+        check_rank("gdn_config.kv_proj_rank", self.kv_proj_rank)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GDNState:
+    """Gated DeltaNet: the last conv_size - 1 projections of q, k, v, and a float32 matrix.
+
+    conv_q [B, K-1, Hq*D], conv_k, conv_v [B, K-1, Hkv*D] (None where there is no convolution);
+    s [B, H, D, D] (key dim, value dim).
+    """
+
+    conv_q: Array | None
+    conv_k: Array | None
+    conv_v: Array | None
+    s: Array
 
 
 class GatedDeltaNet(GatedLinearMixer):
@@ -21,9 +64,7 @@ class GatedDeltaNet(GatedLinearMixer):
 
     c: GDNConfig
 
-    def __init__(self, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
-        c = config.gdn
-        assert c is not None
+    def __init__(self, config: Backbone, c: GDNConfig, *, dtype, rngs: nnx.Rngs):
         convs = (c.use_short_conv, c.use_short_conv, c.use_short_conv)
         super().__init__(config, c, dtype=dtype, rngs=rngs, convs=convs, conv_bias=c.conv_bias)
         d, H = config.hidden_size, config.num_attention_heads
@@ -67,3 +108,25 @@ class GatedDeltaNet(GatedLinearMixer):
     def init_state(self, batch: int, capacity: int, dtype, mesh) -> GDNState:
         """Zeros; the size does not depend on capacity."""
         return GDNState(*self.conv_states(batch, dtype, mesh), self.matrix(batch, dtype, mesh))
+
+
+def _rows(config: Backbone, sections: Sections) -> list[Row]:
+    c = sections["gdn"]
+    convs = "qkv" if c.use_short_conv else ""
+    found = gated_linear_rows(config, c, decay="gk_proj", convs=convs, conv_bias=c.conv_bias)
+    return found + rows.linear(config.num_attention_heads, config.hidden_size, "b_proj")
+
+
+GDN = Kind(
+    symbol="GDN",
+    label="Gated DeltaNet",
+    name="gdn",
+    make=lambda config, sections, *, dtype, rngs: GatedDeltaNet(
+        config, sections["gdn"], dtype=dtype, rngs=rngs
+    ),
+    rows=_rows,
+    section=Section(attribute="gdn", key="gdn_config", type=GDNConfig, geometry=geometry),
+    aliases=("gdn", "gated_deltanet"),
+    starts={BASE: lambda sections: FROM_ATTENTION},
+    fuses=False,  # its transitions do not commute
+)

@@ -2,15 +2,78 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 from flax import nnx
 
-from hmf_jax.config import GKAConfig, HybridConfig
+from hmf_jax.convert import rows
+from hmf_jax.convert.rows import Row
 from hmf_jax.layers import exact, linear, log_decay, split_heads
 from hmf_jax.mixers.base import Array, Context
-from hmf_jax.mixers.linear import GatedLinearMixer, l2_normalize
+from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
+from hmf_jax.mixers.linear import (
+    FROM_ATTENTION,
+    QKVO,
+    GatedLinearMixer,
+    gated_linear_rows,
+    geometry,
+    l2_normalize,
+)
+from hmf_jax.mixers.parts import Parts
+from hmf_jax.options import Backbone, check_int, check_rank
 from hmf_jax.pallas_kernels import gka, gka_step
-from hmf_jax.state import GKAState
+
+
+@dataclasses.dataclass(frozen=True)
+class GKAConfig:
+    """Gated KalmaNet settings (`gka_config`); the names are those of config.json."""
+
+    use_alpha_connection: bool = True
+    use_v_conv: bool = True
+    use_forgetting_gate: bool = True
+    use_forgetting_gate_kk: bool = True
+    use_beta_gate: bool = True
+    use_gate: bool = True
+    gla_rescale: bool = True
+    bp_lambda: bool = True
+    num_iter: int = 30
+    ridge_strength: float = 0.02
+    conv_size: int = 4
+    chunk_size: int = 64
+    norm_eps: float = 1e-6
+    solver_type: str = "chebyshev"
+    kv_proj_rank: int | None = None
+    kv_learnable_residual: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("gka_config.num_iter", self.num_iter, 0)
+        check_int("gka_config.conv_size", self.conv_size, 1)
+        check_int("gka_config.chunk_size", self.chunk_size, 1)
+        check_rank("gka_config.kv_proj_rank", self.kv_proj_rank)
+        if self.solver_type != "chebyshev":
+            raise ValueError(
+                f"gka_config.solver_type {self.solver_type!r} is unknown; set it to 'chebyshev'"
+            )
+        if not self.ridge_strength >= 0:
+            raise ValueError(f"gka_config.ridge_strength must be >= 0, got {self.ridge_strength}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GKAState:
+    """Gated KalmaNet: the last conv_size - 1 projections of q, k, v, and two float32 matrices.
+
+    conv_q [B, K-1, Hq*D], conv_k, conv_v [B, K-1, Hkv*D] (None where there is no convolution);
+    h_kk [B, H, D, D] key covariance, h_kv [B, H, D, D] (key dim, value dim).
+    """
+
+    conv_q: Array | None
+    conv_k: Array | None
+    conv_v: Array | None
+    h_kk: Array
+    h_kv: Array
 
 
 class GatedKalmaNet(GatedLinearMixer):
@@ -22,9 +85,7 @@ class GatedKalmaNet(GatedLinearMixer):
 
     c: GKAConfig
 
-    def __init__(self, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
-        c = config.gka
-        assert c is not None
+    def __init__(self, config: Backbone, c: GKAConfig, *, dtype, rngs: nnx.Rngs):
         convs = (True, True, c.use_v_conv)
         super().__init__(config, c, dtype=dtype, rngs=rngs, convs=convs)
 
@@ -89,3 +150,54 @@ class GatedKalmaNet(GatedLinearMixer):
         """Zeros; the size does not depend on capacity."""
         convs = self.conv_states(batch, dtype, mesh)
         return GKAState(*convs, self.matrix(batch, dtype, mesh), self.matrix(batch, dtype, mesh))
+
+
+def _rows(config: Backbone, sections: Sections) -> list[Row]:
+    c, gate = sections["gka"], (config.num_attention_heads, config.hidden_size)
+    convs = "qkv" if c.use_v_conv else "qk"
+    # The decay is stored even if use_forgetting_gate is off.
+    found = gated_linear_rows(config, c, decay="a_proj", convs=convs)
+    if c.use_beta_gate:
+        found += rows.linear(*gate, "b_proj", bias=True)
+    if c.use_alpha_connection:
+        found += rows.linear(*gate, "alpha_proj", bias=True)
+    return found
+
+
+def _compose(parts: Parts, sections: Sections, state: Any, whole: Any) -> GKAState:
+    """Fused, the matrices are added up: they are sums over tokens."""
+    mean = parts.soup(state)
+    if parts.ssm != "fuse":
+        return mean
+    h_kk, h_kv = parts.sum(state.h_kk), parts.sum(state.h_kv)
+    return dataclasses.replace(mean, h_kk=h_kk, h_kv=h_kv)
+
+
+def _take(top: dict[str, Any]) -> Any:
+    """gka_config with gka_overrides, which the original's serving plugin reads, merged into it."""
+    stored, overrides = top.pop("gka_config", None), top.pop("gka_overrides", None)
+    return {**(stored or {}), **overrides} if overrides else stored
+
+
+# A Gated DeltaNet is a GKA without the solver; b_proj.bias and alpha_proj are fresh.
+_SAME = ("g_proj", "b_proj", "q_conv1d", "k_conv1d", "v_conv1d", "A_log", "dt_bias", "o_norm")
+_LOW_RANK = ("proj_k", "proj_v", "k_rep", "v_rep")
+_FROM_GDN = {**QKVO, "a_proj": "gk_proj", **{name: name for name in (*_SAME, *_LOW_RANK)}}
+
+GKA = Kind(
+    symbol="GKA",
+    label="Gated KalmaNet",
+    name="gka",
+    make=lambda config, sections, *, dtype, rngs: GatedKalmaNet(
+        config, sections["gka"], dtype=dtype, rngs=rngs
+    ),
+    rows=_rows,
+    section=Section(
+        attribute="gka", key="gka_config", type=GKAConfig, geometry=geometry, take=_take
+    ),
+    details=lambda sections: f"{sections['gka'].num_iter} Chebyshev iterations",
+    aliases=("gka", "gated_kalmanet", "parallel_latent_sketch"),
+    starts={BASE: lambda sections: FROM_ATTENTION, "GDN": lambda sections: _FROM_GDN},
+    compose=_compose,
+    fuses=True,
+)

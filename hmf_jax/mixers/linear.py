@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hmf_jax.config import GDNConfig, GKAConfig, HybridConfig
+from hmf_jax.convert import rows
+from hmf_jax.convert.rows import Row
 from hmf_jax.layers import (
-    OutputNorm,
     decay_params,
     exact,
     exact_dtype,
     linear,
     merge_heads,
+    rms,
     split_heads,
 )
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
+from hmf_jax.mixers.kind import GATE
+from hmf_jax.options import Backbone
 from hmf_jax.pallas_kernels import causal_conv1d
 
 Channels = Literal["heads", "kv_heads"]
+
+# What both start from in stage 0 of priming, see `Kind.starts`.
+QKVO = {f"{p}_proj": f"{p}_proj" for p in "qkvo"}
+FROM_ATTENTION = {**QKVO, "g_proj": GATE}
 
 
 class ShortConv(nnx.Module):
@@ -32,7 +39,7 @@ class ShortConv(nnx.Module):
         channels: int,
         size: int,
         dim: Channels,
-        config: HybridConfig,
+        config: Backbone,
         dtype,
         rngs: nnx.Rngs,
         bias: bool = False,
@@ -60,6 +67,21 @@ class ShortConv(nnx.Module):
         return zeros((batch, size - 1, channels), ("batch", None, dim), dtype, mesh)
 
 
+class OutputNorm(nnx.Module):
+    """RMSNorm over head_dim, then an optional SiLU gate: rms(x) * weight * silu(gate)."""
+
+    def __init__(self, size: int, eps: float, dtype):
+        self.weight = nnx.Param(jnp.ones(size, dtype), dims=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Array, gate: Array | None) -> Array:
+        """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
+        y = rms(x, self.eps) * exact(self.weight[...])
+        if gate is not None:
+            y = y * jax.nn.silu(exact(gate))
+        return y.astype(x.dtype)
+
+
 class LowRank(nnx.Module):
     """linearB(silu(linearA(x))): the low-rank part of the key/value expansion."""
 
@@ -73,12 +95,15 @@ class LowRank(nnx.Module):
 
 
 class GatedLinearMixer(Mixer):
-    """Base of GKA and GDN. H = query heads; k and v have fewer heads and are shared or expanded."""
+    """Base of GKA and GDN; `c` are the settings of either.
+
+    H = query heads; k and v have fewer heads and are shared or expanded.
+    """
 
     def __init__(
         self,
-        config: HybridConfig,
-        c: GKAConfig | GDNConfig,
+        config: Backbone,
+        c: Any,
         *,
         dtype,
         rngs: nnx.Rngs,
@@ -87,7 +112,7 @@ class GatedLinearMixer(Mixer):
     ):
         d, D = config.hidden_size, config.head_dim
         H, Hkv = config.num_attention_heads, config.num_key_value_heads
-        nq, nk = H * D, Hkv * D
+        nq, nk = config.query_width, config.key_width
         self.q_proj = linear(d, nq, ("embed", "heads"), config, dtype, rngs)
         self.k_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs)
         self.v_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs)
@@ -176,3 +201,49 @@ def l2_normalize(x: Array, eps: float, *, under_root: bool) -> Array:
     positive = square > 0  # keeps the gradient of the root finite at zero
     norm = jnp.sqrt(jnp.where(positive, square, 1.0))
     return x / (jnp.where(positive, norm, 0.0) + eps)
+
+
+def gated_linear_rows(
+    config: Backbone, c: Any, *, decay: str, convs: str, conv_bias: bool = False
+) -> list[Row]:
+    """The parameters that GKA and GDN share.
+
+    Args:
+      config: the backbone.
+      c: settings of either.
+      decay: name of the decay's projection.
+      convs: which of "qkv" are convolved.
+      conv_bias: whether the convolutions have a bias.
+    """
+    d, nq, nk = config.hidden_size, config.query_width, config.key_width
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    widths = {"q": nq, "k": nk, "v": nk}
+    found = [
+        *(row for s, width in widths.items() for row in rows.linear(width, d, f"{s}_proj")),
+        *(r for s in convs for r in rows.conv(widths[s], c.conv_size, f"{s}_conv1d", conv_bias)),
+        *rows.linear(heads, d, decay),
+        *rows.vector(heads, "A_log", "dt_bias"),
+        *rows.vector(config.head_dim, "o_norm.weight"),
+        *rows.linear(d, nq, "o_proj"),
+    ]
+    if c.use_gate:
+        found += rows.linear(nq, d, "g_proj")
+    if c.kv_proj_rank and kv_heads != heads:  # nothing to expand otherwise
+        rank = c.kv_proj_rank
+        for s in "kv":
+            found += rows.linear(rank, nk, f"proj_{s}.linearA")
+            found += rows.linear(nq, rank, f"proj_{s}.linearB")
+            if c.kv_learnable_residual:
+                found.append((f"{s}_rep", f"{s}_rep", (heads, kv_heads), "same"))
+    return found
+
+
+def geometry(config: Backbone) -> dict[str, Any]:
+    """The copies of the backbone's options in gka_config and gdn_config."""
+    return {
+        "hidden_size": config.hidden_size,
+        "head_dim": config.head_dim,
+        "num_q_heads": config.num_attention_heads,
+        "num_k_heads": config.num_key_value_heads,
+        "num_v_heads": config.num_key_value_heads,
+    }

@@ -2,27 +2,74 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hmf_jax.config import HybridConfig
+from hmf_jax.convert import rows
+from hmf_jax.convert.rows import Row
 from hmf_jax.layers import (
-    GatedGroupNorm,
     RMSNorm,
     apply_rope,
     decay_params,
+    exact,
     exact_dtype,
     linear,
     log_decay,
     merge_heads,
+    rms,
     split_heads,
 )
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
+from hmf_jax.mixers.kind import BASE, GATE, Kind, Section, Sections
 from hmf_jax.mixers.linear import ShortConv
+from hmf_jax.mixers.parts import Parts
+from hmf_jax.options import Backbone
 from hmf_jax.pallas_kernels import ssd, ssd_step
-from hmf_jax.state import Mamba2State
 
 CONV_SIZE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config:
+    """Mamba2 settings (`mamba2_config`); the convolution always has four taps and a bias."""
+
+    use_qk_norm: bool = True
+    use_pos_emb: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mamba2State:
+    """Mamba2: convolution histories of x, B, C; s [B, H, P, N]; log_decay [B, H].
+
+    log_decay is the sum of dt * A over all tokens seen (state composition needs it).
+    """
+
+    conv_x: Array
+    conv_B: Array
+    conv_C: Array
+    s: Array
+    log_decay: Array
+
+
+class GatedGroupNorm(nnx.Module):
+    """The output norm: gate first, then RMSNorm per head: rms(x * silu(gate)) * weight."""
+
+    def __init__(self, size: int, eps: float, dtype):
+        self.weight = nnx.Param(jnp.ones(size, dtype), dims=("heads",))
+        self.eps = eps
+
+    def __call__(self, x: Array, gate: Array) -> Array:
+        """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
+        y = rms(exact(x) * jax.nn.silu(exact(gate)), self.eps)
+        weight = exact(self.weight[...]).reshape(x.shape[-2:])
+        return (y * weight).astype(x.dtype)
 
 
 class Mamba2(Mixer):
@@ -34,12 +81,9 @@ class Mamba2(Mixer):
     that each one is split over devices by its own heads.
     """
 
-    def __init__(self, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
-        c = config.mamba2
-        assert c is not None
-        d, D = config.hidden_size, config.head_dim
-        H, Hkv = config.num_attention_heads, config.num_key_value_heads
-        nq, nk = H * D, Hkv * D
+    def __init__(self, config: Backbone, c: Mamba2Config, *, dtype, rngs: nnx.Rngs):
+        d, D, H = config.hidden_size, config.head_dim, config.num_attention_heads
+        nq, nk = config.query_width, config.key_width
         self.z_proj = linear(d, nq, ("embed", "heads"), config, dtype, rngs)
         self.x_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs)
         self.B_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs)
@@ -50,8 +94,9 @@ class Mamba2(Mixer):
         self.C_conv1d = ShortConv(nq, CONV_SIZE, "heads", config, dtype, rngs, bias=True)
         self.A_log, self.dt_bias = decay_params(H, rngs)
         self.D = nnx.Param(jnp.ones(H, jnp.float32), dims=("heads",))
-        self.B_norm = RMSNorm(D, 1e-6, dtype) if c.use_qk_norm else None
-        self.C_norm = RMSNorm(D, 1e-6, dtype) if c.use_qk_norm else None
+        normed = _normed(config, c)
+        self.B_norm = RMSNorm(D, 1e-6, dtype) if normed else None
+        self.C_norm = RMSNorm(D, 1e-6, dtype) if normed else None
         self.norm = GatedGroupNorm(nq, 1e-5, dtype)
         self.out_proj = linear(nq, d, ("heads", "embed"), config, dtype, rngs)
         self.head_dim, self.heads, self.use_rope = D, H, c.use_pos_emb
@@ -109,3 +154,127 @@ class Mamba2(Mixer):
             zeros(shape, dims, exact_dtype(dtype), mesh),
             zeros(shape[:2], dims[:2], exact_dtype(dtype), mesh),
         )
+
+
+def _normed(config: Backbone, c: Mamba2Config) -> bool:
+    """Whether B and C, the keys and queries, are normalised: only where those of attention are."""
+    return c.use_qk_norm and config.qk_norm
+
+
+def _rows(config: Backbone, sections: Sections) -> list[Row]:
+    d, heads = config.hidden_size, config.num_attention_heads
+    nq, nk = config.query_width, config.key_width
+    found: list[Row] = []
+    for block, width in (("z", nq), ("x", nk), ("B", nk), ("C", nq), ("dt", heads)):
+        found += rows.linear(width, d, "in_proj", path=f"{block}_proj")
+    for block, width in (("x", nk), ("B", nk), ("C", nq)):
+        found += rows.conv(width, CONV_SIZE, "conv1d", bias=True, path=f"{block}_conv1d")
+    found += rows.vector(heads, "A_log", "dt_bias", "D") + rows.vector(nq, "norm.weight")
+    if _normed(config, sections["mamba2"]):
+        found += rows.vector(config.head_dim, "B_norm.weight", "C_norm.weight")
+    return found + rows.linear(d, nq, "out_proj")
+
+
+def _compose(parts: Parts, sections: Sections, state: Any, whole: Any) -> Mamba2State:
+    """Fused: the mean over all orders in which the parts could follow each other (PICASO-S)."""
+    mean = parts.soup(state)
+    if parts.ssm == "zero":
+        return mean
+    mean = dataclasses.replace(mean, log_decay=parts.sum(state.log_decay))
+    if parts.ssm == "soup":
+        return mean
+    weights = picaso_weights(state.log_decay)
+    return dataclasses.replace(mean, s=parts.sum(weights[..., None, None] * state.s))
+
+
+def picaso_weights(log_decay: Array) -> Array:
+    """Weights of N states in their sum, averaged over all orders of their parts.
+
+    In one order, state i decays by what the parts after it decay: S <- a_next S + S_next. Over all
+    N! orders a state's weight is the mean over m of the elementary symmetric polynomials of the
+    other parts' decays, c_i = 1/N sum_m e_m({a_j, j != i}) / binom(N - 1, m) (PICASO-S).
+
+    Args:
+      log_decay: [N, ...] log a_i, what a part decays an earlier state by.
+
+    Returns:
+      [N, ...] c_i; computed in log space.
+    """
+    N = len(log_decay)
+    others = [[j for j in range(N) if j != i] for i in range(N)]
+    polynomials = jnp.full((N, N, *log_decay.shape[1:]), -jnp.inf, log_decay.dtype)
+    polynomials = polynomials.at[:, 0].set(0)  # [i, m]: log e_m of the parts so far
+    for step in range(N - 1):
+        a = log_decay[jnp.array([other[step] for other in others])]
+        longer = jnp.logaddexp(polynomials[:, 1:], a[:, None] + polynomials[:, :-1])
+        polynomials = polynomials.at[:, 1:].set(longer)
+    orders = jnp.log(jnp.array([N * math.comb(N - 1, m) for m in range(N)], log_decay.dtype))
+    orders = orders.reshape(1, N, *([1] * (log_decay.ndim - 1)))
+    return jnp.exp(jax.nn.logsumexp(polynomials - orders, axis=1))
+
+
+def _geometry(config: Backbone) -> dict[str, Any]:
+    heads, D = config.num_attention_heads, config.head_dim
+    return {
+        "d_model": config.hidden_size,
+        "d_inner": config.query_width,
+        "d_xb": config.key_width,
+        "ssm_cfg": {"expand": 1, "ngroups": heads, "d_state": D},
+    }
+
+
+def _derived(config: Backbone, layers: int) -> dict[str, Any]:
+    return {
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "n_layer": layers,
+    }
+
+
+# The original's model code writes use_pos_emb; its serving plugin reads the other names.
+_POS_EMB = ("use_pos_emb", "use_pos_embed", "use_rotary_emb")
+
+
+def _read(stored: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(stored)
+    found = {n: bool(out.pop(n)) for n in _POS_EMB if out.get(n) is not None}
+    if len(set(found.values())) > 1:
+        raise ValueError(f"mamba2_config contradicts itself: {found}; make them equal")
+    if found:
+        out["use_pos_emb"] = any(found.values())
+    return out
+
+
+M2 = Kind(
+    symbol="M2",
+    label="Mamba-2",
+    name="mamba",
+    make=lambda config, sections, *, dtype, rngs: Mamba2(
+        config, sections["mamba2"], dtype=dtype, rngs=rngs
+    ),
+    rows=_rows,
+    section=Section(
+        attribute="mamba2",
+        key="mamba2_config",
+        type=Mamba2Config,
+        geometry=_geometry,
+        derived=_derived,
+        read=_read,
+        write=lambda c: dict.fromkeys(_POS_EMB, True) if c.use_pos_emb else {},
+    ),
+    aliases=("mamba2", "mamba", "m2"),
+    starts={
+        BASE: lambda sections: {
+            "z_proj": GATE,
+            "x_proj": "v_proj",
+            "B_proj": "k_proj",
+            "C_proj": "q_proj",
+            "out_proj": "o_proj",
+            "B_norm": "k_norm",
+            "C_norm": "q_norm",
+        }
+    },
+    compose=_compose,
+    fuses=True,
+)

@@ -27,11 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hmf_jax.config import HybridConfig, streams
+from hmf_jax import table
+from hmf_jax.config import HybridConfig
 from hmf_jax.convert.jax_to_hf import tensors
 from hmf_jax.layers import exact
 from hmf_jax.loading import flat_params, resolve
-from hmf_jax.mixers import Context
+from hmf_jax.mixers import Context, split_symbol
 from hmf_jax.model import Block, HybridLM
 from hmf_jax.padding import arrange
 from hmf_jax.priming.unfuse import check_fused
@@ -136,7 +137,7 @@ def loss_and_gradients(
         return total / count
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(model)
-    return value, tensors(model.config, flat_params(gradients))
+    return value, tensors(table.entries(model.config), flat_params(gradients))
 
 
 def make_distill_step(
@@ -177,7 +178,9 @@ def students(config: HybridConfig) -> str:
     Raises ValueError if there is none.
     """
     check_fused(config, "distil")
-    layers = [i for i, symbol in enumerate(config.layer_kinds) if streams(symbol)[1] is not None]
+    layers = [
+        i for i, symbol in enumerate(config.layer_kinds) if split_symbol(symbol)[1] is not None
+    ]
     if not layers:
         raise ValueError(
             "no layer of this model has a teacher, so there is nothing to distil: prime it with "

@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hmf_jax.config import HybridConfig, SWAConfig
+from hmf_jax.config import HybridConfig
 from hmf_jax.convert.jax_to_hf import replacing
+from hmf_jax.families import FAMILIES
 from hmf_jax.loading import from_pretrained, resolve
+from hmf_jax.mixers import BASE, SWAConfig
 from hmf_jax.model import HybridLM
 from hmf_jax.parameters import flat_params, with_params
 from hmf_jax.text import load_tokenizer
@@ -105,11 +107,11 @@ def write_swa_variants(
     chosen = _attention_layers(config) if layers is None else list(layers)
     kinds = {i: _variant_config(config, i, window).layer_kinds for i in chosen}
     stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    data = {}
+    family, data = FAMILIES[config.family], {}
     for i in chosen:
         data[i] = stored | {
-            "architectures": ["HybridQwen3ForCausalLM"],
-            "model_type": "hybrid_qwen3",
+            "architectures": [family.architectures[0]],
+            "model_type": family.hybrid,
             "hybrid_override_pattern": "-".join(kinds[i]),
             "swa_config": {"window_size": window},
         }
@@ -356,7 +358,7 @@ def pattern(layers: Iterable[int], num_layers: int, kind: str, *, fused: bool = 
 
 
 def _attention_layers(config: HybridConfig) -> list[int]:
-    return [i for i, kind in enumerate(config.layer_kinds) if kind == "*"]
+    return [i for i, kind in enumerate(config.layer_kinds) if kind == BASE]
 
 
 def _variant_config(config: HybridConfig, layer: int, window: int) -> HybridConfig:
@@ -369,4 +371,4 @@ def _variant_config(config: HybridConfig, layer: int, window: int) -> HybridConf
             f"the base has SWA layers already, {config.swa}; use that window for the variants"
         )
     kinds = tuple("SWA" if i == layer else kind for i, kind in enumerate(config.layer_kinds))
-    return dataclasses.replace(config, layer_kinds=kinds, swa=SWAConfig(window))
+    return dataclasses.replace(config, layer_kinds=kinds, swa=SWAConfig(window), stock=None)

@@ -1,13 +1,10 @@
 """Stage 0: a hybrid from the weights of a Transformer.
 
 Embeddings, norms, MLPs and the attention that stays are copied; a new mixer starts from the
-attention of the same layer. With W_Q, W_K, W_V, W_O as [out, in] matrices:
+attention of the same layer. Which part starts from which is what its kind says (`Kind.starts`):
+all take over W_Q, W_K, W_V, W_O (as [out, in] matrices), and an output gate becomes
 
-    GKA, GDN    q, k, v, o <- W_Q, W_K, W_V, W_O; gate g <- (W_O^T + R(W_V)) / 2
-    Mamba2      C, B, x, out <- W_Q, W_K, W_V, W_O; gate z <- (W_O^T + R(W_V)) / 2;
-                C, B norms <- QK-norms
-    B'MOJO-F    both attention streams <- W_Q, W_K, W_V, W_O and QK-norms; inner mixer as above
-    SWA         everything
+    (W_O^T + R(W_V)) / 2.
 
 R repeats W_V from key/value to query width. The original repeats single rows (row r of the result
 is row r // groups of W_V), and so do we by default; `repeat="heads"` repeats the blocks of whole
@@ -29,17 +26,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hmf_jax.config import (
-    FUSED,
-    BMojoConfig,
-    GDNConfig,
-    GKAConfig,
-    HybridConfig,
-    Mamba2Config,
-    SWAConfig,
-    streams,
-)
-from hmf_jax.convert import mapping
+from hmf_jax import table
+from hmf_jax.config import HybridConfig
 from hmf_jax.convert.safetensors_io import Checkpoint
 from hmf_jax.layers import exact
 from hmf_jax.loading import (
@@ -50,48 +38,20 @@ from hmf_jax.loading import (
     save_pretrained,
     with_params,
 )
-from hmf_jax.mixers import make_mixer
+from hmf_jax.mixers import (
+    BASE,
+    GATE,
+    KINDS,
+    Section,
+    make_mixer,
+    same_parameters,
+    split_symbol,
+    start,
+)
 from hmf_jax.model import HybridLM
 
 Repeat = Literal["rows", "heads"]
 How = Literal["copied", "initialised", "fresh"]
-# Settings of one mixer: its config, or the fields that differ from the defaults.
-Settings = Mapping[str, Any]
-
-_CONFIGS = {
-    "gka": GKAConfig,
-    "gdn": GDNConfig,
-    "mamba2": Mamba2Config,
-    "bmojo": BMojoConfig,
-    "swa": SWAConfig,
-}
-_GATE = "gate"  # in place of a source: (W_O^T + R(W_V)) / 2
-_QKVO = {f"{p}_proj": f"{p}_proj" for p in "qkvo"}
-_NORMS = {"q_norm": "q_norm", "k_norm": "k_norm"}
-# Part of a new mixer -> the part of the base layer's attention that it starts from.
-_FROM_ATTENTION: dict[str, dict[str, str]] = {
-    "*": _QKVO | _NORMS,
-    "SWA": _QKVO | _NORMS,
-    "GKA": {**_QKVO, "g_proj": _GATE},
-    "GDN": {**_QKVO, "g_proj": _GATE},
-    "M2": {
-        "z_proj": _GATE,
-        "x_proj": "v_proj",
-        "B_proj": "k_proj",
-        "C_proj": "q_proj",
-        "out_proj": "o_proj",
-        "B_norm": "k_norm",
-        "C_norm": "q_norm",
-    },
-    "BMF": {
-        f"bmojo_attn.{part}{suffix}": part for part in (_QKVO | _NORMS) for suffix in ("", "_")
-    },
-}
-# A Gated DeltaNet is a GKA without the solver; b_proj.bias and alpha_proj are fresh.
-_SAME = ("g_proj", "b_proj", "q_conv1d", "k_conv1d", "v_conv1d", "A_log", "dt_bias", "o_norm")
-_LOW_RANK = ("proj_k", "proj_v", "k_rep", "v_rep")
-_GKA_FROM_GDN = {**_QKVO, "a_proj": "gk_proj", **{name: name for name in (*_SAME, *_LOW_RANK)}}
-_ATTENTION = ("*", "SWA")
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(mixer|teacher)\.(.+)")
 
 
@@ -115,12 +75,8 @@ def prime(
     dtype: Any = None,
     mesh: Mesh | None = None,
     repeat: Repeat = "rows",
-    gka: GKAConfig | Settings | None = None,
-    gdn: GDNConfig | Settings | None = None,
-    mamba2: Mamba2Config | Settings | None = None,
-    bmojo: BMojoConfig | Settings | None = None,
-    swa: SWAConfig | Settings | None = None,
     progress: bool = True,
+    **settings: Any,
 ) -> HybridLM:
     """A hybrid whose mixers start from the attention of a Transformer.
 
@@ -137,9 +93,10 @@ def prime(
         float32 in any case.
       mesh: device mesh, for a base that is not live yet.
       repeat: how the gates' R(W_V) is repeated, see above.
-      gka, gdn, mamba2, bmojo, swa: settings of the mixers, a config or a dict of the fields that
-        differ from the defaults. BMF layers need bmojo, SWA layers need swa.
       progress: show a bar while loading.
+      settings: of the mixers, by the names of `HybridConfig` (gka, gdn, mamba2, bmojo, swa): their
+        class, or a dict of the fields that differ from the defaults. BMF layers need bmojo, SWA
+        layers need swa.
 
     Raises:
       FileNotFoundError: no such base.
@@ -153,10 +110,9 @@ def prime(
     else:
         directory = resolve(base, progress=progress)
         base_config = HybridConfig.from_json(directory)
-        _check_qk_norm(directory)
-    config = primed_config(
-        base_config, pattern, gka=gka, gdn=gdn, mamba2=mamba2, bmojo=bmojo, swa=swa
-    )
+        if base_config.qk_norm:
+            _check_qk_norm(directory)
+    config = primed_config(base_config, pattern, **settings)
     plan = stage0_plan(base_config, config)  # says what is wrong before anything is loaded
     if repeat not in ("rows", "heads"):
         raise ValueError(f"repeat={repeat!r} is unknown; use 'rows' or 'heads'.")
@@ -232,7 +188,7 @@ def read_stage0(file: str | Path) -> dict[str, Any]:
     """The arguments of `prime_directory` from a YAML file in the original's format.
 
     Its keys: base_model_name_or_path, hybrid_override_pattern, output_dir, dtype,
-    copy_auxiliary_files, and per mixer gka, gdn, mamba2, bmojo, swa; ours are seed and repeat.
+    copy_auxiliary_files, and the settings of the mixers by name; ours are seed and repeat.
 
     Raises FileNotFoundError; ValueError for unknown keys or a dtype other than bf16, fp16, fp32.
     """
@@ -252,7 +208,7 @@ def read_stage0(file: str | Path) -> dict[str, Any]:
         "hybrid_override_pattern": "pattern",
         "output_dir": "output",
     }
-    known = [*names, "dtype", "copy_auxiliary_files", "seed", "repeat", *_CONFIGS]
+    known = [*names, "dtype", "copy_auxiliary_files", "seed", "repeat", *_sections()]
     if unknown := [key for key in values if key not in known]:
         raise ValueError(f"{file}: unknown keys {unknown}; known are {', '.join(known)}")
     out = {str(names.get(key, key)): value for key, value in values.items() if value is not None}
@@ -265,25 +221,24 @@ def read_stage0(file: str | Path) -> dict[str, Any]:
 
 
 def primed_config(
-    base: HybridConfig, pattern: str | Sequence[str], **settings: Settings | Any
+    base: HybridConfig, pattern: str | Sequence[str], **settings: Any
 ) -> HybridConfig:
-    """The config of a model primed from `base`; arguments and errors as for `prime`."""
+    """The config of a model primed from `base`, a hybrid's; arguments and errors as for `prime`."""
     kinds = tuple(pattern.split("-")) if isinstance(pattern, str) else tuple(pattern)
     if len(kinds) != base.num_hidden_layers:
         raise ValueError(
             f"the pattern has {len(kinds)} symbols but the base has {base.num_hidden_layers} "
             "layers; give exactly one symbol per layer"
         )
-    changes: dict[str, Any] = {"layer_kinds": kinds}
+    changes: dict[str, Any] = {"layer_kinds": kinds, "stock": None}
     for name, given in settings.items():
         if given is not None:
             changes[name] = _settings(name, given)
-    if "BMF" in {kind for s in kinds for kind in streams(s)}:
-        if base.bmojo is None and "bmojo" not in changes:
-            raise ValueError(
-                "the pattern has BMF layers: give their settings, bmojo={window_size, "
-                "tie_attn_weights, ssm_mixer} (the released model: 2048, true, gka)"
-            )
+    known = {*base.sections, *changes}
+    for symbol in dict.fromkeys(kind for s in kinds for kind in split_symbol(s) if kind in KINDS):
+        section = KINDS[symbol].section
+        if section is not None and section.ask is not None and section.attribute not in known:
+            raise ValueError(section.ask)
     return dataclasses.replace(base, **changes)
 
 
@@ -293,22 +248,23 @@ def stage0_plan(base: HybridConfig, config: HybridConfig) -> dict[str, Origin]:
     Raises ValueError where a layer cannot be made from the base's.
     """
     problems = ["the base is a fused stage-1 model: unfuse it first"] if base.fused else []
-    rules: list[dict[str, str] | None] = []
+    rules: list[Mapping[str, str] | None] = []
     for i, (old, symbol) in enumerate(zip(base.layer_kinds, config.layer_kinds, strict=True)):
-        kind, teacher = streams(symbol)
-        rules.append(_rule(old, kind, config))
-        if rules[i] is None and old != kind:
+        kind, teacher = split_symbol(symbol)
+        alike = old in KINDS and same_parameters(old, kind)
+        rules.append(None if alike or old not in KINDS else start(kind, old, config.sections))
+        if rules[i] is None and not alike:
             problems.append(f"layer {i}: the base has {old!r} there, {kind!r} cannot start from it")
         goal = teacher or kind
-        if symbol in FUSED and goal != old:
+        if symbol not in KINDS and goal != old:
             problems.append(
                 f"layer {i}: the teacher of {symbol!r} is {goal!r}, but the base has {old!r}"
             )
     if problems:
         raise ValueError("cannot prime this base:\n  " + "\n  ".join(problems))
-    stored = {e.path for e in mapping.table(base)}
+    stored = {e.path for e in table.entries(base)}
     plan: dict[str, Origin] = {}
-    for entry in mapping.table(config):
+    for entry in table.entries(config):
         found = _IN_LAYER.fullmatch(entry.path)
         if found is None:  # shared by all kinds
             plan[entry.path] = Origin("copied", (entry.path,))
@@ -317,7 +273,7 @@ def stage0_plan(base: HybridConfig, config: HybridConfig) -> dict[str, Origin]:
         rule = rules[int(layer)] if part == "mixer" else None
         source = rest if rule is None else _source(rule, rest)
         prefix = f"layers.{layer}.mixer."
-        if source == _GATE:
+        if source == GATE:
             names = (f"{prefix}o_proj.kernel", f"{prefix}v_proj.kernel")
             plan[entry.path] = Origin("initialised", names)
         elif source is not None and prefix + source in stored:
@@ -329,7 +285,7 @@ def stage0_plan(base: HybridConfig, config: HybridConfig) -> dict[str, Origin]:
 
 def describe_plan(plan: Mapping[str, Origin], config: HybridConfig) -> str:
     """A text: how many parameters are copied, initialised and fresh, and which, by layer kind."""
-    size = {e.path: math.prod(e.shape) for e in mapping.table(config)}
+    size = {e.path: math.prod(e.shape) for e in table.entries(config)}
     texts = {
         "copied": "copied from the base",
         "initialised": "initialised from W_O and W_V",
@@ -352,42 +308,36 @@ def describe_plan(plan: Mapping[str, Origin], config: HybridConfig) -> str:
     return "\n".join(lines)
 
 
-def _rule(old: str, kind: str, config: HybridConfig) -> dict[str, str] | None:
-    """Part of the new mixer -> part of the base's; None: equal names, or no way (old != kind)."""
-    if old == kind:
-        return None
-    if old in _ATTENTION:
-        rule = _FROM_ATTENTION[kind]
-        if kind == "BMF":
-            assert config.bmojo is not None
-            inner = _FROM_ATTENTION[config.bmojo.ssm_mixer]
-            rule = rule | {f"inner.{part}": source for part, source in inner.items()}
-        return rule
-    return _GKA_FROM_GDN if (old, kind) == ("GDN", "GKA") else None
-
-
 def _source(rule: Mapping[str, str], rest: str) -> str | None:
-    """The base's name for the new mixer's parameter `rest`, `_GATE`, or None."""
+    """The base's name for the new mixer's parameter `rest`, `GATE`, or None."""
     for part, source in rule.items():
         if rest == part or rest.startswith(part + "."):
-            return _GATE if source == _GATE else source + rest.removeprefix(part)
+            return GATE if source == GATE else source + rest.removeprefix(part)
     return None
 
 
+def _sections() -> dict[str, Section]:
+    """What settings there are, by name."""
+    return {kind.section.attribute: kind.section for kind in KINDS.values() if kind.section}
+
+
 def _settings(name: str, given: Any) -> Any:
-    """A mixer's config from a dict of its fields."""
-    if name not in _CONFIGS:
-        raise ValueError(f"there are no settings {name!r}; there are {', '.join(_CONFIGS)}")
-    make = _CONFIGS[name]
+    """A kind's settings from a dict of their fields."""
+    if name not in _sections():
+        raise ValueError(f"there are no settings {name!r}; there are {', '.join(_sections())}")
+    make = _sections()[name].type
     if isinstance(given, make):
         return given
     if not isinstance(given, Mapping):
         raise ValueError(f"{name} must be a {make.__name__} or a dict of its fields, got {given!r}")
-    fields = [f.name for f in dataclasses.fields(make)]
-    if unknown := sorted(set(given) - set(fields)):
-        raise ValueError(f"{name} has no {', '.join(unknown)}; its settings are {fields}")
-    if name == "swa" and "window_size" not in given:
-        raise ValueError("swa needs window_size (the original's example uses 512)")
+    fields = dataclasses.fields(make)
+    names = [f.name for f in fields]
+    if unknown := sorted(set(given) - set(names)):
+        raise ValueError(f"{name} has no {', '.join(unknown)}; its settings are {names}")
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in given:
+            example = f" ({field.metadata['example']})" if "example" in field.metadata else ""
+            raise ValueError(f"{name} needs {field.name}{example}")
     return make(**given)
 
 
@@ -396,10 +346,11 @@ def _check_qk_norm(directory: Path) -> None:
     if not any(directory.glob("*.safetensors")):
         return
     names = Checkpoint(directory).tensors
-    attention = any(".self_attn.q_proj.weight" in n for n in names)
-    if attention and not any(n.endswith(".self_attn.q_norm.weight") for n in names):
+    module = KINDS[BASE].name
+    attention = any(f".{module}.q_proj.weight" in n for n in names)
+    if attention and not any(n.endswith(f".{module}.q_norm.weight") for n in names):
         raise ValueError(
-            f"{directory} has no QK-norm (self_attn.q_norm.weight, k_norm.weight): only models "
+            f"{directory} has no QK-norm ({module}.q_norm.weight, k_norm.weight): only models "
             "with the attention of Qwen3 can be primed"
         )
 
@@ -439,7 +390,8 @@ def _maker(config: HybridConfig, dtype, names: tuple[tuple[str, Any], ...]):
     """A function: key -> these parameters (name, sharding) of the mixer of a one-layer config."""
 
     def make(key: jax.Array) -> dict[str, jax.Array]:
-        mixer = make_mixer(config.layer_kinds[0], config, dtype=dtype, rngs=nnx.Rngs(key))
+        kind, rngs = config.layer_kinds[0], nnx.Rngs(key)
+        mixer = make_mixer(kind, config, config.sections, dtype=dtype, rngs=rngs)
         made = flat_params(mixer)
         return {name: made[name] for name, _ in names}
 

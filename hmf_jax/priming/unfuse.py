@@ -10,10 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from hmf_jax.config import HybridConfig, streams
-from hmf_jax.convert.mapping import num_parameters
+from hmf_jax.config import HybridConfig
 from hmf_jax.loading import flat_params, from_pretrained, save_pretrained, with_params
+from hmf_jax.mixers import split_symbol
 from hmf_jax.model import HybridLM
+from hmf_jax.table import num_parameters
 
 
 def unfuse(model: HybridLM) -> HybridLM:
@@ -88,7 +89,7 @@ def check_fused(config: HybridConfig, what: str) -> None:
 
 def _stream(model: HybridLM, teacher: bool) -> HybridLM:
     check_fused(model.config, "unfuse")
-    pairs = [streams(symbol) for symbol in model.config.layer_kinds]
+    pairs = [split_symbol(symbol) for symbol in model.config.layer_kinds]
     kinds = tuple((other or kind) if teacher else kind for kind, other in pairs)
     config = dataclasses.replace(model.config, layer_kinds=kinds)
     new = nnx.eval_shape(lambda: HybridLM(config, dtype=model.dtype, mesh=model.mesh))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 
 from hmf_jax.config import HybridConfig
+from hmf_jax.mixers import KINDS
 from hmf_jax.model import HybridLM
 from hmf_jax.training.step import TrainState
 
@@ -38,13 +39,11 @@ def training_flops(state: TrainState, length: int) -> float:
     computed again (remat) does not count, nor do recurrences and the GKA solver.
     """
     config = _bare(state).config
-    tied = config.bmojo is not None and config.bmojo.tie_attn_weights
 
     def matrices(params: Mapping[str, jax.Array]) -> int:
         skip = () if config.tie_word_embeddings else ("embed_tokens.embedding",)
         return sum(
-            # B'MOJO-F with tied weights projects both of its windows.
-            a.size * (2 if tied and re.search(r"bmojo_attn\.[kv]_proj\.", n) else 1)
+            a.size * _uses(config, n)
             for n, a in params.items()
             if a.ndim >= 2 and n not in skip and not n.endswith(".scale")  # of quantised weights
         )
@@ -60,10 +59,15 @@ def _bare(state: TrainState) -> HybridLM:
     return jax.eval_shape(TrainState.model, state)
 
 
+def _uses(config: HybridConfig, parameter: str) -> int:
+    """How often the forward pass of a token multiplies by this parameter."""
+    found = re.match(r"layers\.(\d+)\.mixer\.(.+)", parameter)
+    if found is None:
+        return 1
+    return KINDS[config.student_kinds[int(found[1])]].uses(config.sections, found[2])
+
+
 def _mean_visible(kind: str, config: HybridConfig, length: int) -> float:
     """Keys that a token of a causal row attends to, on average."""
-    window = {"*": length, "SWA": config.swa and config.swa.window_size}.get(kind) or 0
-    if kind == "BMF" and config.bmojo is not None:
-        window = 2 * config.bmojo.window_size
-    w = min(window, length)
+    w = min(KINDS[kind].sees(config.sections, length), length)
     return (w * (w + 1) / 2 + (length - w) * w) / length  # i + 1 keys for token i < w, then w

@@ -30,8 +30,9 @@ from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from hmf_jax.convert import mapping
+from hmf_jax import table
 from hmf_jax.convert.jax_to_hf import replacing
+from hmf_jax.convert.rows import Entry, tensor_shape
 from hmf_jax.layers import exact, exact_dtype, one_row_twice
 from hmf_jax.model import HybridLM
 from hmf_jax.parameters import flat_params, with_params
@@ -192,7 +193,7 @@ def save_lora(model: HybridLM, directory: str | Path) -> None:
         if not parts:
             continue
         rank = sum(a.rank for _, a in parts)
-        B = np.zeros((mapping.tensor_shape(list(blocks.values()))[0], rank), np.float32)
+        B = np.zeros((tensor_shape(list(blocks.values()))[0], rank), np.float32)
         at = 0
         for entry, a in parts:
             rows = slice(entry.start, entry.start + entry.shape[0])
@@ -263,7 +264,7 @@ def load_lora(
         if A is None and B is None:
             continue
         entries = list(blocks.values())
-        n_out, n_in = mapping.tensor_shape(entries)
+        n_out, n_in = tensor_shape(entries)
         if A is None or B is None:
             problems.append(f"{name}: only one of lora_A and lora_B")
             continue
@@ -355,10 +356,10 @@ def _projections(model: HybridLM, modules: str | Sequence[str]) -> list[str]:
     return [path for path in known if path in chosen]
 
 
-def _stored(model: HybridLM) -> dict[str, dict[str, mapping.Entry]]:
+def _stored(model: HybridLM) -> dict[str, dict[str, Entry]]:
     """Checkpoint module ("model.layers.3.gka.q_proj") -> path -> its rows, for all projections."""
-    out: dict[str, dict[str, mapping.Entry]] = {}
-    for e in mapping.table(model.config):
+    out: dict[str, dict[str, Entry]] = {}
+    for e in table.entries(model.config):
         if e.layout == "linear" and e.path.startswith("layers."):
             module, path = e.name.removesuffix(".weight"), e.path.removesuffix(".kernel")
             out.setdefault(module, {})[path] = e

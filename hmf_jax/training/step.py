@@ -15,10 +15,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hmf_jax.config import LAYER_KINDS
-from hmf_jax.convert import mapping
+from hmf_jax import table
 from hmf_jax.layers import exact, exact_dtype
-from hmf_jax.mixers import Context
+from hmf_jax.mixers import KINDS, Context
 from hmf_jax.model import Block, HybridLM
 from hmf_jax.parameters import abstract_params, flat_params
 from hmf_jax.sharding import constrain
@@ -54,7 +53,7 @@ def select_parameters(model: HybridLM, trainable: str | Sequence[str] | None = N
     names = list(flat_params(model))
     if trainable is None:
         return names
-    stored = {e.path: e.name for e in mapping.table(model.config)}
+    stored = {e.path: e.name for e in table.entries(model.config)}
     text = {path: f"{stored.get(path, '')} {path}" for path in names}
     given = trainable if isinstance(trainable, str) else ",".join(trainable)
     patterns = [p for p in map(str.strip, given.split(",")) if p]
@@ -332,12 +331,12 @@ def _check_settings(accumulate: int, max_grad_norm: float | None, chunk_size: in
 def _remat_choices(remat: str | Mapping[str, str]) -> dict[str, str]:
     """Layer kind -> key of `REMAT`."""
     if isinstance(remat, str):
-        remat = {kind: remat for kind in LAYER_KINDS}
+        remat = dict.fromkeys(KINDS, remat)
     choices = dict(remat)
     for kind, choice in choices.items():
-        if kind not in LAYER_KINDS or choice not in REMAT:
+        if kind not in KINDS or choice not in REMAT:
             raise ValueError(
-                f"remat {kind!r}: {choice!r} is unknown; kinds are {LAYER_KINDS}, choices "
+                f"remat {kind!r}: {choice!r} is unknown; kinds are {tuple(KINDS)}, choices "
                 f"{tuple(REMAT)}."
             )
     return choices

@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hmf_jax import table
 from hmf_jax.config import BMojoConfig, GDNConfig, GKAConfig, HybridConfig, Mamba2Config
-from hmf_jax.convert import mapping
+from hmf_jax.convert.rows import by_tensor, tensor_shape
 from hmf_jax.convert.safetensors_io import DTYPES, Pending, write
 
 FLOAT32 = ("A_log", "dt_bias", "D")
@@ -33,9 +34,9 @@ FULL = HybridConfig.preset(
 def tensors(config: HybridConfig) -> dict[str, np.ndarray]:
     """Checkpoint name -> random values; bfloat16, except float32 for A_log, dt_bias and D."""
     out = {}
-    for name, blocks in mapping.by_tensor(mapping.table(config)).items():
+    for name, blocks in by_tensor(table.entries(config)).items():
         rng = np.random.default_rng(zlib.crc32(name.encode()))
-        values = rng.standard_normal(mapping.tensor_shape(blocks)).astype(np.float32)
+        values = rng.standard_normal(tensor_shape(blocks)).astype(np.float32)
         float32 = name.rsplit(".", 1)[-1] in FLOAT32
         out[name] = values if float32 else values.astype(ml_dtypes.bfloat16)
     return out
@@ -62,7 +63,7 @@ def abstract(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What a model of this config would ask for; on a mesh, matrices are split over both axes."""
     out = {}
-    for e in mapping.table(config):
+    for e in table.entries(config):
         shape = e.parameter_shape
         held = "float32" if e.path.rsplit(".", 1)[-1] in FLOAT32 else dtype
         sharding = None

@@ -12,9 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from hmf_jax import table
 from hmf_jax.config import HybridConfig
-from hmf_jax.convert import mapping
 from hmf_jax.convert.hf_to_jax import THREADS
+from hmf_jax.convert.rows import by_tensor, tensor_shape
 from hmf_jax.convert.safetensors_io import Pending, write
 
 GIB = 2**30
@@ -39,8 +40,8 @@ def checkpoint(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("large")
     block = np.random.default_rng(0).standard_normal(1 << 20).astype(ml_dtypes.bfloat16)
     pending = []
-    for name, blocks in mapping.by_tensor(mapping.table(CONFIG)).items():
-        shape = mapping.tensor_shape(blocks)
+    for name, blocks in by_tensor(table.entries(CONFIG)).items():
+        shape = tensor_shape(blocks)
         pending.append(Pending(name, "BF16", shape, lambda shape=shape: np.resize(block, shape)))
     write(directory, pending, max_shard_size="500MB")
     (directory / "config.json").write_text(json.dumps(CONFIG.to_dict()))
@@ -68,8 +69,8 @@ def test_peak_memory_of_loading_two_gibibytes(checkpoint, tp):
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
     largest = max(
-        2 * int(np.prod(mapping.tensor_shape(blocks)))
-        for blocks in mapping.by_tensor(mapping.table(CONFIG)).values()
+        2 * int(np.prod(tensor_shape(blocks)))
+        for blocks in by_tensor(table.entries(CONFIG)).values()
     )
     beyond, allowed = measured["peak"] - measured["arrays"], THREADS * largest + GIB
     sizes = {"stored": stored, **measured, "beyond the arrays": beyond, "allowed": allowed}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from hmf_jax import table
 from hmf_jax.config import HybridConfig
 from hmf_jax.convert import hf_to_jax, jax_to_hf
 from hmf_jax.convert.safetensors_io import INDEX, SINGLE, Checkpoint
@@ -22,7 +23,27 @@ TIED = dataclasses.replace(FULL, tie_word_embeddings=True)
 
 def load(directory, config: HybridConfig = FULL, **options):
     wanted = synthetic.abstract(config, **options)
-    return hf_to_jax.load(directory, config, wanted, progress=False)
+    return read(directory, config, wanted, progress=False)
+
+
+def read(directory, config: HybridConfig, wanted, **options):
+    return hf_to_jax.load(
+        directory,
+        table.entries(config),
+        wanted,
+        aliases=table.aliases(config),
+        copies=table.copies(config),
+        **options,
+    )
+
+
+def save(directory, config: HybridConfig, params, **options):
+    jax_to_hf.save(directory, config.to_dict(), table.entries(config), params, **options)
+
+
+def stored_dtypes(directory, config: HybridConfig):
+    aliases = table.aliases(config)
+    return hf_to_jax.stored_dtypes(directory, table.entries(config), aliases=aliases)
 
 
 def same_files(a: Path, b: Path) -> bool:
@@ -81,7 +102,7 @@ def test_where_each_tensor_goes(tmp_path):
 def test_round_trip_is_bit_exact(tmp_path, config, max_shard_size):
     synthetic.save(tmp_path / "in", config, max_shard_size=max_shard_size)
     params = load(tmp_path / "in", config)
-    jax_to_hf.save(tmp_path / "out", config, params, max_shard_size=max_shard_size, progress=False)
+    save(tmp_path / "out", config, params, max_shard_size=max_shard_size, progress=False)
     assert same_files(tmp_path / "in", tmp_path / "out")
     assert (tmp_path / "out" / INDEX).exists() == (max_shard_size != "5GB")
     written = HybridConfig.from_json(tmp_path / "out")
@@ -97,10 +118,10 @@ def test_recorded_dtypes_come_back(tmp_path):
     synthetic.save(tmp_path / "in", config, values)
     params = load(tmp_path / "in", config, dtype="float32")
     assert {x.dtype for x in params.values()} == {np.dtype("float32")}
-    dtypes = hf_to_jax.stored_dtypes(tmp_path / "in", config)
-    jax_to_hf.save(tmp_path / "out", config, params, dtypes=dtypes, progress=False)
+    dtypes = stored_dtypes(tmp_path / "in", config)
+    save(tmp_path / "out", config, params, dtypes=dtypes, progress=False)
     assert same_files(tmp_path / "in", tmp_path / "out")
-    jax_to_hf.save(tmp_path / "plain", config, params, progress=False)
+    save(tmp_path / "plain", config, params, progress=False)
     assert set(Checkpoint(tmp_path / "plain").dtypes().values()) == {"F32"}
 
 
@@ -123,7 +144,7 @@ def test_sharded_arrays_hold_their_parts(tmp_path):
             np.testing.assert_array_equal(shard.data, np.asarray(whole[path])[shard.index])
     kernel = split["layers.0.mlp.gate_proj.kernel"]
     assert {s.data.shape for s in kernel.addressable_shards} == {(64 // 4, 128 // 2)}
-    jax_to_hf.save(tmp_path / "out", FULL, split, progress=False)
+    save(tmp_path / "out", FULL, split, progress=False)
     assert same_files(tmp_path / "in", tmp_path / "out")
 
 
@@ -209,7 +230,7 @@ def test_sliding_window_layers_may_keep_the_name_of_attention(tmp_path):
     np.testing.assert_array_equal(
         params["layers.1.mixer.q_proj.kernel"], values[f"{new}q_proj.weight"].T
     )
-    assert f"{new}q_proj.weight" in hf_to_jax.stored_dtypes(tmp_path / "variant", FULL)
+    assert f"{new}q_proj.weight" in stored_dtypes(tmp_path / "variant", FULL)
     both = values | {n: v for n, v in renamed.items() if n.startswith(old)}
     synthetic.save(tmp_path / "both", FULL, both)
     with pytest.raises(ValueError, match=f"unexpected: {old}q_proj.weight"):
@@ -229,15 +250,15 @@ def test_a_model_that_does_not_fit_the_table(tmp_path):
     wanted = synthetic.abstract(FULL)
     wanted["norm.weight"] = jax.ShapeDtypeStruct((3,), "float32")
     with pytest.raises(ValueError, match=r"norm.weight: table \(64,\), model \(3,\)"):
-        hf_to_jax.load(tmp_path, FULL, wanted, progress=False)
+        read(tmp_path, FULL, wanted, progress=False)
 
 
 def test_progress_shows_bytes(tmp_path, capsys):
     synthetic.save(tmp_path / "in", FULL)
-    params = hf_to_jax.load(tmp_path / "in", FULL, synthetic.abstract(FULL))
+    params = read(tmp_path / "in", FULL, synthetic.abstract(FULL))
     shown = capsys.readouterr().err
     assert "loading weights: 100%" in shown and "B/s" in shown
-    jax_to_hf.save(tmp_path / "out", FULL, params)
+    save(tmp_path / "out", FULL, params)
     assert "writing weights: 100%" in capsys.readouterr().err
     load(tmp_path / "in")
     assert capsys.readouterr().err == ""
@@ -256,7 +277,7 @@ def test_nothing_is_written_if_parameters_do_not_fit(tmp_path, params):
     bad["surplus"] = bad["lm_head.kernel"]
     del bad["layers.0.mixer.q_norm.weight"]
     with pytest.raises(ValueError, match="nothing written") as error:
-        jax_to_hf.save(tmp_path / "out", FULL, bad, progress=False)
+        save(tmp_path / "out", FULL, bad, progress=False)
     for text in (
         "missing: layers.0.mixer.q_norm.weight",
         "unexpected: surplus",
@@ -271,7 +292,7 @@ def test_nothing_is_written_if_parameters_are_not_finite(tmp_path, params):
     bad["norm.weight"] = bad["norm.weight"].at[0].set(np.nan)
     bad["layers.4.mixer.dt_proj.kernel"] = bad["layers.4.mixer.dt_proj.kernel"].at[0, 0].set(np.inf)
     with pytest.raises(ValueError, match="nothing written") as error:
-        jax_to_hf.save(tmp_path / "out", FULL, bad, progress=False)
+        save(tmp_path / "out", FULL, bad, progress=False)
     assert "not finite: model.norm.weight" in str(error.value)
     assert "not finite: model.layers.4.mamba.in_proj.weight" in str(error.value)
     assert list(tmp_path.iterdir()) == []
@@ -280,25 +301,25 @@ def test_nothing_is_written_if_parameters_are_not_finite(tmp_path, params):
 def test_existing_directories(tmp_path, params):
     out = tmp_path / "out"
 
-    def save(**options):
-        jax_to_hf.save(out, FULL, params, progress=False, **options)
+    def write(**options):
+        save(out, FULL, params, progress=False, **options)
 
     out.mkdir()
-    save()  # an empty directory is fine
+    write()  # an empty directory is fine
     before = Checkpoint(out).tensors
     (out / "notes.txt").write_text("old")
     with pytest.raises(FileExistsError, match="is not empty; choose another directory or pass"):
-        save()
+        write()
     assert (out / "notes.txt").exists()
-    save(overwrite=True)
+    write(overwrite=True)
     assert not (out / "notes.txt").exists() and Checkpoint(out).tensors == before
     (out / "config.json").unlink()
     with pytest.raises(FileExistsError, match="holds no model"):
-        save(overwrite=True)
+        write(overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file"):
-        jax_to_hf.save(tmp_path / "file", FULL, params, progress=False)
+        save(tmp_path / "file", FULL, params, progress=False)
 
 
 def test_tokenizer_files_travel(tmp_path, params):
@@ -313,7 +334,7 @@ def test_tokenizer_files_travel(tmp_path, params):
     ]
     for name in (*names, "optimizer.bin", "model.safetensors", "config.json"):
         (source / name).write_text(name)
-    jax_to_hf.save(tmp_path / "out", FULL, params, companions=source, progress=False)
+    save(tmp_path / "out", FULL, params, companions=source, progress=False)
     assert all((tmp_path / "out" / n).read_text() == n for n in names)
     assert not (tmp_path / "out" / "optimizer.bin").exists()
     assert HybridConfig.from_json(tmp_path / "out").layer_kinds == FULL.layer_kinds
@@ -321,6 +342,4 @@ def test_tokenizer_files_travel(tmp_path, params):
 
 def test_unknown_target_dtype(tmp_path, params):
     with pytest.raises(ValueError, match="model.norm.weight: cannot write dtype 'I8'"):
-        jax_to_hf.save(
-            tmp_path / "out", FULL, params, dtypes={"model.norm.weight": "I8"}, progress=False
-        )
+        save(tmp_path / "out", FULL, params, dtypes={"model.norm.weight": "I8"}, progress=False)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hmf_jax.convert.verify import rel, run_case, verify_dir
+from hmf_jax.verify import rel, run_case, verify_dir
 
 B, L, V, D, W = 2, 9, 5, 4, 6
 RNG = np.random.default_rng(0)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.convert.verify import Report, run_case, verify_dir
 from hmf_jax.loading import from_pretrained
+from hmf_jax.verify import Report, run_case, verify_dir
 from tests.goldens import PACKED, SMALL, cases, expected, golden
 
 QUICK = ("attn_hd64_bias", "swa", "gka", "gdn_opts", "m2_rope", "bmf_m2_untied")

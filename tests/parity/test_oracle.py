@@ -22,8 +22,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from hmf_jax.loading import from_pretrained
+from hmf_jax.mixers import AttentionState, BMojoState, WindowState
 from hmf_jax.model import HybridLM
-from hmf_jax.state import AttentionState, BMojoState, ModelState, WindowState
+from hmf_jax.state import ModelState
 from tests.goldens import cases, expected, golden
 from tests.parity import oracle
 from tests.util import rel

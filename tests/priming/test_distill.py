@@ -13,7 +13,6 @@ import optax
 import pytest
 
 from hmf_jax.config import SWAConfig
-from hmf_jax.convert.verify import run_stage1, verify_dir
 from hmf_jax.loading import flat_params, from_pretrained, save_pretrained
 from hmf_jax.padding import arrange
 from hmf_jax.priming import (
@@ -30,6 +29,7 @@ from hmf_jax.priming import (
 from hmf_jax.priming.distill import _square_error
 from hmf_jax.sharding import make_mesh
 from hmf_jax.training import TrainState, select_parameters
+from hmf_jax.verify import run_stage1, verify_dir
 from tests.goldens import cases, expected, golden
 from tests.util import random_model, rel, tiny_config
 

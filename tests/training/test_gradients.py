@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
+from hmf_jax import table
 from hmf_jax.config import BMojoConfig
-from hmf_jax.convert import mapping
+from hmf_jax.convert.rows import by_tensor, tensor_shape
 from hmf_jax.training import TrainState, make_train_step, select_parameters
 from tests.parity import oracle
 from tests.training.test_step import SIX
@@ -28,9 +29,9 @@ Params = dict[str, np.ndarray]
 def oracle_loss(config, params: Params, tokens: np.ndarray) -> float:
     """Mean cross-entropy of the next token, from the tensors of a checkpoint."""
     tensors: Params = {}
-    for name, blocks in mapping.by_tensor(mapping.table(config)).items():
+    for name, blocks in by_tensor(table.entries(config)).items():
         rows = [params[e.path].T if e.transposed else params[e.path] for e in blocks]
-        tensors[name] = np.concatenate(rows).reshape(mapping.tensor_shape(blocks))
+        tensors[name] = np.concatenate(rows).reshape(tensor_shape(blocks))
     total = 0.0
     for row in tokens:
         run = oracle.evaluate(config.to_dict(), tensors, row, num_iter=NUM_ITER)

@@ -6,15 +6,16 @@ import dataclasses
 
 import pytest
 
+from hmf_jax import table
 from hmf_jax.config import BMojoConfig, GDNConfig, GKAConfig, HybridConfig, Mamba2Config
-from hmf_jax.convert import mapping
+from hmf_jax.convert.rows import by_tensor, tensor_shape
 from tests.convert.synthetic import FULL
 from tests.goldens import cases, recorded
 
 
 def shapes(config: HybridConfig) -> dict[str, tuple[int, ...]]:
-    tensors = mapping.by_tensor(mapping.table(config))
-    return {name: mapping.tensor_shape(blocks) for name, blocks in tensors.items()}
+    tensors = by_tensor(table.entries(config))
+    return {name: tensor_shape(blocks) for name, blocks in tensors.items()}
 
 
 @pytest.mark.parametrize("case", cases("model") + cases("compose"))
@@ -156,12 +157,12 @@ def test_inner_mixers_and_tied_weights():
 
 
 def test_parameter_counts_of_the_released_sizes():
-    count = {n: mapping.num_parameters(HybridConfig.preset(n)) / 1e9 for n in ("8b", "32b")}
+    count = {n: table.num_parameters(HybridConfig.preset(n)) / 1e9 for n in ("8b", "32b")}
     assert 8.4 < count["8b"] < 8.6 and 33.5 < count["32b"] < 34.5
-    bmojo = mapping.num_parameters(HybridConfig.preset("8b", mixer="BMF")) / 1e9
+    bmojo = table.num_parameters(HybridConfig.preset("8b", mixer="BMF")) / 1e9
     assert 8.9 < bmojo < 9.5
 
 
 def test_parameters_do_not_collide():
-    paths = [e.path for e in mapping.table(FULL)]
+    paths = [e.path for e in table.entries(FULL)]
     assert len(set(paths)) == len(paths)

@@ -1,0 +1,72 @@
+"""The checkpoint of a whole model as a table: which tensor becomes which parameter.
+
+It follows from the config alone. The rows of a mixer are its kind's, those outside the mixers are
+here; `hmf_jax.convert` reads and writes checkpoints by them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from hmf_jax.config import HybridConfig
+from hmf_jax.convert import rows
+from hmf_jax.convert.rows import Entry, Row
+from hmf_jax.mixers import BASE, KINDS, split_symbol
+
+
+def entries(config: HybridConfig) -> list[Entry]:
+    """Every parameter of the model, in checkpoint order."""
+    return rows.entries(_rows(config))
+
+
+def num_parameters(config: HybridConfig) -> int:
+    """Elements of all parameters."""
+    return sum(math.prod(e.shape) for e in entries(config))
+
+
+def aliases(config: HybridConfig) -> dict[str, str]:
+    """Beginning of tensor names -> what checkpoints may have in its place.
+
+    A kind with the parameters of another may be stored under its name: layer-selection variants of
+    the original keep `self_attn` in layers that became SWA.
+    """
+    out = {}
+    for i, symbol in enumerate(config.layer_kinds):
+        kind = KINDS.get(symbol)
+        if kind is not None and kind.like is not None:
+            layer = f"model.layers.{i}"
+            out[f"{layer}.{kind.name}."] = f"{layer}.{KINDS[kind.like].name}."
+    return out
+
+
+def copies(config: HybridConfig) -> dict[str, str]:
+    """Tensors that a checkpoint may hold although they equal another one -> that one."""
+    return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+
+
+def _rows(c: HybridConfig) -> Iterator[Row]:
+    V, d, F, bias = c.vocab_size, c.hidden_size, c.intermediate_size, c.mlp_bias
+    yield "model.embed_tokens.weight", "embed_tokens.embedding", (V, d), "same"
+    for i, symbol in enumerate(c.layer_kinds):
+        kind, teacher = split_symbol(symbol)
+        block = _mixer(c, kind, "mixer")
+        if teacher is not None:
+            block += _mixer(c, teacher, "teacher")
+        block += [
+            *rows.vector(d, "input_layernorm.weight", "post_attention_layernorm.weight"),
+            *rows.linear(F, d, "mlp.gate_proj", bias),
+            *rows.linear(F, d, "mlp.up_proj", bias),
+            *rows.linear(d, F, "mlp.down_proj", bias),
+        ]
+        yield from rows.under(f"model.layers.{i}", block, f"layers.{i}")
+    yield "model.norm.weight", "norm.weight", (d,), "same"
+    if not c.tie_word_embeddings:
+        yield "lm_head.weight", "lm_head.kernel", (V, d), "linear"
+
+
+def _mixer(config: HybridConfig, symbol: str, path: str) -> list[Row]:
+    """The rows of one mixer. Base models store all theirs under the name of attention."""
+    kind = KINDS[symbol]
+    name = KINDS[BASE].name if config.is_stock else kind.name
+    return rows.under(name, kind.rows(config, config.sections), path)
