@@ -298,11 +298,9 @@ class HybridLM(nnx.Module):
                 changes = segment_ids[:, 1:] != segment_ids[:, :-1]
                 starts = jnp.concatenate([jnp.zeros((B, 1), bool), changes], axis=1)
                 positions = positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
-        if lengths is not None and (segment_ids is None or state is not None):
-            segment_ids = (jnp.arange(T) < lengths[:, None]).astype(jnp.int32)
         ctx = Context(
             rope=rope_table(positions, self.config),
-            segment_ids=segment_ids,
+            segment_ids=segment_ids if state is None else None,  # with a state: padding only
             lengths=lengths,
             offset=jnp.zeros(B, jnp.int32) if state is None else state.length,
             num_iter=None if num_iter is None else jnp.asarray(num_iter, jnp.int32),

@@ -120,15 +120,21 @@ class Attention(Mixer):
         o, state = attend(q, k, v, ctx, state)
         return self.o_proj(merge_heads(ctx.over_tokens(o))), state
 
-    def _own_tokens(self, q: Array, k: Array, v: Array, ctx: Context, packed=None) -> Array:
+    def _own_tokens(self, q: Array, k: Array, v: Array, ctx: Context) -> Array:
         """Attention among the tokens of this call, which are whole sequences."""
         return attention(
-            q, k, v, window=self.window, segment_ids=packed, lengths=ctx.lengths, **ctx.options
+            q,
+            k,
+            v,
+            window=self.window,
+            segment_ids=ctx.segment_ids,
+            lengths=ctx.lengths,
+            **ctx.options,
         )
 
     def _full(self, q, k, v, ctx: Context, state):
         if state is None:
-            return self._own_tokens(q, k, v, ctx, ctx.segment_ids), None
+            return self._own_tokens(q, k, v, ctx), None
         T, capacity = q.shape[1], state.k.shape[1]
         lengths = ctx.counts(T)
         step = jnp.arange(T)
@@ -145,7 +151,7 @@ class Attention(Mixer):
 
     def _windowed(self, q, k, v, ctx: Context, state):
         if state is None:
-            return self._own_tokens(q, k, v, ctx, ctx.segment_ids), None
+            return self._own_tokens(q, k, v, ctx), None
         T, W = q.shape[1], state.k.shape[1]
         lengths = ctx.counts(T)
         if T == 1:

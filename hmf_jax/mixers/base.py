@@ -26,7 +26,8 @@ class Context:
 
     Attributes:
       rope: cos, sin float32 [B, T, 1, D/2].
-      segment_ids: [B, T] int32, 0 = padding, one number per packed document; None = all valid.
+      segment_ids: [B, T] int32 of packed documents, one number each, 0 = padding; None: every row is
+        one document.
       lengths: [B] int32, valid tokens of each row in this call; None = T.
       offset: [B] int32, tokens that the state already holds; zeros without a state.
       num_iter: Chebyshev iterations, scalar or [B] int32; None = the config's.
@@ -51,16 +52,23 @@ class Context:
         """Keyword arguments of every operator."""
         return {"impl": self.impl, "mesh": self.mesh}
 
+    @property
+    def padding(self) -> dict:
+        """What recurrent operators and convolutions are told about padding and documents."""
+        if self.segment_ids is not None:
+            return {"segment_ids": self.segment_ids}
+        return {"lengths": self.lengths}
+
     def counts(self, T: int) -> Array:
         """[B] int32: how many of the T tokens of each row are valid."""
         return jnp.full_like(self.offset, T) if self.lengths is None else self.lengths
 
     def mask(self, x: Array) -> Array:
         """x [B, T, ...] with zeros at padding: zero keys, step sizes and decays are no-ops."""
-        if self.segment_ids is None:
+        if self.lengths is None:
             return x
-        valid = (self.segment_ids != 0).reshape(*x.shape[:2], *([1] * (x.ndim - 2)))
-        return jnp.where(valid, x, 0)
+        valid = jnp.arange(x.shape[1]) < self.lengths[:, None]
+        return jnp.where(valid.reshape(*x.shape[:2], *([1] * (x.ndim - 2))), x, 0)
 
     def over_tokens(self, x: Array) -> Array:
         """x [B, T, ...] with its tokens split over the mesh's "sp", as between operators."""

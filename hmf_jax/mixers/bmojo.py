@@ -128,10 +128,9 @@ class TwoWindowAttention(nnx.Module):
         W = self.window
 
         def own_tokens() -> Array:
-            packed = ctx.segment_ids if state is None else None  # with a state: padding only
             return two_window_attention(
                 q, k, v, k_fading, v_fading,
-                window=W, q_fading=q_fading, segment_ids=packed, lengths=ctx.lengths,
+                window=W, q_fading=q_fading, segment_ids=ctx.segment_ids, lengths=ctx.lengths,
                 **ctx.options,
             )  # fmt: skip
 

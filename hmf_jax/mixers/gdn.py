@@ -99,7 +99,7 @@ class GatedDeltaNet(GatedLinearMixer):
                 g,
                 beta,
                 initial_state=None if state is None else state.s,
-                segment_ids=ctx.segment_ids,
+                **ctx.padding,
                 **ctx.options,
             )
         y = self.output(o, x, ctx)

@@ -139,7 +139,7 @@ class GatedKalmaNet(GatedLinearMixer):
                 beta,
                 bp_lambda=c.bp_lambda,
                 initial_state=None if state is None else (state.h_kk, state.h_kv),
-                segment_ids=ctx.segment_ids,
+                **ctx.padding,
                 chunk_size=c.chunk_size,
                 **options,
             )

@@ -56,7 +56,7 @@ class ShortConv(nnx.Module):
             self.weight[...],
             None if self.bias is None else self.bias[...],
             initial_state=state,
-            segment_ids=ctx.segment_ids,
+            **ctx.padding,
             channels=self.letter,
             **ctx.options,
         )

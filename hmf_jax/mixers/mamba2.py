@@ -134,7 +134,7 @@ class Mamba2(Mixer):
                 A,
                 self.D[...],
                 initial_state=None if state is None else state.s,
-                segment_ids=ctx.segment_ids,
+                **ctx.padding,
                 **ctx.options,
             )
         y = self.out_proj(merge_heads(self.norm(ctx.over_tokens(y), heads(self.z_proj(x)))))
