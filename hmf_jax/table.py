@@ -29,9 +29,11 @@ def aliases(config: HybridConfig) -> dict[str, str]:
     """Beginning of tensor names -> what checkpoints may have in its place.
 
     A kind with the parameters of another may be stored under its name: layer-selection variants of
-    the original keep `self_attn` in layers that became SWA.
+    the original keep `self_attn` in layers that became SWA. Base models do so always.
     """
-    out = {}
+    out: dict[str, str] = {}
+    if config.is_stock:
+        return out
     for i, symbol in enumerate(config.layer_kinds):
         kind = KINDS.get(symbol)
         if kind is not None and kind.like is not None:

@@ -134,3 +134,26 @@ def test_composition(model):
     assert state.layers[1].average.shape == (1, 64)  # the mean of both parts
     with pytest.raises(ValueError, match="exponential moving average states cannot be fused"):
         hmf_jax.compose(model, list(range(1, 13)), 2, ssm="fuse")
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "new"),
+    [
+        ("hmf_jax.state", "GKAState", "hmf_jax.mixers.GKAState"),
+        ("hmf_jax.convert", "mapping", "hmf_jax.table and hmf_jax.convert.rows"),
+        ("hmf_jax.convert", "verify", "hmf_jax.verify"),
+    ],
+)
+def test_names_that_moved_say_where(old, name, new):
+    with pytest.raises(ImportError, match=f"{old}.{name} is now {new}"):
+        exec(f"from {old} import {name}")
+
+
+def test_names_that_stay_in_config():
+    from hmf_jax.config import FUSED, LAYER_KINDS, BMojoConfig, streams
+
+    assert LAYER_KINDS == ("*", "SWA", "GKA", "GDN", "M2", "BMF", "EMA")
+    assert list(FUSED) == ["*DA", "SWA*", "GKA*", "GDN*", "M2*", "BMF*", "GDN>GKA"]
+    assert streams("GDN>GKA") == ("GKA", "GDN") and BMojoConfig().ssm_mixer == "M2"
+    with pytest.raises(ImportError, match="cannot import name 'LSTMConfig'"):
+        exec("from hmf_jax.config import LSTMConfig")

@@ -55,12 +55,10 @@ class MovingAverage(Mixer):
     ) -> tuple[Array, EMAState | None]:
         u, a = exact(self.in_proj(x)), jax.nn.sigmoid(exact(self.decay[...]))
         keep, new = jnp.broadcast_to(a, u.shape), (1 - a) * u
-        if ctx.segment_ids is not None:
-            valid = (ctx.segment_ids != 0)[..., None]
+        if ctx.segment_ids is not None:  # packed documents begin at zero
             first = ctx.segment_ids != jnp.roll(ctx.segment_ids, 1, axis=1)
-            first = first.at[:, 0].set(False)[..., None]
-            keep = jnp.where(valid, jnp.where(first, 0.0, keep), 1.0)  # documents begin at zero,
-            new = jnp.where(valid, new, 0.0)  # and padding changes nothing
+            keep = jnp.where(first.at[:, 0].set(False)[..., None], 0.0, keep)
+        keep, new = 1 - ctx.mask(1 - keep), ctx.mask(new)  # padding changes nothing
 
         def follow(one, two):
             return one[0] * two[0], two[0] * one[1] + two[1]

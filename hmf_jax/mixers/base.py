@@ -26,8 +26,8 @@ class Context:
 
     Attributes:
       rope: cos, sin float32 [B, T, 1, D/2].
-      segment_ids: [B, T] int32 of packed documents, one number each, 0 = padding; None: every row is
-        one document.
+      segment_ids: [B, T] int32 of packed documents, one number each, 0 = padding; None: every row
+        is one document.
       lengths: [B] int32, valid tokens of each row in this call; None = T.
       offset: [B] int32, tokens that the state already holds; zeros without a state.
       num_iter: Chebyshev iterations, scalar or [B] int32; None = the config's.
