@@ -491,8 +491,8 @@ def compile_times(settings: Settings, *, inner_jit: bool, env: dict[str, Any]) -
 
 def _inlined_blocks():
     """The plain design: blocks called without an inner jit."""
-    plain = inspect.unwrap(hmf_jax.model._run_block)
-    return mock.patch.object(hmf_jax.model, "_run_block", plain)
+    plain = inspect.unwrap(hmf_jax.model.run_block)
+    return mock.patch.object(hmf_jax.model, "run_block", plain)
 
 
 @contextlib.contextmanager

@@ -8,80 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hmf_jax import parameters
+from hmf_jax.block import Block, LayerOutput, run_block
 from hmf_jax.config import HybridConfig
-from hmf_jax.layers import MLP, RMSNorm, linear, one_row_twice, rope_table
-from hmf_jax.mixers import Context, Mixer, make_mixer, split_symbol
+from hmf_jax.layers import RMSNorm, linear, one_row_twice, rope_table
+from hmf_jax.mixers import Context
 from hmf_jax.mixers.base import abstract_zeros, zeros
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
-from hmf_jax.padding import arrange, restore, valid_first
-from hmf_jax.pallas_kernels.compat import is_traced
+from hmf_jax.padding import arrange, check_tokens, restore, valid_first
+from hmf_jax.parameters import shardings, split
 from hmf_jax.sharding import constrain, for_model
 from hmf_jax.state import ModelState
 
 Array = jax.Array
-
-
-class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)).
-
-    A fused block (stage 1 of priming) also holds the mixer that its own one is to learn from; the
-    model does not run it, `hmf_jax.priming` does.
-    """
-
-    def __init__(self, symbol: str, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
-        def mixer(kind: str) -> Mixer:
-            return make_mixer(kind, config, config.sections, dtype=dtype, rngs=rngs)
-
-        kind, teacher = split_symbol(symbol)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mixer = mixer(kind)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, dtype, rngs)
-        self.teacher = None if teacher is None else mixer(teacher)
-
-    def __call__(self, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
-        """x [B, T, d] -> (the residual stream after the block, the mixer's output, new state)."""
-        x, mixed, _, state = self.run(self.mixer, x, ctx, state)
-        return x, mixed, state
-
-    def run(
-        self, mixer: Mixer, x: Array, ctx: Context, state: Any = None
-    ) -> tuple[Array, Array, Array, Any]:
-        """The block with this mixer: (residual stream, mixer's output, MLP's output, new state)."""
-        mixed, state = mixer(self.input_layernorm(x), ctx, state)
-        x = constrain(x + mixed, ctx.mesh, "batch", "tokens", None)
-        fed = self.mlp(self.post_attention_layernorm(x))
-        return constrain(x + fed, ctx.mesh, "batch", "tokens", None), mixed, fed, state
-
-
-class LayerOutput(NamedTuple):
-    """What one layer made of its input: the output of its mixer and the residual stream after the
-    layer, both [B, T, d], and its new state (None without one)."""
-
-    mixed: Array
-    x: Array
-    state: Any
-
-
-@jax.jit
-def _run_block(block: Block, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
-    """One inner jit: layers of the same kind have equal tree structures and are traced once."""
-    return block(x, ctx, state)
-
-
-def _split[M: nnx.Module](module: M, mesh: Mesh | None) -> M:
-    """The module with its parameters on their shards; as it is without a mesh or in a trace."""
-    if mesh is None or any(is_traced(x) for x in jax.tree.leaves(module)):
-        return module
-    return jax.block_until_ready(jax.device_put(module, parameters.shardings(module, mesh)))
 
 
 class HybridLM(nnx.Module):
@@ -119,13 +64,13 @@ class HybridLM(nnx.Module):
             rngs=rngs,
             embedding_metadata={"dims": ("vocab", "embed")},
         )
-        self.embed_tokens = _split(embed, self.mesh)
+        self.embed_tokens = split(embed, self.mesh)
         layers = (Block(symbol, config, dtype=dtype, rngs=rngs) for symbol in config.layer_kinds)
-        self.layers: Sequence[Block] = nnx.List([_split(layer, self.mesh) for layer in layers])
-        self.norm = _split(RMSNorm(d, config.rms_norm_eps, dtype), self.mesh)
+        self.layers: Sequence[Block] = nnx.List([split(layer, self.mesh) for layer in layers])
+        self.norm = split(RMSNorm(d, config.rms_norm_eps, dtype), self.mesh)
         head = ("embed", "vocab"), config, dtype, rngs
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else _split(linear(d, V, *head), self.mesh)
+        self.lm_head = None if tied else split(linear(d, V, *head), self.mesh)
         self.source: str | None = None  # the directory it was loaded from; has the tokenizer
 
     @classmethod
@@ -137,7 +82,7 @@ class HybridLM(nnx.Module):
 
     def shardings(self) -> Any:
         """A pytree like the model with the sharding of each parameter (None without a mesh)."""
-        return None if self.mesh is None else parameters.shardings(self, self.mesh)
+        return None if self.mesh is None else shardings(self, self.mesh)
 
     def init_state(self, batch: int, capacity: int) -> ModelState:
         """An empty state for `batch` rows of at most `capacity` tokens each.
@@ -278,7 +223,7 @@ class HybridLM(nnx.Module):
           x [B, T, d], the embeddings with the valid tokens of each row first, and what the layers
           are told about them; `restore(x, ctx.place)` of `hmf_jax.padding` undoes the order.
         """
-        self._check_tokens(tokens, positions, segment_ids, lengths, state)
+        check_tokens(tokens, positions, segment_ids, lengths, state, self.mesh)
         if isinstance(num_iter, int) and num_iter < 0:
             raise ValueError(f"num_iter={num_iter} must be 0 or more.")
         B, T = tokens.shape
@@ -320,30 +265,9 @@ class HybridLM(nnx.Module):
         """Runs layer after layer on what `embed` returned; what was yielded is not kept here."""
         states = [None] * len(self.layers) if state is None else state.layers
         for block, before in zip(self.layers, states, strict=True):
-            x, mixed, after = _run_block(block, x, ctx, before)
+            x, mixed, after = run_block(block, x, ctx, before)
             yield LayerOutput(mixed, x, after)
             del mixed, after
-
-    def _check_tokens(self, tokens, positions, segment_ids, lengths, state) -> None:
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{tokens.shape}.")
-        B, T = tokens.shape
-        if self.mesh is not None and T % self.mesh.shape["sp"]:
-            raise ValueError(
-                f"sp={self.mesh.shape['sp']} does not divide {T} tokens; pad rows to a multiple."
-            )
-        for name, a in (("positions", positions), ("segment_ids", segment_ids)):
-            if a is not None and a.shape != tokens.shape:
-                raise ValueError(f"{name} has shape {a.shape}, but tokens have {tokens.shape}.")
-        if lengths is not None and segment_ids is not None:
-            raise ValueError("lengths and segment_ids both say what is padding; pass one of them.")
-        if lengths is not None and lengths.shape != (B,):
-            raise ValueError(f"lengths has shape {lengths.shape}, but there are {B} rows.")
-        if state is not None and state.length.shape != (B,):
-            raise ValueError(
-                f"The state holds {state.length.shape[0]} rows, but tokens have {B}; "
-                f"make one with init_state({B}, capacity)."
-            )
 
     def _head(self, x: Array) -> Array:
         x = self.norm(x)

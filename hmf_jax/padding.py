@@ -1,9 +1,14 @@
-"""Padding has one owner: a model puts the valid tokens of each row first, layers rely on that."""
+"""The tokens of one call. A model puts the valid ones of each row first; its layers rely on it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from hmf_jax.state import ModelState
 
 Array = jax.Array
 
@@ -31,4 +36,35 @@ def restore(x: Array, place: Array | None) -> Array:
     """Undoes `arrange`, for x [B, T, ...]."""
     if place is None:
         return x
-    return jnp.take_along_axis(x, place.reshape(*place.shape, *[1] * (x.ndim - 2)), axis=1)
+    # Unlike that of `take_along_axis`, the transpose knows that no index repeats.
+    return x.at[jnp.arange(len(x))[:, None], place].get(unique_indices=True)
+
+
+def check_tokens(
+    tokens: Any,
+    positions: Any,
+    segment_ids: Any,
+    lengths: Any,
+    state: ModelState | None,
+    mesh: Mesh | None,
+) -> None:
+    """Raises ValueError unless these are the tokens of one call of a model, see `HybridLM`."""
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{tokens.shape}.")
+    B, T = tokens.shape
+    if mesh is not None and T % mesh.shape["sp"]:
+        raise ValueError(
+            f"sp={mesh.shape['sp']} does not divide {T} tokens; pad rows to a multiple."
+        )
+    for name, a in (("positions", positions), ("segment_ids", segment_ids)):
+        if a is not None and a.shape != tokens.shape:
+            raise ValueError(f"{name} has shape {a.shape}, but tokens have {tokens.shape}.")
+    if lengths is not None and segment_ids is not None:
+        raise ValueError("lengths and segment_ids both say what is padding; pass one of them.")
+    if lengths is not None and lengths.shape != (B,):
+        raise ValueError(f"lengths has shape {lengths.shape}, but there are {B} rows.")
+    if state is not None and state.length.shape != (B,):
+        raise ValueError(
+            f"The state holds {state.length.shape[0]} rows, but tokens have {B}; "
+            f"make one with init_state({B}, capacity)."
+        )

@@ -14,6 +14,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from hmf_jax.pallas_kernels.compat import is_traced
 from hmf_jax.sharding import named_sharding
 
 
@@ -46,6 +47,13 @@ def shardings(module: nnx.Module, mesh: Mesh) -> Any:
     """A pytree like the module with the sharding of each parameter, for `jax.device_put`."""
     split = [a.sharding for a in abstract_params(module, mesh).values()]
     return jax.tree.unflatten(jax.tree.structure(module), split)
+
+
+def split[M: nnx.Module](module: M, mesh: Mesh | None) -> M:
+    """The module with its parameters on their shards; as it is without a mesh or in a trace."""
+    if mesh is None or any(is_traced(x) for x in jax.tree.leaves(module)):
+        return module
+    return jax.block_until_ready(jax.device_put(module, shardings(module, mesh)))
 
 
 def with_params[M: nnx.Module](module: M, params: Mapping[str, Any]) -> M:

@@ -316,10 +316,10 @@ def test_plain_design_has_no_inner_jit() -> None:
     def text() -> str:
         return str(jax.make_jaxpr(lambda m, t: m(t)[0])(model, tokens))
 
-    assert "_run_block" in text()
+    assert "run_block" in text()
     with models._inlined_blocks():
-        assert "_run_block" not in text()
-    assert "_run_block" in text()
+        assert "run_block" not in text()
+    assert "run_block" in text()
 
 
 ROW = rows.Row(

@@ -78,10 +78,10 @@ def run(model, tokens, **kwargs):
     return model(tokens, **kwargs)[0]
 
 
-def feed(model, tokens, state, mask=None):
-    """A call with a state; always with a mask, so that all tests share their compiled programs."""
-    mask = jnp.ones(tokens.shape) if mask is None else mask
-    return model(tokens, segment_ids=jnp.asarray(mask, jnp.int32), state=state)
+def feed(model, tokens, state, lengths=None):
+    """A call with a state, as `generate` makes it: how many tokens of each row are valid."""
+    lengths = [tokens.shape[1]] * len(tokens) if lengths is None else lengths
+    return model(tokens, lengths=jnp.asarray(lengths, jnp.int32), state=state)
 
 
 @law
@@ -91,10 +91,11 @@ def test_padding_leaves_no_trace(model, seed, data):
     mask = mask.reshape(2, T)
     mask[:, data.draw(st.integers(0, T - 1))] = True
     tokens = tokens_for(seed)
-    padded = run(model, tokens, segment_ids=jnp.asarray(mask, jnp.int32))
+    ids = jnp.asarray(mask, jnp.int32)
+    padded = run(model, tokens, segment_ids=ids)
     noise = jnp.where(mask, tokens, tokens_for(seed + 1))
-    again = run(model, noise, segment_ids=jnp.asarray(mask, jnp.int32))
-    cached, state = feed(model, tokens, model.init_state(2, T), mask)
+    again = run(model, noise, segment_ids=ids)
+    cached, state = model(tokens, segment_ids=ids, state=model.init_state(2, T))
     np.testing.assert_array_equal(state.length, mask.sum(1))
     # The same valid tokens at the front; causal, so what follows them does not matter.
     front = jnp.take_along_axis(tokens, jnp.argsort(~mask, axis=1, stable=True), axis=1)
@@ -143,7 +144,7 @@ def test_decoding_continues_a_prefill(model, seed, prompt):
     while at.min() < T:
         active = (at < T) & np.array([True, rng.random() < 0.7])
         step = tokens[jnp.arange(2), jnp.minimum(at, T - 1)][:, None]
-        logits, state = feed(model, step, state, active[:, None])
+        logits, state = feed(model, step, state, active)
         for row in np.flatnonzero(active):
             assert rel(logits[row, 0], whole[row, at[row]]) < tol(model)
         at += active
@@ -159,7 +160,7 @@ def test_continuing_rows_of_different_lengths(model):
     for start, count in ((0 * first, first), (first, second)):
         take = jnp.minimum(start[:, None] + index, T - 1)
         part = jnp.take_along_axis(tokens, take, axis=1)
-        logits, state = feed(model, part, state, index < count[:, None])
+        logits, state = feed(model, part, state, count)
         for row in range(2):
             expected = whole[row, start[row] : start[row] + count[row]]
             assert rel(logits[row, : count[row]], expected) < tol(model)
@@ -241,6 +242,10 @@ def test_bad_input():
         model(tokens, num_iter=-1)
     with pytest.raises(ValueError, match="integers"):
         model(tokens.astype(jnp.float32))
+    with pytest.raises(ValueError, match="pass one of them"):
+        model(tokens, segment_ids=tokens, lengths=jnp.array([1, 2]))
+    with pytest.raises(ValueError, match="lengths has shape"):
+        model(tokens, lengths=jnp.array([1]))
     with pytest.raises(ValueError, match="segment_ids has shape"):
         model(tokens, segment_ids=tokens[:, :-1])
     with pytest.raises(ValueError, match="init_state"):

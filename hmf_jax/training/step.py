@@ -16,9 +16,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hmf_jax import table
+from hmf_jax.block import Block
 from hmf_jax.layers import exact, exact_dtype
 from hmf_jax.mixers import KINDS, Context
-from hmf_jax.model import Block, HybridLM
+from hmf_jax.model import HybridLM
 from hmf_jax.parameters import abstract_params, flat_params
 from hmf_jax.sharding import constrain
 from hmf_jax.training.loss import next_token_loss

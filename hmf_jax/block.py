@@ -1,0 +1,63 @@
+"""A layer: one mixer and one MLP, each behind a norm and beside the residual stream."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from hmf_jax.config import HybridConfig
+from hmf_jax.layers import MLP, RMSNorm
+from hmf_jax.mixers import Context, Mixer, make_mixer, split_symbol
+from hmf_jax.sharding import constrain
+
+Array = jax.Array
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)).
+
+    A fused block (stage 1 of priming) also holds the mixer that its own one is to learn from; the
+    model does not run it, `hmf_jax.priming` does.
+    """
+
+    def __init__(self, symbol: str, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
+        def mixer(kind: str) -> Mixer:
+            return make_mixer(kind, config, config.sections, dtype=dtype, rngs=rngs)
+
+        kind, teacher = split_symbol(symbol)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mixer = mixer(kind)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = MLP(config, dtype, rngs)
+        self.teacher = None if teacher is None else mixer(teacher)
+
+    def __call__(self, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
+        """x [B, T, d] -> (the residual stream after the block, the mixer's output, new state)."""
+        x, mixed, _, state = self.run(self.mixer, x, ctx, state)
+        return x, mixed, state
+
+    def run(
+        self, mixer: Mixer, x: Array, ctx: Context, state: Any = None
+    ) -> tuple[Array, Array, Array, Any]:
+        """The block with this mixer: (residual stream, mixer's output, MLP's output, new state)."""
+        mixed, state = mixer(self.input_layernorm(x), ctx, state)
+        x = constrain(x + mixed, ctx.mesh, "batch", "tokens", None)
+        fed = self.mlp(self.post_attention_layernorm(x))
+        return constrain(x + fed, ctx.mesh, "batch", "tokens", None), mixed, fed, state
+
+
+class LayerOutput(NamedTuple):
+    """What one layer made of its input: the output of its mixer and the residual stream after the
+    layer, both [B, T, d], and its new state (None without one)."""
+
+    mixed: Array
+    x: Array
+    state: Any
+
+
+@jax.jit
+def run_block(block: Block, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
+    """One inner jit: layers of the same kind have equal tree structures and are traced once."""
+    return block(x, ctx, state)
