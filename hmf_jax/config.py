@@ -335,11 +335,14 @@ def _stored(section: Section, config: HybridConfig) -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    """LAYER_KINDS, FUSED and the classes of the kinds' settings, "GKAConfig", by their names."""
+    """What follows from the tables of kinds and families, as it stands when it is asked for:
+    LAYER_KINDS, FUSED, SUPPORTED_MODEL_TYPES and the classes of settings ("GKAConfig")."""
     if name == "LAYER_KINDS":
         return tuple(KINDS)
     if name == "FUSED":
         return fused_symbols()
+    if name == "SUPPORTED_MODEL_TYPES":
+        return families.model_types()
     for kind in KINDS.values():
         if kind.section is not None and kind.section.type.__name__ == name:
             return kind.section.type

@@ -90,6 +90,11 @@ LEGACY_ROPE = ("rope_theta", "rope_scaling", "original_max_position_embeddings")
 _SLIDING = "sliding_attention"
 
 
+def model_types() -> tuple[str, ...]:
+    """The model types of config.json that can run."""
+    return tuple(name for f in FAMILIES.values() for name in (f.hybrid, *f.stock))
+
+
 def take_family(top: dict[str, Any]) -> tuple[Family, bool]:
     """The family of a config.json, and whether it describes a hybrid and not a base model.
 
@@ -105,9 +110,8 @@ def take_family(top: dict[str, Any]) -> tuple[Family, bool]:
     for family in families:
         if model_type == family.hybrid or model_type in family.stock:
             return family, model_type == family.hybrid or "hybrid_override_pattern" in top
-    supported = [name for f in families for name in (f.hybrid, *f.stock)]
     raise ValueError(
-        f"model_type {model_type!r} is not supported; supported are {', '.join(supported)}. "
+        f"model_type {model_type!r} is not supported; supported are {', '.join(model_types())}. "
         f"Known base families that are not supported yet: {', '.join(KNOWN_MODEL_TYPES)}"
     )
 

@@ -122,7 +122,7 @@ def save_pretrained(
 ) -> None:
     """Writes a Hugging Face directory that the original and this package load.
 
-    A base model that was loaded and is still one (Qwen3) comes back as it was read, and
+    A base model (Qwen3) that was loaded and is still one comes back as it was read, so that
     transformers loads it; everything else is written as a hybrid.
 
     Args:
