@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -226,6 +227,13 @@ def test_a_batch_that_does_not_divide_stays_whole() -> None:
     mesh = _mesh("dp2 fsdp2 tp2")
     q, k, v = (_random(letters, i)[:3] for i, letters in enumerate(QKV.values()))
     assert rel(attention(q, k, v, mesh=mesh), attention(q, k, v)) < 1e-5
+
+
+def test_mesh_axes_are_named_in_one_place() -> None:
+    folder = Path(sharded.__file__).parent
+    named = re.compile(r"""["'](dp|fsdp|sp|tp|rep)["']""")
+    files = [file for file in folder.rglob("*.py") if named.search(file.read_text())]
+    assert files == [folder / "sharded.py"]
 
 
 def test_communication_is_seen() -> None:
