@@ -29,7 +29,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-    """Links are written for the repository; on the site, docs/ is the top."""
+    """Links are written for the repository; on the site, docs/ is the top, and no sources are."""
+    markdown = re.sub(r"\[([^\]]+)\]\([^)]+\.py\)", r"\1", markdown)
     up = "../" * page.file.src_uri.count("/")
     if (ROOT / "docs" / page.file.src_uri).exists():
         return re.sub(rf"\]\({up}\.\./(?!\.\.)", f"]({up}", markdown)

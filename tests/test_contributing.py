@@ -8,14 +8,17 @@ import shutil
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
-ops: Any = pytest.importorskip("hmf_jax.pallas_kernels.ops")
+from hmf_jax.pallas_kernels import ops
+
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-BLOCKS = dict(re.findall(r'^```python title="(.+?)"\n(.*?)^```$', TEXT, re.MULTILINE | re.DOTALL))
+BLOCKS = re.findall(r'^```python title="(.+?)"\n(.*?)^```$', TEXT, re.MULTILINE | re.DOTALL)
+# Those of a kind and of a family are quotations; other tests run the files.
+QUOTED = ("tests/toy_kind.py", "tests/test_families.py")
+OPERATOR = {name: code for name, code in BLOCKS if name not in QUOTED}
 
 
 def load(path: Path, name: str) -> ModuleType:
@@ -30,7 +33,7 @@ def operator_example() -> type:
     """The test class of the operator, whose folder is beside the real ones while it is imported."""
     directory = Path(tempfile.mkdtemp())
     try:
-        for name, code in BLOCKS.items():
+        for name, code in OPERATOR.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_text(code)
         ops.__path__.append(str(directory / "pallas_kernels" / "ops"))
@@ -50,7 +53,22 @@ class TestOperator(operator_example()):
 def test_the_operator_example_is_whole():
     folder = "pallas_kernels/ops/decayed_sum"
     files = {f"{folder}/{name}.py" for name in ("api", "inputs", "reference", "chunked")}
-    assert set(BLOCKS) == files | {"tests/kernels/test_decayed_sum.py"}
+    assert set(OPERATOR) == files | {"tests/kernels/test_decayed_sum.py"}
+
+
+def test_the_kind_is_quoted_as_it_is():
+    """All of it but the imports."""
+    quoted = [code for name, code in BLOCKS if name == "tests/toy_kind.py"]
+    file = (ROOT / "tests/toy_kind.py").read_text()
+    assert "".join(quoted).split() == file[file.index("@dataclasses.dataclass") :].split()
+    assert all(code in file for code in quoted)
+    assert 'KINDS["EMA"] = toy_kind.EMA' in file and 'KINDS["EMA"] = toy_kind.EMA' in TEXT
+
+
+def test_the_family_is_quoted_as_it_is():
+    (quoted,) = [code for name, code in BLOCKS if name == "tests/test_families.py"]
+    assert quoted.startswith("TOY = Family(")
+    assert f"\n{quoted}" in (ROOT / "tests/test_families.py").read_text()
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
