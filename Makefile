@@ -47,7 +47,7 @@ lint: $(TOOLS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/basedpyright --level error
+	$(VENV)/bin/basedpyright --level error --pythonpath $(PY)
 
 # Strict: a broken link or an unknown name in a docstring's cross reference is an error.
 docs: $(TOOLS)
