@@ -30,9 +30,14 @@ __all__ = [
 ]
 
 
+class Decoder:
+    """What `hmf_jax.engine.Engine` has replaced."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        raise TypeError("hmf_jax.generation.Decoder is gone; use hmf_jax.engine.Engine")
+
+
 def __getattr__(name: str) -> Any:
-    if name == "Decoder":
-        raise ImportError("hmf_jax.generation.Decoder is gone; use hmf_jax.engine.Engine")
     if isinstance(program := getattr(programs, name.removeprefix("_"), None), programs.Program):
         return program
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
