@@ -49,8 +49,8 @@ class Block(nnx.Module):
 
 
 class LayerOutput(NamedTuple):
-    """What one layer made of its input: the output of its mixer (`mixed`) and its own (`x`, what the
-    next layer reads), both [B, T, d], and its new state (None without one)."""
+    """What one layer made of its input: the output of its mixer (`mixed`) and its own (`x`, which
+    the next layer reads), both [B, T, d], and its new state (None without one)."""
 
     mixed: Array
     x: Array
