@@ -353,11 +353,6 @@ def _error(problem: _Problem, impl: str, length: int) -> float:
     return problem.error(problem.function(impl), length)
 
 
-def forget_errors() -> None:
-    """Measure errors again: what an implementation does has changed."""
-    _error.cache_clear()
-
-
 @functools.cache
 def _make(problem: _Problem, batch: int, length: int) -> Callable[[Array], Inputs]:
     """Jitted: key -> inputs of a problem."""

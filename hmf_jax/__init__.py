@@ -52,7 +52,7 @@ _HOME = {
     "warmup": "engine",
 }
 # `hmf_jax.training.train` needs no import of `hmf_jax.training`.
-_ROOMS = ("embedded", "engine", "memory", "priming", "text", "training")
+_MODULES = ("embedded", "engine", "memory", "priming", "text", "training")
 
 __all__ = [
     "ChatSession",
@@ -76,7 +76,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -86,4 +86,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -1,4 +1,4 @@
-"""A layer: one mixer and one MLP, each behind a norm and beside the residual stream."""
+"""A layer: one mixer and one MLP, each behind a norm, added to what came in."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Block(nnx.Module):
         self.teacher = None if teacher is None else mixer(teacher)
 
     def __call__(self, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
-        """x [B, T, d] -> (the residual stream after the block, the mixer's output, new state)."""
+        """x [B, T, d] -> (the hidden states after the block, the mixer's output, new state)."""
         x, mixed, _, state = self.run(self.mixer, x, ctx, state)
         return x, mixed, state
 
     def run(
         self, mixer: Mixer, x: Array, ctx: Context, state: Any = None
     ) -> tuple[Array, Array, Array, Any]:
-        """The block with this mixer: (residual stream, mixer's output, MLP's output, new state)."""
+        """The block with this mixer: (hidden states, mixer's output, MLP's output, new state)."""
         mixed, state = mixer(self.input_layernorm(x), ctx, state)
         x = constrain(x + mixed, ctx.mesh, "batch", "tokens", None)
         fed = self.mlp(self.post_attention_layernorm(x))
@@ -49,8 +49,8 @@ class Block(nnx.Module):
 
 
 class LayerOutput(NamedTuple):
-    """What one layer made of its input: the output of its mixer and the residual stream after the
-    layer, both [B, T, d], and its new state (None without one)."""
+    """What one layer made of its input: the output of its mixer (`mixed`) and its own (`x`, which
+    the next layer reads), both [B, T, d], and its new state (None without one)."""
 
     mixed: Array
     x: Array

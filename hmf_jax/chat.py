@@ -1,5 +1,6 @@
 """The names of `hmf_jax.text`, which was this one file."""
 
+from hmf_jax.moved import moved
 from hmf_jax.text import (
     END_THINK,
     THINK,
@@ -29,3 +30,5 @@ __all__ = [
     "stop_ids",
     "stream_text",
 ]
+
+__getattr__ = moved(__name__, {"run": "is gone; see hmf_jax.text.generate.run"})

@@ -16,9 +16,16 @@ from hmf_jax.engine import (
     warmup,
 )
 from hmf_jax.engine import Output as Generation
+from hmf_jax.engine.buffers import SMALLEST_CAPACITY, SMALLEST_CHUNK
+from hmf_jax.engine.programs import MOST_STEPS, SMALLEST_HALF
 
 __all__ = [
     "GREEDY",
+    "MOST_STEPS",
+    "SMALLEST_CAPACITY",
+    "SMALLEST_CHUNK",
+    "SMALLEST_HALF",
+    "Decoder",
     "Generation",
     "Tokens",
     "capacity_for",
@@ -30,9 +37,18 @@ __all__ = [
 ]
 
 
+class Decoder:
+    """Is gone: `hmf_jax.engine.Engine` runs a batch step by step."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        raise TypeError("hmf_jax.generation.Decoder is gone; use hmf_jax.engine.Engine")
+
+
 def __getattr__(name: str) -> Any:
-    if name == "Decoder":
-        raise ImportError("hmf_jax.generation.Decoder is gone; use hmf_jax.engine.Engine")
+    if name == "Step":
+        raise ImportError(
+            "hmf_jax.generation.Step is gone; Engine.step returns a list of hmf_jax.engine.Event"
+        )
     if isinstance(program := getattr(programs, name.removeprefix("_"), None), programs.Program):
         return program
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hmf_jax.moved import moved
 from hmf_jax.options import Backbone
 
 Array = jax.Array
@@ -174,3 +175,12 @@ def apply_rope(x: Array, table: tuple[Array, Array]) -> Array:
     cos, sin = table
     a, b = jnp.split(exact(x), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+__getattr__ = moved(
+    __name__,
+    {
+        "GatedGroupNorm": "is now hmf_jax.mixers.mamba2.GatedGroupNorm",
+        "OutputNorm": "is now hmf_jax.mixers.linear.OutputNorm",
+    },
+)

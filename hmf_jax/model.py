@@ -135,7 +135,7 @@ class HybridLM(nnx.Module):
           num_iter: Chebyshev iterations of GKA layers, a number or one per row [B]; 0 = plain gated
             linear attention. Default: the config's. Changing it does not recompile.
           last_only: logits for the last valid token of each row only.
-          impl: operator implementation, see `pallas_kernels.dispatch`.
+          impl: operator implementation, see `hmf_jax.pallas_kernels.dispatch`.
 
         Returns:
           logits [B, T, V] in the model's dtype ([B, 1, V] with last_only), unspecified at padding;
@@ -195,7 +195,7 @@ class HybridLM(nnx.Module):
         num_iter: Array | int | None = None,
         impl: str = "auto",
     ) -> tuple[Array, ModelState | None, list[tuple[Array, Array]]]:
-        """`__call__`, and the mixer output and residual stream after each layer, [B, T, d]."""
+        """`__call__`, and of each layer the output of its mixer and its own, [B, T, d]."""
         x, ctx = self.embed(tokens, state=state, num_iter=num_iter, impl=impl)
         layers, seen = [], []
         for layer in self.blocks(x, ctx, state):

@@ -1,7 +1,7 @@
 """The plain options of a decoder's backbone: widths, heads, norms, biases, rotary embedding.
 
-This is the ground that everything else stands on. It knows no kind of layer and no base family:
-layers and mixers read these options, and ask for nothing else.
+Everything else is built on them. They know no kind of layer and no base family: layers and mixers
+read these options, and ask for nothing else.
 """
 
 from __future__ import annotations

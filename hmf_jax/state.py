@@ -13,6 +13,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from hmf_jax.moved import moved
+
 Array = jax.Array
 
 
@@ -53,7 +55,10 @@ class ModelState:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
 
-def __getattr__(name: str) -> Any:
-    if name.endswith("State"):
-        raise ImportError(f"hmf_jax.state.{name} is now hmf_jax.mixers.{name}.")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = moved(
+    __name__,
+    {
+        f"{name}State": f"is now hmf_jax.mixers.{name}State"
+        for name in ("Attention", "Window", "GKA", "GDN", "Mamba2", "BMojo")
+    },
+)

@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import compare, full_size, models, operators, rows, run, serve_table, timing, tune
-from benchmarks.rows import Row
+from benchmarks import compare, full_size, models, operators, rows, run, serve_table, timing
 from hmf_jax.cli import app
 from hmf_jax.config import HybridConfig
 from hmf_jax.loading import flat_params, from_pretrained
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
 from hmf_jax.model import HybridLM, PackedModel
-from hmf_jax.pallas_kernels import tuning
 from hmf_jax.pallas_kernels.shapes import SHAPES, TP
 from hmf_jax.sharding import make_mesh
 from hmf_jax.training import flops
@@ -366,86 +364,6 @@ def test_shapes_divide(name: str) -> None:
         assert s.heads * tp == SHAPES[name].heads and s.heads % s.kv_heads == 0
     with pytest.raises(ValueError, match="tp=3 does not fit"):
         SHAPES[name].per_device(3)
-
-
-def table(**entries: dict[str, int]) -> dict[str, Any]:
-    return {"jax": "0.11.2", "date": "2026-11-29", "entries": entries}
-
-
-def test_tuned_values_are_looked_up_by_device_and_bucket(monkeypatch):
-    """Other devices, dtypes and sizes, and names that the kernel does not ask for: the default."""
-    kind = jax.devices()[0].device_kind
-    entries = table(**{"gka.scan bfloat16 8192": {"stages": 3}})
-    monkeypatch.setattr(tuning, "_table", lambda: {kind: entries, "H": table()})
-    for size, stages in {4096: 4, 4097: 3, 8192: 3, 8193: 4}.items():
-        assert tuning.tuned("gka.scan", jnp.bfloat16, size, stages=4) == {"stages": stages}
-    assert tuning.tuned("gka.scan", jnp.float32, 8192, stages=4) == {"stages": 4}
-    assert tuning.tuned("gka.scan", jnp.bfloat16, 8192, other=1) == {"other": 1}
-    with tuning.using("gka.scan", stages=2):
-        assert tuning.tuned("gka.scan", jnp.bfloat16, 8192, stages=4) == {"stages": 2}
-    assert tuning.tuned("gka.scan", jnp.bfloat16, 8192, stages=4) == {"stages": 3}
-    monkeypatch.setattr(tuning, "_table", lambda: {"NVIDIA other": entries})
-    assert tuning.tuned("gka.scan", jnp.bfloat16, 8192, stages=4) == {"stages": 4}
-
-
-def test_tuned_values_are_checked_when_read(tmp_path, monkeypatch):
-    """The shipped table, if there is one, is right; no table means defaults."""
-    tuning.check(tuning._table())
-    good = {"H": table(**{"gka.decode bfloat16 64": {"early": 128}})}
-    for bad, message in [
-        ([], "not an object"),
-        ({"H": {"gka.scan bfloat16 64": {"stages": 3}}}, "jax, date and entries"),
-        ({"H": table(**{"gka.scam bfloat16 64": {}})}, "not the name of an entry"),
-        ({"H": table(**{"gka.scan bfloat16": {}})}, "not the name of an entry"),
-        ({"H": table(**{"gka.scan bfloat16 64": {"stages": 99}})}, "stages=99, allowed are"),
-        ({"H": table(**{"gka.scan bfloat16 64": {"early": 64}})}, "early=64, allowed are"),
-    ]:
-        with pytest.raises(ValueError, match=f"tuned.json: .*{message}.*benchmarks.tune"):
-            tuning.check(bad)
-    monkeypatch.setattr(tuning.importlib.resources, "files", lambda package: tmp_path)
-    read = tuning._table.__wrapped__
-    assert read() == {}
-    (tmp_path / "tuned.json").write_text(json.dumps(good))
-    assert read() == good
-
-
-def test_tuner_needs_a_gpu_and_keeps_the_file(tmp_path):
-    file = tmp_path / "tuned.json"
-    file.write_text(json.dumps({"H": table()}))
-    if jax.default_backend() != "gpu":
-        with pytest.raises(SystemExit, match="Hopper"):
-            tune.main(["--shape", "tiny", "--out", str(file)])
-        assert json.loads(file.read_text()) == {"H": table()}
-
-
-def test_tuner_keeps_the_fastest_right_value(tmp_path, monkeypatch):
-    """Times and errors are given: for the scan 2 is fastest, for decoding 64 is, but wrong, and
-    128 is not faster than the kernel's own choice."""
-    file = tmp_path / "tuned.json"
-    file.write_text(json.dumps({"other": table()}))
-    errors = []
-
-    def measure(op, impl, *, batch, length, pass_, env, error, **_):
-        size = length if pass_ == "fwd" else batch * SHAPES["8B"].heads
-        name = "scan" if pass_ == "fwd" else "decode"
-        chosen = tuning.tuned(f"gka.{name}", jnp.bfloat16, size, stages=4, early=127)
-        ms = float(chosen["stages"] if pass_ == "fwd" else chosen["early"])
-        found = 0.5 if pass_ == "decode" and chosen["early"] == 64 else 1e-3
-        errors.append(error)
-        return Row(op, impl, "bfloat16", {}, 1, pass_, ms, found if error else None, **env)
-
-    monkeypatch.setattr(tune, "measure", measure)
-    older = table(**{"gka.scan bfloat16 8192": {"stages": 2}})
-    monkeypatch.setattr(tuning, "_table", lambda: {jax.devices()[0].device_kind: older})
-    tune.main(["--out", str(file)])
-    written = json.loads(file.read_text())
-    assert written["other"] == table()
-    mine = written[jax.devices()[0].device_kind]
-    assert mine["jax"] == jax.__version__ and len(mine["date"]) == 10
-    two = {"stages": 2}
-    assert mine["entries"] == {"gka.scan bfloat16 8192": two, "gka.scan bfloat16 32768": two}
-    assert errors.count(True) == 4 + 3  # each value once
-    assert len(errors) == 2 * 4 + 3 + 2 * 2  # one that is wrong is not timed again
 
 
 def test_serve_table(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ PACKAGE = Path(hmf_jax.__file__).parent
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
-    """(path below hmf_jax, syntax tree) of every module; the links to the rooms are followed."""
+    """(path below hmf_jax, syntax tree) of every module, those behind symbolic links too."""
     for directory, _, names in os.walk(PACKAGE, followlinks=True):
         for file in (Path(directory, name) for name in names if name.endswith(".py")):
             yield file.relative_to(PACKAGE).as_posix(), ast.parse(file.read_text())
@@ -72,7 +72,7 @@ def test_nothing_is_imported_under_a_name_that_only_the_repository_has():
 
 
 def test_no_circles():
-    """Between modules; `make lint` also asks that rooms import downwards only."""
+    """Between modules; `make lint` also asks that imports go one way."""
     grimp = pytest.importorskip("grimp", reason="comes with import-linter")
     graph = grimp.build_graph("hmf_jax", cache_dir=None, exclude_type_checking_imports=True)
     state: dict[str, str] = {}

@@ -14,10 +14,32 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer
 
 import hmf_jax
-from hmf_jax.cli import bench, models, prime, text, training
+from hmf_jax.cli import bench, options
 from hmf_jax.cli.errors import guarded, settings
+from hmf_jax.cli.models import convert, info, verify
+from hmf_jax.cli.prime import distill as prime_distill
+from hmf_jax.cli.prime import init as prime_init
+from hmf_jax.cli.prime import select as prime_select
+from hmf_jax.cli.prime import unfuse as prime_unfuse
+from hmf_jax.cli.text import chat, generate
+from hmf_jax.cli.training import demo, train
+from hmf_jax.moved import moved
 
-__all__ = ["app", "main"]
+__all__ = [
+    "app",
+    "chat",
+    "convert",
+    "demo",
+    "generate",
+    "info",
+    "main",
+    "prime_distill",
+    "prime_init",
+    "prime_select",
+    "prime_unfuse",
+    "train",
+    "verify",
+]
 
 app = typer.Typer(
     help="Run hybrid language models (attention mixed with Gated KalmaNet, Gated DeltaNet, "
@@ -37,17 +59,9 @@ _bench = typer.Typer(
 app.add_typer(_prime, name="prime")
 app.add_typer(_bench, name="bench")
 
-for _command in (
-    text.generate,
-    text.chat,
-    models.convert,
-    models.verify,
-    models.info,
-    training.train,
-    training.demo,
-):
+for _command in (generate, chat, convert, verify, info, train, demo):
     app.command()(guarded(_command))
-for _command in (prime.init, prime.distill, prime.unfuse, prime.select):
+for _command in (prime_init, prime_distill, prime_unfuse, prime_select):
     _prime.command()(guarded(_command))
 for _name, _help in bench.PROGRAMS.items():
     # Everything behind the name is for the program, its --help too.
@@ -83,3 +97,9 @@ def _options(
 def main() -> None:
     """Entry point of `hmf-jax`."""
     app(prog_name="hmf-jax")
+
+
+__getattr__ = moved(
+    __name__,
+    {name: f"is now hmf_jax.cli.options.{name}" for name in vars(options) if name[0].isupper()},
+)

@@ -26,26 +26,61 @@ import jax
 import jax.numpy as jnp
 
 from hmf_jax.embedded import corpus
-from hmf_jax.embedded.fit import fit, in_dtype, start
+from hmf_jax.embedded.fit import fit, in_dtype, optimizer, start
 from hmf_jax.embedded.plan import (
+    BMOJO,
     HYBRIDS,
+    MIXERS,
     NUM_ITER,
     PLAIN,
     PRIMED,
+    SMALL,
     TARGET,
     WINDOW,
+    Course,
     Phase,
     Plan,
     base_config,
 )
-from hmf_jax.embedded.recall import accuracy
-from hmf_jax.embedded.results import replace, slug, write_results
+from hmf_jax.embedded.recall import accuracy, answers, forget
+from hmf_jax.embedded.results import replace, slug, summarize, table, write_results
 from hmf_jax.engine import enable_compilation_cache
 from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.model import HybridLM
 from hmf_jax.priming import make_distill_step, unfuse
 from hmf_jax.priming.selection import swa_variant
 from hmf_jax.training import make_train_step
+
+# With the names of `plan`, `fit`, `recall` and `results`, which were this one file.
+__all__ = [
+    "BMOJO",
+    "HYBRIDS",
+    "MIXERS",
+    "NUM_ITER",
+    "PLAIN",
+    "PRIMED",
+    "SMALL",
+    "TARGET",
+    "WINDOW",
+    "Course",
+    "Phase",
+    "Plan",
+    "accuracy",
+    "answers",
+    "base_config",
+    "fit",
+    "forget",
+    "in_dtype",
+    "main",
+    "optimizer",
+    "replace",
+    "run",
+    "slug",
+    "start",
+    "summarize",
+    "table",
+    "write_results",
+]
 
 
 def run(

@@ -30,6 +30,8 @@ class Request:
       after: an earlier request of the same engine that was kept: its row is continued.
       keep: when it has ended, its row keeps what it holds until a request comes `after` it or
         `Engine.release` is called.
+
+    Raises ValueError for limits that are not whole numbers, or too small.
     """
 
     prompt: Sequence[int]
@@ -39,6 +41,13 @@ class Request:
     num_iter: int | None = None
     after: int | None = None
     keep: bool = False
+
+    def __post_init__(self) -> None:
+        _check_whole("max_new_tokens", self.max_new_tokens, 1)
+        if self.num_iter is not None:
+            _check_whole("num_iter", self.num_iter, 0)
+        if not isinstance(self.sampling, SamplingParams):
+            raise ValueError(f"sampling={self.sampling!r} must be SamplingParams.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +83,12 @@ def requests(
     """
     checked = check_prompts(prompts, config.vocab_size)
     count = len(checked)
-    limits = _per_prompt("max_new_tokens", max_new_tokens, count, 1)
+    limits = _per_prompt("max_new_tokens", max_new_tokens, count)
     params = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
     if len(params) != count:
         raise ValueError(f"Got {len(params)} sampling settings for {count} prompts.")
     ends = _end_ids(config, eos_ids, count)
-    steps = [None] * count if num_iter is None else _per_prompt("num_iter", num_iter, count, 0)
+    steps = _per_prompt("num_iter", num_iter, count)
     return [Request(*row) for row in zip(checked, limits, params, ends, steps, strict=True)]
 
 
@@ -136,11 +145,13 @@ def _end_ids(config: HybridConfig, eos_ids: Any, count: int) -> list[list[int]]:
     return ends
 
 
-def _per_prompt(name: str, value: int | Sequence[int], count: int, least: int) -> list[int]:
+def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
     values = list(value) if isinstance(value, Sequence | np.ndarray) else [value] * count
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts.")
-    for v in values:
-        if not isinstance(v, (int, np.integer)) or v < least:
-            raise ValueError(f"{name}={v!r} must be a whole number >= {least}.")
-    return [int(v) for v in values]
+    return values
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number >= {least}.")

@@ -21,6 +21,7 @@ from hmf_jax.mixers.gka import GKA, GatedKalmaNet, GKAConfig, GKAState
 from hmf_jax.mixers.kind import BASE, GATE, Kind, Section, Sections
 from hmf_jax.mixers.mamba2 import M2, Mamba2, Mamba2Config, Mamba2State
 from hmf_jax.mixers.parts import Parts
+from hmf_jax.moved import moved
 from hmf_jax.options import Backbone
 
 __all__ = [
@@ -150,3 +151,6 @@ def start(symbol: str, source: str, sections: Sections) -> Mapping[str, str] | N
         if other is not None and other in starts:
             return starts[other](sections)
     return None
+
+
+__getattr__ = moved(__name__, {"RECURRENT": "is gone; hmf_jax.mixers.KINDS lists all kinds"})

@@ -57,7 +57,7 @@ class GDNState:
 
 
 class GatedDeltaNet(GatedLinearMixer):
-    """Projections, short convolutions, gates, then the operator `pallas_kernels.gated_delta_rule`.
+    """Projections, short convolutions, gates, then `hmf_jax.pallas_kernels.gated_delta_rule`.
 
     Source: Gated Delta Networks, arXiv 2412.06464. The log-decay and the write gate are float32.
     """

@@ -77,7 +77,7 @@ class GKAState:
 
 
 class GatedKalmaNet(GatedLinearMixer):
-    """Projections, short convolutions, gates, then the operator `pallas_kernels.gka`.
+    """Projections, short convolutions, gates, then `hmf_jax.pallas_kernels.gka`.
 
     Source: Gated KalmaNet, arXiv 2511.21016. The log-decay and both gates are float32. The key
     covariance is kept up to date even with num_iter = 0, so num_iter may change between calls.

@@ -73,7 +73,7 @@ class GatedGroupNorm(nnx.Module):
 
 
 class Mamba2(Mixer):
-    """Projections, norms on B and C, short convolutions, then the operator `pallas_kernels.ssd`.
+    """Projections, norms on B and C, short convolutions, then `hmf_jax.pallas_kernels.ssd`.
 
     Source: Mamba-2, arXiv 2405.21060. H heads of state [P, N] = [head_dim, head_dim]; x and B have
     the key/value heads and are shared by groups of query heads. The blocks of the checkpoint's

@@ -1,7 +1,7 @@
 """Stage 1: every converted layer learns to do what the attention in its place did.
 
-A fused model runs two streams, the student's x_s through its mixers and the teacher's x_a through
-the base's, with the same norms and MLPs; both start from the embeddings:
+A fused model runs every layer twice, the student's x_s through its own mixers and the teacher's x_a
+through the base's, with the same norms and MLPs; both start from the embeddings:
 
     m = mixer(norm1(x)),  r = x + m,  f = mlp(norm2(r)),  y = r + f
 
@@ -10,8 +10,8 @@ The loss compares them layer by layer (`TARGETS`), and before the output head:
     loss = 1/layers sum_i l_i + MSE(norm(x_s), norm(x_a))
 
 MSE is the mean over features and valid tokens, if wanted with their weights, in float32. A layer
-without a teacher of its own ("*DA", "*") runs the same mixer on both streams. Nothing of the
-teacher's stream is differentiated.
+without a teacher of its own ("*DA", "*") runs the same mixer for both. Nothing of the teacher's
+side is differentiated.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def distillation_loss(
     """
     _check(target, pre_lm_head)
     weights = next_token_targets(tokens, loss_mask, segment_ids)[1] if weighted else None
-    terms, count = _streams(
+    terms, count = _student_and_teacher(
         model,
         tokens,
         TARGETS[target],
@@ -118,7 +118,7 @@ def distillation_terms(
 
     Arguments and errors as for `distillation_loss`. Says which layers are not learned yet.
     """
-    terms, count = _streams(
+    terms, count = _student_and_teacher(
         model, tokens, TARGETS["all"], True, segment_ids, positions, num_iter, impl
     )
     return {name: x / jnp.maximum(count, 1) for name, x in terms.items()}
@@ -224,7 +224,7 @@ def distill(
 ) -> Path | None:
     """Runs stage 1 from the data to a fused model in output/model; goes on where a run was killed.
 
-    Arguments, errors and result as for `hmf_jax.training.config.fine_tune`; with dry_run only the
+    Arguments, errors and result as for `hmf_jax.training.run.fine_tune`; with dry_run only the
     report of `plan`, and None.
     """
     chosen = students(HybridConfig.from_json(resolve(config.model, progress=progress)))
@@ -249,11 +249,11 @@ def _check(target: str, pre_lm_head: bool) -> None:
         raise ValueError("target 'none' without pre_lm_head leaves no loss; choose a target.")
 
 
-def _streams(
+def _student_and_teacher(
     model: HybridLM, tokens, parts: tuple[str, ...], pre_lm_head: bool, segment_ids, positions,
     num_iter, impl: str, weights: Array | None = None,
 ) -> tuple[dict[str, Array], Array]:  # fmt: skip
-    """Both streams: {part: [layers] sums over tokens of weight * mean square error}, their weight.
+    """{part: [layers] sums over tokens of weight * mean square error}, and the sum of the weights.
 
     weights [B, T], in the order of tokens; None: 1 for valid tokens, 0 for padding.
     """
@@ -288,7 +288,8 @@ def _run_pair(
     block: Block, student: Array, teacher: Array, ctx: Context, weights: Array,
     parts: tuple[str, ...], choice: str,
 ) -> tuple[Array, Array, tuple[Array, ...]]:  # fmt: skip
-    """One layer of both streams and its errors. One inner jit: equal layers are traced once."""
+    """One layer for student and teacher, and its errors. One inner jit: equal layers are traced
+    once."""
 
     def run(block: Block, student: Array, teacher: Array, ctx: Context):
         frozen = jax.tree.map(jax.lax.stop_gradient, block)

@@ -49,6 +49,7 @@ from hmf_jax.mixers import (
     start,
 )
 from hmf_jax.model import HybridLM
+from hmf_jax.moved import moved
 
 Repeat = Literal["rows", "heads"]
 How = Literal["copied", "initialised", "fresh"]
@@ -411,3 +412,6 @@ def _gate(groups: int, head_dim: int, repeat: Repeat, dtype, sharding):
         return (0.5 * (exact(o).T + exact(repeated))).astype(dtype)
 
     return jax.jit(gate, out_shardings=sharding)
+
+
+__getattr__ = moved(__name__, {"Settings": "is gone; it was Mapping[str, Any]"})

@@ -25,7 +25,7 @@ def unfuse(model: HybridLM) -> HybridLM:
     Raises:
       ValueError: there is nothing to unfuse.
     """
-    return _stream(model, teacher=False)
+    return _half(model, teacher=False)
 
 
 def teacher(model: HybridLM) -> HybridLM:
@@ -33,7 +33,7 @@ def teacher(model: HybridLM) -> HybridLM:
 
     It shares its arrays with the fused model. Raises ValueError if the model is not fused.
     """
-    return _stream(model, teacher=True)
+    return _half(model, teacher=True)
 
 
 def unfuse_directory(
@@ -87,7 +87,8 @@ def check_fused(config: HybridConfig, what: str) -> None:
         )
 
 
-def _stream(model: HybridLM, teacher: bool) -> HybridLM:
+def _half(model: HybridLM, teacher: bool) -> HybridLM:
+    """The teacher of a fused model as a model of its own, or the student."""
     check_fused(model.config, "unfuse")
     pairs = [split_symbol(symbol) for symbol in model.config.layer_kinds]
     kinds = tuple((other or kind) if teacher else kind for kind, other in pairs)

@@ -1,6 +1,6 @@
 """Text in, text out: tokenizers, text as it is written, stop strings, thinking, conversations.
 
-Everything below this room (`hmf_jax.engine`) knows tokens only.
+`hmf_jax.engine`, which it is built on, knows tokens only.
 """
 
 from hmf_jax.text.chat import ChatSession

@@ -1,8 +1,8 @@
 """LoRA: a trained product of two thin matrices beside each frozen projection, W + (alpha / r) A B.
 
-model = apply_lora(model, rank=16, modules="q_proj, v_proj, gka")
-state = TrainState.create(model, optimizer, trainable="lora")  # train as usual, then
-model = merge_lora(state.model())  # a plain model again: generate, save_pretrained
+    model = apply_lora(model, rank=16, modules="q_proj, v_proj, gka")
+    state = TrainState.create(model, optimizer, trainable="lora")  # train as usual, then
+    model = merge_lora(state.model())  # a plain model again: generate, save_pretrained
 
 QLoRA: `apply_lora(..., quantize="nf4")` holds the frozen projections in 4 bits (qwix quantises).
 Sources: LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314.

@@ -209,7 +209,7 @@ def make_train_step(
         choice per layer kind: {"GKA": "block", "*": "dots"}; kinds left out keep everything.
       max_grad_norm: gradients are scaled down to this global norm.
       num_iter: Chebyshev iterations of GKA layers; None: the config's.
-      impl: operator implementation, see `pallas_kernels.dispatch`.
+      impl: operator implementation, see `hmf_jax.pallas_kernels.dispatch`.
       chunk_size: positions whose logits exist at once in the default loss, see `cross_entropy`.
 
     Raises:

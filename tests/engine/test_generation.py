@@ -386,6 +386,21 @@ def test_halves_of_a_chunk_on_several_devices(model, monkeypatch):
     assert seen == {24}
 
 
+def test_bad_requests(model):
+    engine = Engine(model, 1, capacity=64)
+    for request, message in [
+        (lambda: Request([1], max_new_tokens=0), "max_new_tokens=0 must be a whole number >= 1"),
+        (lambda: Request([1], num_iter=True), "num_iter=True must be"),
+        (lambda: Request([1], sampling=0.5), "must be SamplingParams"),  # pyright: ignore
+        (lambda: Request([]), "Prompt 0 is empty"),
+        (lambda: Request([1] * 64), "Prompt 0 has 64 tokens, which leaves no room"),
+        (lambda: Request([1], after=7), "request 7 is not held"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            engine.add(request())
+    assert not engine.busy and engine.step() == []
+
+
 @pytest.mark.parametrize(
     ("prompts", "settings", "message"),
     [

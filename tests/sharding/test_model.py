@@ -179,7 +179,7 @@ def test_states_made_in_a_program_are_split_too():
 
 @pytest.mark.parametrize("kinds", [("GKA", "SWA"), pytest.param(SIX, marks=pytest.mark.slow)])
 def test_split_sequences(kinds):
-    """Logits of packed, padded rows whose tokens are split over sp; no residual stream is whole."""
+    """Logits of packed, padded rows whose tokens are split over sp; no hidden state is whole."""
     with jax.enable_x64(True):
         config = tiny_config(kinds, **{**HEADS, "num_key_value_heads": 4})
         model = random_model(config, jnp.float64, seed=1)

@@ -374,7 +374,7 @@ def test_every_mesh_makes_the_same_step(name):
 
     # Nothing is gathered but token ids and, over fsdp, parameters and the gradient of the embedded
     # tokens, whose table is split along the hidden dimension: no states, no logits. Over sp also
-    # gradients of channels and numbers per head and token, and the last residual stream, from which
+    # gradients of channels and numbers per head and token, and the last hidden states, from which
     # padding has to move.
     sp = MESHES[name].get("sp", 1)
     fsdp = MESHES[name].get("fsdp", 1) * sp

@@ -55,7 +55,7 @@ def attention(
       impl: "auto", "cudnn" (NVIDIA, 16-bit, D <= 128, own tokens, no segment_ids), "mosaic" (NVIDIA
         Hopper, bfloat16, D 64 or 128, positive scale), "chunked" (any device, memory linear in T
         and S) or "reference" (dense).
-      mesh: device mesh (see `pallas_kernels.sharded`) or None.
+      mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`) or None.
 
     Returns:
       [B, T, H, D] in the dtype of v. Zero for padding and for queries that see no key. The softmax
@@ -99,7 +99,7 @@ def decode_attention(
       lengths: [B] integers, entries in use.
       scale: factor of the scores; D ** -0.5 by default.
       impl: "auto", "cudnn" (NVIDIA, 16-bit, D <= 128), "chunked" or "reference".
-      mesh: device mesh (see `pallas_kernels.sharded`) or None.
+      mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`) or None.
 
     Returns:
       [B, H, D] in the dtype of v; zero where `lengths` is 0.

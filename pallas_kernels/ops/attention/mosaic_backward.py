@@ -41,7 +41,6 @@ from hmf_jax.pallas_kernels.ops.attention.mosaic_tiles import (
     spans_of,
     walk_of,
 )
-from hmf_jax.pallas_kernels.tuning import tuned
 
 
 def dq(
@@ -60,8 +59,7 @@ def dq(
     Args: as `forward`; do like q; lse of the joint softmax and delta = do . o, float32 [B, H, T].
     """
     (B, T, H, D), packed = q.shape, doc is not None
-    size = tuned("attention.dq", bf16, T, keys=TILE, stages=2)
-    keys, stages = size["keys"], size["stages"]
+    keys, stages = TILE, 2  # of a tile, and tiles whose loads are in flight
     scratch = {
         "q_s": tile((2, M, D)),
         "do_s": tile((2, M, D)),
@@ -163,9 +161,8 @@ def dkv(
     delta: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of the keys and values of one key set; arguments as those of `dq`."""
-    (B, T, _, D), packed = q.shape, doc is not None
-    size = tuned("attention.dkv", bf16, T, queries=M, stages=4)
-    queries, stages = size["queries"], size["stages"]
+    (B, _, _, D), packed = q.shape, doc is not None
+    queries, stages = M, 4
     scratch = {
         "k_s": tile((2, M, D)),
         "v_s": tile((2, M, D)),

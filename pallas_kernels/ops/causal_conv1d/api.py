@@ -50,7 +50,7 @@ def causal_conv1d(
       lengths: [B] integers in 0..T, leading tokens of each row that are valid, the rest being
         padding; not with `segment_ids`, and cheaper than they.
       impl: "auto", "chunked" or "reference".
-      mesh: device mesh (see `pallas_kernels.sharded`), or None.
+      mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`), or None.
       channels: how a mesh splits C: like query heads ("h") or like key/value heads ("k").
 
     Returns:

@@ -64,7 +64,7 @@ def gated_delta_rule(
         padding; not with `segment_ids`, and cheaper than they.
       chunk_size: tokens per chunk of the "chunked" implementation; does not change the result.
       impl: "auto", "jla" (package jax-linear-attention, NVIDIA Hopper), "chunked" or "reference".
-      mesh: device mesh (see `pallas_kernels.sharded`) or None.
+      mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`) or None.
 
     Returns:
       o: [B, T, H, V] in v's dtype; zero at padding.

@@ -89,7 +89,7 @@ def gka(
         solver "chebyshev"), "triton" (NVIDIA GPUs since compute capability 8.0, needs
         `pip install hmf-jax[triton]`; q, k, v all bfloat16 or all float32 with D 32, 64 or 128,
         float32 states, solver "chebyshev"), "chunked" or "reference".
-      mesh: device mesh (see `pallas_kernels.sharded`), or None.
+      mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`), or None.
 
     Returns:
       o: [B, T, H, D], dtype of v; zero at padding. Where H is zero, x is zero.

@@ -29,7 +29,6 @@ from hmf_jax.pallas_kernels.compat import SwizzleTransform, TilingTransform, war
 from hmf_jax.pallas_kernels.dispatch import why_no_hopper
 from hmf_jax.pallas_kernels.ops.gka.inputs import Options, Result, Token
 from hmf_jax.pallas_kernels.ops.gka.step import check_step, with_gradient
-from hmf_jax.pallas_kernels.tuning import tuned
 
 __all__ = ["gka_decode", "why_not"]
 
@@ -145,8 +144,7 @@ def _early_rows(blocks: int, D: int) -> int:
     With half of U two blocks of D = 128 fit on a multiprocessor (132 of them, 228 KiB each), so
     that one copies while the other iterates. No block waits for another when there are few.
     """
-    early = D // 2 if D == 128 and blocks > 132 else D
-    return min(D, tuned("gka.decode", jnp.bfloat16, blocks, early=early)["early"])
+    return D // 2 if D == 128 and blocks > 132 else D
 
 
 def _kernel(static, has_slots, *refs):

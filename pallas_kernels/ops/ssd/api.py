@@ -63,7 +63,7 @@ def ssd(
         padding; not with `segment_ids`, and cheaper than they.
       chunk_size: tokens per chunk of the "chunked" implementation; does not change the result.
       impl: "auto", "jla" (package jax-linear-attention, NVIDIA Hopper), "chunked" or "reference".
-      mesh: device mesh (see `pallas_kernels.sharded`) or None.
+      mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`) or None.
 
     Returns:
       y: [B, T, H, P] in x's dtype; zero at padding.

@@ -65,7 +65,7 @@ def two_window_attention(
       impl: "auto", "mosaic" (NVIDIA Hopper, bfloat16, D 64 or 128, positive scale; one kernel for
         both windows), "cudnn" (NVIDIA, 16-bit, D <= 128, own tokens, no segment_ids: a pass per
         window, merged), "chunked" (any device, memory linear in T) or "reference" (dense).
-      mesh: device mesh (see `pallas_kernels.sharded`) or None.
+      mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`) or None.
 
     Returns:
       [B, T, H, D] in the dtype of v; zero at padding. The softmax is float32 (float64 for float64
@@ -124,7 +124,7 @@ def two_window_decode(
       q_fading: [B, H, D] queries of the fading window; None if its weights are tied (q).
       scale: factor of the scores; D ** -0.5 by default.
       impl: "auto", "cudnn" (NVIDIA, 16-bit, D <= 128), "chunked" or "reference".
-      mesh: device mesh (see `pallas_kernels.sharded`) or None.
+      mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`) or None.
 
     Returns:
       [B, H, D] in the dtype of v; zero where both lengths are 0.
