@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 from benchmarks import compare, full_size, models, operators, rows, run, serve_table, timing
 from hmf_jax.cli import app
 from hmf_jax.config import HybridConfig
-from hmf_jax.loading import flat_params, from_pretrained
+from hmf_jax.loading import from_pretrained
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
 from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.pallas_kernels.shapes import SHAPES, TP
+from hmf_jax.parameters import flat_params
 from hmf_jax.sharding import make_mesh
 from hmf_jax.training import flops
 from tests.util import rel
