@@ -1,4 +1,4 @@
-"""Loading streams: host memory beyond the arrays stays at one tensor per reader thread + 1 GiB."""
+"""Loading tensor by tensor: host memory beyond the arrays is at most one per reader + 1 GiB."""
 
 from __future__ import annotations
 

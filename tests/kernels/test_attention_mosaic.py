@@ -197,7 +197,7 @@ def check_continued(
         assert rel(got[name], expected) < BOUND, name
 
 
-# -- one stream -----------------------------------------------------------------------------------
+# -- one key set ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_queries_continue_a_cache(window, interpret):
 
 
 def test_log_sum_exp():
-    """Natural, over all streams; queries of padding alone: zero output, infinity."""
+    """Natural, over all key sets; queries of padding alone: zero output, infinity."""
     T = 2 * TILE
     arrays = draw(TWO[:-1], T=T, H=1)
     q, k, v, k_fading, v_fading = arrays.values()

@@ -39,7 +39,7 @@ two_window_jit = jax.jit(
 )
 
 
-def streams(batch=2, length=37, heads=4, kv_heads=2, dim=8) -> tuple[Any, ...]:
+def inputs(batch=2, length=37, heads=4, kv_heads=2, dim=8) -> tuple[Any, ...]:
     """q, k, v, k_fading, v_fading, q_fading."""
     shapes = [(length, heads)] + [(length, kv_heads)] * 4 + [(length, heads)]
     return tuple(normal(10 + i, batch, *shape, dim) for i, shape in enumerate(shapes))
@@ -88,17 +88,17 @@ def test_every_query_sees_the_union_of_its_windows(impl):
 def test_chunked_equals_reference(window, keywords, arrays):
     """Six arrays, or five: tied weights."""
     assert_equals_reference(
-        lambda impl: op(impl, window=window, **KEYWORDS[keywords]), *streams()[:arrays]
+        lambda impl: op(impl, window=window, **KEYWORDS[keywords]), *inputs()[:arrays]
     )
 
 
 def test_one_token():
-    args = streams(length=1)
+    args = inputs(length=1)
     assert rel(two_window_jit(*args[:5], window=4), np.repeat(args[2], 2, axis=2)) < 1e-6
 
 
 def test_keeps_the_dtype_of_the_values():
-    args = streams()[:5]
+    args = inputs()[:5]
     exact = two_window_jit(*args, window=6)
     assert exact.dtype == jnp.float32
     o = two_window_jit(*(jnp.asarray(x, jnp.bfloat16) for x in args), window=6)
@@ -114,7 +114,7 @@ def test_keeps_the_dtype_of_the_values():
     ],
 )
 def test_golden(impl, blocks, monkeypatch):
-    """Outputs and gradients of the original's kernels. Its fading stream is cut to what it uses:
+    """Outputs and gradients of the original's kernels. Its fading keys are cut to what it uses:
     queries W.., keys ..L-W."""
     if blocks == "real":
         monkeypatch.setattr(chunked, "QUERY_BLOCK", 256)
@@ -149,7 +149,7 @@ def test_golden(impl, blocks, monkeypatch):
     tied=st.booleans(),
 )
 def test_any_split_equals_the_whole(pieces, window, tied):
-    q, k, v, k_fading, v_fading, q_fading = streams(length=66)
+    q, k, v, k_fading, v_fading, q_fading = inputs(length=66)
     start, outputs = 0, []
     for length in pieces:
         now = slice(start, start + length)
@@ -166,14 +166,14 @@ def test_any_split_equals_the_whole(pieces, window, tied):
 
 @functools.cache
 def whole(window, tied):
-    args = streams(length=66)
+    args = inputs(length=66)
     q_fading = None if tied else args[5]
     return np.asarray(two_window_jit(*args[:5], window=window, q_fading=q_fading, impl="reference"))
 
 
 def test_gradients_of_rows_at_different_offsets():
     window, length, offset = 5, 19, jnp.array([0, 3, 8, 30])
-    q, _, _, _, _, q_fading = streams(4, length)
+    q, _, _, _, _, q_fading = inputs(4, length)
     here = [normal(i, 4, window + length, 2, 8) for i in (1, 2)]
     fading = [normal(i, 4, 2 * window + length, 2, 8) for i in (3, 4)]
     args = q, *here, *fading, q_fading
@@ -185,7 +185,7 @@ def test_gradients_of_rows_at_different_offsets():
 
 def test_packed_equals_separate():
     """Documents isolate both windows: outputs and gradients, whatever surrounds a document."""
-    window, args = 4, streams()
+    window, args = 4, inputs()
     cotangent = normal(9, *args[0].shape)
     packed = op("chunked", window=window, segment_ids=SEGMENT_IDS)
     ours, alone = compiled(packed, *args, cotangent=cotangent), op("reference", window=window)
@@ -199,7 +199,7 @@ def test_packed_equals_separate():
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_padding_never_leaks(impl):
     pad = (SEGMENT_IDS == 0)[:, :, None, None]
-    args, cotangent = streams(), normal(9, 2, 37, 4, 8)
+    args, cotangent = inputs(), normal(9, 2, 37, 4, 8)
     run = op(impl, window=6, segment_ids=SEGMENT_IDS)
     clean = compiled(run, *args, cotangent=cotangent)
     holes = (np.where(pad, np.nan, x) for x in (*args, cotangent))
@@ -268,7 +268,7 @@ def ring_decode(arrays, q_fading, start, window, impl):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("window", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_ring_decode_equals_forward_past_two_windows(window, tied, impl):
-    args = tuple(jnp.asarray(x) for x in streams(3, 26))
+    args = tuple(jnp.asarray(x) for x in inputs(3, 26))
     q_fading = None if tied else args[5]
     full = np.asarray(two_window_jit(*args[:5], window=window, q_fading=q_fading, impl="reference"))
     start = np.array([0, 7, 13])
@@ -279,7 +279,7 @@ def test_ring_decode_equals_forward_past_two_windows(window, tied, impl):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_decode_of_an_empty_row_is_zero(tied):
-    q, k, v, *_, q_fading = (x[:, :8] for x in streams())
+    q, k, v, *_, q_fading = (x[:, :8] for x in inputs())
     full, none = jnp.array([0, 4]), jnp.array([0, 2])
 
     def run(impl):
@@ -297,7 +297,7 @@ def test_decode_of_an_empty_row_is_zero(tied):
 
 
 def test_decode_lowers_to_cudnn(cuda_lowering, monkeypatch):  # noqa: F811
-    q, k, v, *_, q_fading = (jnp.asarray(x[:, :8], jnp.bfloat16) for x in streams())
+    q, k, v, *_, q_fading = (jnp.asarray(x[:, :8], jnp.bfloat16) for x in inputs())
     lengths = jnp.array([4, 0], jnp.int32)
 
     def step(q, k, v, q_fading=None, impl="auto"):
@@ -320,7 +320,7 @@ def test_decode_in_pieces_equals_reference(monkeypatch, tied, pieces):
     monkeypatch.setattr(cudnn.cudnn, "with_lse", dense_pass)
     monkeypatch.setattr(cudnn.cudnn, "_pieces", lambda *args, groups: pieces)
     monkeypatch.setattr(cudnn, "why_no_decode", lambda *args: None)
-    q, k, v, *_, q_fading = streams(4, 48)
+    q, k, v, *_, q_fading = inputs(4, 48)
     lengths = jnp.array([0, 10, 24, 24]), jnp.array([0, 0, 1, 24])
 
     def step(impl):
@@ -359,12 +359,12 @@ def test_merged_passes_equal_reference(monkeypatch, window, lengths):
     monkeypatch.setattr(cudnn, "_pass_backward", dense_pass_backward)
     monkeypatch.setattr(cudnn, "why_not", lambda *args: None)
     kwargs = {"window": window, "lengths": None if lengths is None else jnp.array(lengths)}
-    ours, exact = (compiled(op(impl, **kwargs), *streams()) for impl in ("cudnn", "reference"))
+    ours, exact = (compiled(op(impl, **kwargs), *inputs()) for impl in ("cudnn", "reference"))
     assert_close(ours, exact)
 
 
 def test_prefill_lowers_to_two_cudnn_passes(cuda_lowering, monkeypatch):  # noqa: F811
-    args = [jnp.asarray(x[:, :32], jnp.float16) for x in streams(dim=64)]  # no kernel of ours
+    args = [jnp.asarray(x[:, :32], jnp.float16) for x in inputs(dim=64)]  # no kernel of ours
 
     def gradients(*args):
         return jax.grad(lambda *a: op("auto", window=8)(*a).astype(jnp.float32).sum(), range(6))(
@@ -384,7 +384,7 @@ def test_prefill_lowers_to_two_cudnn_passes(cuda_lowering, monkeypatch):  # noqa
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [None, (300, 0, 77)])
 def test_cudnn_equals_reference(lengths):
-    args = [jnp.asarray(x, jnp.bfloat16) for x in streams(3, 300, 8, 2, 128)]
+    args = [jnp.asarray(x, jnp.bfloat16) for x in inputs(3, 300, 8, 2, 128)]
     kwargs = {"window": 64, "lengths": None if lengths is None else jnp.array(lengths)}
     ours = compiled(op("cudnn", **kwargs), *args)
     exact = value_and_grads(op("reference", **kwargs), *(x.astype(jnp.float32) for x in args))
@@ -398,7 +398,7 @@ def test_cudnn_decode_equals_reference(monkeypatch, tied, pieces):
     if pieces is not None:
         monkeypatch.setattr(cudnn.cudnn, "_pieces", lambda *args, groups: pieces)
     window = 64
-    arrays = streams(4, 2 * window, 8, 2, 128)
+    arrays = inputs(4, 2 * window, 8, 2, 128)
     q, k, v, q_fading = (jnp.asarray(arrays[i], jnp.bfloat16) for i in (0, 1, 2, 5))
     lengths = jnp.array([0, 30, window, window]), jnp.array([0, 0, 1, window])
 
@@ -436,13 +436,13 @@ def test_cudnn_decode_equals_reference(monkeypatch, tied, pieces):
 )
 def test_bad_input(change, message):
     names = "q", "k", "v", "k_fading", "v_fading", "q_fading"
-    arguments = dict(zip(names, streams(), strict=True)) | {"window": 4} | change
+    arguments = dict(zip(names, inputs(), strict=True)) | {"window": 4} | change
     with pytest.raises(ValueError, match=message):
         two_window_attention(**arguments)
 
 
 def test_bad_decode_input():
-    q, k, v, *_ = streams(length=8)
+    q, k, v, *_ = inputs(length=8)
     ones = jnp.ones(2, int)
     with pytest.raises(ValueError, match="q must be"):
         two_window_decode(q, k, v, ones, ones)

@@ -138,13 +138,13 @@ def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
 # Attention
 
 
-def softmax_over(streams: list[tuple[Array, Array, Array, Array]]) -> Array:
-    """One softmax over all streams (q [T,E,D], k [T,K,D], v [T,K,D], visible [T,T]) -> [T, E*D]."""
-    T, E, D = streams[0][0].shape
+def softmax_over(key_sets: list[tuple[Array, Array, Array, Array]]) -> Array:
+    """One softmax over all of (q [T,E,D], k [T,K,D], v [T,K,D], visible [T,T]) -> [T, E*D]."""
+    T, E, D = key_sets[0][0].shape
     out = np.zeros((T, E, D))
     for e in range(E):
         scores, values = [], []
-        for q, k, v, visible in streams:
+        for q, k, v, visible in key_sets:
             head = e * k.shape[1] // E
             s = q[:, e] @ k[:, head].T / math.sqrt(D)
             scores.append(np.where(visible, s, -np.inf))

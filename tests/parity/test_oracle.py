@@ -317,8 +317,8 @@ def shapes_for(config: dict[str, Any]) -> Shapes:
         elif kind == "BMF":
             c = config["bmojo_config"]
             inner = oracle.INNER[c.get("ssm_mixer", "mamba2").lower()]
-            streams = attention() | ({} if c.get("tie_attn_weights", True) else attention("_"))
-            layer |= under("bmojo_f.bmojo_attn", streams | o_proj())
+            windows = attention() | ({} if c.get("tie_attn_weights", True) else attention("_"))
+            layer |= under("bmojo_f.bmojo_attn", windows | o_proj())
             layer |= under(f"bmojo_f.{inner}", mixer(inner))
         else:
             name = {"GKA": "gka", "GDN": "gdn", "M2": "mamba"}[kind]

@@ -93,7 +93,7 @@ EVERY = pytest.param("GKA*-GDN*-M2*-BMF*-GDN>GKA-*DA-*", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("pattern", ["SWA*-*DA", EVERY])
 def test_terms_are_the_differences_of_two_models(pattern):
-    """The streams are those of the unfused hybrid and of the base, run on their own."""
+    """Student and teacher are the unfused hybrid and the base, run on their own."""
     model, tokens = fused_model(pattern), tokens_for()
     hybrid, base = unfuse(model), teacher(model)
     layers = model.config.num_hidden_layers
@@ -118,7 +118,7 @@ def test_terms_are_the_differences_of_two_models(pattern):
 
 
 def test_only_the_student_is_differentiated():
-    """As if the teacher's stream were a constant: norms, MLPs and embeddings are shared."""
+    """As if the teacher's side were a constant: norms, MLPs and embeddings are shared."""
     with jax.enable_x64():
         model, tokens = fused_model("M2*-*DA", jnp.float64), tokens_for()
         goal = teacher(model).trace(tokens)[2]
@@ -173,7 +173,7 @@ def test_packed_is_separate_and_padding_does_not_count():
 
 
 def test_errors_of_padding_do_not_count():
-    """Some operators leave zeros at padding, where the streams then agree; others need not."""
+    """Some operators leave zeros at padding, where both then agree; others need not."""
     model = fused_model()
     ids = np.asarray([[0, 0, 1, 1, 0, 2] + [3] * 6])
     _, ctx = model.embed(tokens_for(rows=1), segment_ids=jnp.asarray(ids))
