@@ -44,7 +44,6 @@ __all__ = [
 
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*", "vocab.*", "merges.*"]
 _PARAMS, _DTYPES = "params", "stored_dtypes.json"
-_FLOAT32 = ("A_log", "dt_bias", "D")  # held in float32 whatever the dtype of the model
 
 
 def from_pretrained(
@@ -294,9 +293,10 @@ def _held_dtypes(directory: Path, config: HybridConfig) -> dict[str, np.dtype]:
             for e in table.entries(config)
         }
     float32 = DTYPES["F32"]  # also what JAX makes of float64
+    half = nnx.eval_shape(lambda: HybridLM(config, dtype=jnp.bfloat16))
+    always = {path for path, a in abstract_params(half, None).items() if a.dtype == float32}
     return {
-        path: float32 if path.split(".")[-1] in _FLOAT32 or d == DTYPES["F64"] else d
-        for path, d in found.items()
+        path: float32 if path in always or d == DTYPES["F64"] else d for path, d in found.items()
     }
 
 

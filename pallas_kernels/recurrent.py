@@ -62,6 +62,20 @@ def mask_padding(
     return doc, tuple(jnp.where(w, x, 0) for w, x in zip(wide, arrays, strict=True))
 
 
+def start_state(
+    op: str, state: jax.Array | None, shape: tuple[int, ...], dims: str, dtype: jnp.dtype
+) -> jax.Array:
+    """The state before the first token: the given one, checked as by `check`, or zeros.
+
+    float32, or float64 where `dtype`, that of the values, is.
+    """
+    acc = jnp.promote_types(dtype, jnp.float32)
+    if state is None:
+        return jnp.zeros(shape, acc)
+    check(op, "initial_state", state, shape, dims)
+    return state.astype(acc)
+
+
 def to_chunks(x: jax.Array, chunk: int, kv_heads: int | None = None) -> jax.Array:
     """[B, T, heads, ...] -> [n, B, K, heads // K, chunk, ...]; a short tail is filled with zeros.
 

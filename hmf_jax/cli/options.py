@@ -57,4 +57,14 @@ Capacity = Annotated[
     typer.Option(help="Most tokens to keep in memory, prompt and answer. Default: as needed."),
 ]
 Dtype = Annotated[DType, typer.Option(help="Number format of weights and activations.")]
+Fields = Annotated[
+    list[str] | None,
+    typer.Argument(help="field=value, in place of the file's, e.g. learning_rate=1e-5 fsdp=8."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Only show the data, what is trained, memory and cost of a step."
+    ),
+]
 TP = Annotated[int, typer.Option(help="Devices to split the model over (tensor parallel).")]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hmf_jax.cli.errors import progress
-from hmf_jax.cli.options import DType, Dtype
+from hmf_jax.cli.options import DryRun, DType, Dtype, Fields
 
 
 def init(
@@ -70,16 +70,8 @@ def distill(
             "DistillConfig."
         ),
     ],
-    fields: Annotated[
-        list[str] | None,
-        typer.Argument(help="field=value, in place of the file's, e.g. target=decoder steps=500."),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Only show the data, what is trained, memory and cost of a step."
-        ),
-    ] = False,
+    fields: Fields = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Stage 1: let the new layers learn what attention did. A stopped run goes on where it was."""
     from hmf_jax.engine import enable_compilation_cache

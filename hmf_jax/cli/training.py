@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from hmf_jax.cli.errors import progress
+from hmf_jax.cli.options import DryRun, Fields
 
 
 def train(
@@ -19,16 +20,8 @@ def train(
             "reasoning) or a learning rate and its schedule, and more; see TrainConfig."
         ),
     ],
-    fields: Annotated[
-        list[str] | None,
-        typer.Argument(help="field=value, in place of the file's, e.g. learning_rate=1e-5 fsdp=8."),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Only show the data, what is trained, memory and cost of a step."
-        ),
-    ] = False,
+    fields: Fields = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Fine-tune a model on texts or chats. A run that was stopped goes on where it was."""
     from hmf_jax.engine import enable_compilation_cache

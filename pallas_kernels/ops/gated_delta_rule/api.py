@@ -17,6 +17,7 @@ from hmf_jax.pallas_kernels.recurrent import (
     check_heads,
     check_padding,
     mask_padding,
+    start_state,
     why_not_jla,
 )
 
@@ -90,7 +91,7 @@ def gated_delta_rule(
     if T < 1 or chunk_size < 1:
         raise ValueError(f"{op}: T = {T} and chunk_size = {chunk_size} must be at least 1.")
     check_padding(op, segment_ids, lengths, (B, T))
-    state = _state(op, initial_state, (B, H, D, V), v)
+    state = start_state(op, initial_state, (B, H, D, V), "B, H, D, V", v.dtype)
     scale = D**-0.5 if scale is None else scale
 
     name = resolve(
@@ -158,7 +159,7 @@ def gated_delta_rule_step(
     check(op, "v", v, (B, K, V), "B, K, V")
     check(op, "g", g, (B, H), "B, H")
     check(op, "beta", beta, (B, H), "B, H")
-    state = _state(op, state, (B, H, D, V), v)
+    state = start_state(op, state, (B, H, D, V), "B, H, D, V", v.dtype)
     resolve(op, impl, {"chunked": None, "reference": None})
     return sharded.run(
         functools.partial(reference.step, scale=D**-0.5 if scale is None else scale),
@@ -167,11 +168,3 @@ def gated_delta_rule_step(
         ("bhd", "bhdv"),
         rename=sharded.rename_kv(H, K),
     )
-
-
-def _state(op: str, state: jax.Array | None, shape: tuple[int, ...], v: jax.Array) -> jax.Array:
-    acc = jnp.promote_types(v.dtype, jnp.float32)
-    if state is None:
-        return jnp.zeros(shape, acc)
-    check(op, "initial_state", state, shape, "B, H, D, V")
-    return state.astype(acc)

@@ -17,6 +17,7 @@ from hmf_jax.pallas_kernels.recurrent import (
     check_heads,
     check_padding,
     mask_padding,
+    start_state,
     why_not_jla,
 )
 
@@ -88,7 +89,8 @@ def ssd(
     if T < 1 or chunk_size < 1:
         raise ValueError(f"{op}: T = {T} and chunk_size = {chunk_size} must be at least 1.")
     check_padding(op, segment_ids, lengths, (batch, T))
-    state = _common(op, A, D, initial_state, (batch, H, P, N), x)
+    _check_rates(op, A, D, H)
+    state = start_state(op, initial_state, (batch, H, P, N), "B, H, P, N", x.dtype)
 
     name = resolve(
         op,
@@ -155,7 +157,8 @@ def ssd_step(
     check(op, "B", B, (batch, K, N), "B, K, N")
     check(op, "C", C, (batch, H, N), "B, H, N")
     check(op, "dt", dt, (batch, H), "B, H")
-    state = _common(op, A, D, state, (batch, H, P, N), x)
+    _check_rates(op, A, D, H)
+    state = start_state(op, state, (batch, H, P, N), "B, H, P, N", x.dtype)
     resolve(op, impl, {"chunked": None, "reference": None})
     return sharded.run(
         reference.step,
@@ -166,19 +169,7 @@ def ssd_step(
     )
 
 
-def _common(
-    op: str,
-    A: jax.Array,
-    D: jax.Array | None,
-    state: jax.Array | None,
-    shape: tuple[int, ...],
-    x: jax.Array,
-) -> jax.Array:
-    check(op, "A", A, shape[1:2], "H")
+def _check_rates(op: str, A: jax.Array, D: jax.Array | None, heads: int) -> None:
+    check(op, "A", A, (heads,), "H")
     if D is not None:
-        check(op, "D", D, shape[1:2], "H")
-    acc = jnp.promote_types(x.dtype, jnp.float32)
-    if state is None:
-        return jnp.zeros(shape, acc)
-    check(op, "initial_state", state, shape, "B, H, P, N")
-    return state.astype(acc)
+        check(op, "D", D, (heads,), "H")
