@@ -1,26 +1,20 @@
-"""Whole models with random weights: first token, decoding, training step, compile time."""
+"""Whole models with random weights: first token, decoding, training step."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import inspect
-import logging
 import math
-import time
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-import hmf_jax.model
 from benchmarks.rows import Row
 from benchmarks.timing import SETS, device_time, milliseconds
+from benchmarks.watching import peak_bytes, program_bytes, watch_dispatch
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine import programs
 from hmf_jax.layers import rope_table
@@ -28,7 +22,6 @@ from hmf_jax.memory import abstract_state, device_bytes, plan_memory
 from hmf_jax.mixers import AttentionState, Context, Mixer
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
-from hmf_jax.pallas_kernels import dispatch
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.sharding import make_mesh, named_sharding
 from hmf_jax.state import ModelState
@@ -137,7 +130,7 @@ class Bench:
         dtype = jnp.dtype(settings.dtype)
         self.model = HybridLM.init(settings.config, dtype=dtype, mesh=settings.mesh())
         jax.block_until_ready(self.model)
-        self.loaded_peak = _peak_bytes()
+        self.loaded_peak = peak_bytes()
 
     def measure(self, op: str) -> Row:
         """One of `MODELS`:
@@ -161,12 +154,12 @@ class Bench:
         peak_bytes_loading, is part of it). On GPUs also what the profiler saw, see
         `benchmarks.timing.DeviceTime`: per prompt, or per token of every row.
         """
-        with _watch_dispatch() as ran:
+        with watch_dispatch() as ran:
             pass_, ms, program, extra = getattr(self, f"_{op}")()
         self.ran |= ran
         extra.setdefault("weight_bytes", device_bytes(self.model))
-        extra["program_bytes"] = _program_bytes(program)
-        if (peak := _peak_bytes()) is not None:
+        extra["program_bytes"] = program_bytes(program)
+        if (peak := peak_bytes()) is not None:
             extra |= {"peak_bytes": peak, "peak_bytes_loading": self.loaded_peak}
         extra["ran"] = dict(sorted(self.ran.items()))
         return self.s.row(op, pass_, ms, extra, self.env)
@@ -243,7 +236,7 @@ class Bench:
         sets = [np.asarray(tokens) for tokens in self.s.tokens(None)]
         packed = PackedModel.of(self.model)
         ms = milliseconds(lambda tokens: prefill(packed, tokens)[0], sets, queue=False)
-        largest = max(compiled.values(), key=_program_bytes)
+        largest = max(compiled.values(), key=program_bytes)
         state = abstract_state(self.model, self.s.batch, self.s.length + self.s.steps)
         extra: dict[str, Any] = {"state_bytes": device_bytes(state)}
         extra["tokens_per_s"] = self._rate(self.s.batch * self.s.length, ms)
@@ -434,110 +427,3 @@ def next_token_loss(logits: Array, tokens: Array) -> Array:
     """Mean cross-entropy of tokens[:, 1:] under logits[:, :-1], float32 scalar."""
     log_p = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))
-
-
-def compile_times(settings: Settings, *, inner_jit: bool, env: dict[str, Any]) -> list[Row]:
-    """Seconds to trace, lower and compile the three programs of a model, from nothing.
-
-    The layer pattern is that of the preset, the width that of "tiny" (compile time depends on the
-    number of operations, hardly on their size). Programs: "decode" (one token), "fwd" (prefill of
-    `length` tokens into a state) and "fwd_bwd" (loss and gradient). `inner_jit` True is the model
-    as it is (each kind of block traced and lowered once), False inlines every block.
-    """
-    pattern = settings.config.layer_kinds
-    config = HybridConfig.preset("tiny", layer_kinds=pattern)
-    dtype = jnp.dtype(settings.dtype)
-    model = jax.eval_shape(lambda: HybridLM(config, dtype=dtype))
-    state = jax.eval_shape(lambda: HybridLM(config, dtype=dtype).init_state(settings.batch, 4096))
-    warm = dataclasses.replace(state, fresh=False)
-    token = jax.ShapeDtypeStruct((settings.batch, 1), jnp.int32)
-    tokens = jax.ShapeDtypeStruct((settings.batch, settings.length), jnp.int32)
-    options: dict[str, Any] = dict(num_iter=settings.num_iter, impl=settings.impl)
-
-    def run(model: HybridLM, tokens: Array, state: ModelState):
-        return model(tokens, state=state, last_only=True, **options)
-
-    def grad(model: HybridLM, tokens: Array):
-        return jax.value_and_grad(lambda m: next_token_loss(m(tokens, **options)[0], tokens))(model)
-
-    rows = []
-    for pass_, fn, args in (
-        ("decode", run, (model, token, warm)),
-        ("fwd", run, (model, tokens, state)),
-        ("fwd_bwd", grad, (model, tokens)),
-    ):
-        with _inlined_blocks() if not inner_jit else contextlib.nullcontext(), _no_cache():
-            jax.clear_caches()
-            clock = [time.perf_counter()]
-            traced = jax.jit(fn).trace(*args)
-            clock.append(time.perf_counter())
-            lowered = traced.lower()
-            clock.append(time.perf_counter())
-            lowered.compile()
-            clock.append(time.perf_counter())
-        trace_s, lower_s, compile_s = (b - a for a, b in zip(clock, clock[1:], strict=False))
-        extra = {"trace_s": trace_s, "lower_s": lower_s, "compile_s": compile_s}
-        row = settings.row(COMPILE, pass_, 1e3 * (clock[-1] - clock[0]), extra, env)
-        dims = dict(
-            row.shape,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-        )
-        case = f"{row.case} of tiny width, {'inner jit' if inner_jit else 'plain'}"
-        rows.append(dataclasses.replace(row, case=case, shape=dims))
-    return rows
-
-
-def _inlined_blocks():
-    """The plain design: blocks called without an inner jit."""
-    plain = inspect.unwrap(hmf_jax.model.run_block)
-    return mock.patch.object(hmf_jax.model, "run_block", plain)
-
-
-@contextlib.contextmanager
-def _no_cache() -> Iterator[None]:
-    """Compile from nothing, whatever caches the process uses."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-
-
-@contextlib.contextmanager
-def _watch_dispatch() -> Iterator[dict[str, str]]:
-    """Collect which implementation each operator traced inside chose, from dispatch's log."""
-    ran: dict[str, str] = {}
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if isinstance(record.args, tuple) and len(record.args) == 3:
-                ran[str(record.args[0])] = str(record.args[1])
-
-    logger, handler = logging.getLogger("pallas_kernels"), Handler()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        with mock.patch.object(dispatch, "_said", set()):
-            yield ran
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-def _peak_bytes() -> int | None:
-    stats = jax.devices()[0].memory_stats()
-    return None if stats is None else stats.get("peak_bytes_in_use")
-
-
-def _program_bytes(program: Any) -> int:
-    m = program.memory_analysis()
-    return (
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        + m.temp_size_in_bytes
-        - m.alias_size_in_bytes
-    )

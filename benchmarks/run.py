@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import models, operators, training
+from benchmarks import compiling, models, operators, training
 from benchmarks.rows import Row, environment
 from benchmarks.timing import ceilings
 from hmf_jax.pallas_kernels.dispatch import IMPLS
@@ -98,7 +98,7 @@ def _one_model(
 ) -> Iterator[Row]:
     if models.COMPILE in args.ops:
         for inner_jit in (True, False):
-            yield from models.compile_times(settings, inner_jit=inner_jit, env=env)
+            yield from compiling.compile_times(settings, inner_jit=inner_jit, env=env)
     if ops := [op for op in args.ops if op in models.MODELS]:
         bench = models.Bench(settings, env)
         for op in ops:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import models
+from benchmarks import models, watching
 from benchmarks.rows import Row
 from benchmarks.timing import device_time, milliseconds
 from hmf_jax.memory import device_bytes
@@ -62,7 +62,7 @@ def measure(op: str, s: models.Settings, remat: str, env: dict[str, Any]) -> Row
     step = make_train_step(
         optimizer, remat=remat, max_grad_norm=1.0, num_iter=s.num_iter, impl=s.impl
     )
-    with models._watch_dispatch() as ran:
+    with watching.watch_dispatch() as ran:
         program = step.lower(state, batches[0]).compile()
 
     def call(batch: dict[str, Any]) -> Any:
@@ -78,8 +78,8 @@ def measure(op: str, s: models.Settings, remat: str, env: dict[str, Any]) -> Row
     if profile := device_time(lambda: call(batches[0])):
         extra |= profile.per(1, top=20)
     extra |= {"trained": trained, "state_bytes": state_bytes}
-    extra["program_bytes"] = models._program_bytes(program)
-    if (used := models._peak_bytes()) is not None:
+    extra["program_bytes"] = watching.program_bytes(program)
+    if (used := watching.peak_bytes()) is not None:
         extra["peak_bytes"] = used
     extra["ran"] = dict(sorted(ran.items()))
     row = s.row(op, "fwd_bwd", ms, extra, env)

@@ -31,8 +31,8 @@ import optax
 
 import hmf_jax
 from hmf_jax import training
-from hmf_jax.chat import load_tokenizer
 from hmf_jax.demo import write_checkpoint
+from hmf_jax.text import load_tokenizer
 
 work = Path(tempfile.mkdtemp())
 path = work / "tiny-hybrid"

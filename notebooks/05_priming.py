@@ -34,7 +34,7 @@ import optax
 import hmf_jax
 from hmf_jax import embedded, priming, training
 from hmf_jax.embedded import corpus
-from hmf_jax.embedded.train import accuracy
+from hmf_jax.embedded.recall import accuracy
 
 base = hmf_jax.from_pretrained(embedded.directory("transformer"), dtype=jnp.float32, progress=False)
 print(base.config.hybrid_override_pattern)
@@ -99,7 +99,7 @@ recall["stage 0"] = accuracy(priming.unfuse(fused), asked)
 # %% [markdown]
 # ## Stage 1
 #
-# Two streams run through the model, one with the new mixers, one with the attention they replace;
+# Every layer runs twice, once with its new mixer and once with the attention that this replaces;
 # each new mixer learns to put out what its attention does.
 
 # %%

@@ -16,13 +16,24 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import compare, full_size, models, operators, rows, run, serve_table, timing
+from benchmarks import (
+    compare,
+    compiling,
+    full_size,
+    models,
+    operators,
+    rows,
+    run,
+    serve_table,
+    timing,
+)
 from hmf_jax.cli import app
 from hmf_jax.config import HybridConfig
-from hmf_jax.loading import flat_params, from_pretrained
+from hmf_jax.loading import from_pretrained
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
 from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.pallas_kernels.shapes import SHAPES, TP
+from hmf_jax.parameters import flat_params
 from hmf_jax.sharding import make_mesh
 from hmf_jax.training import flops
 from tests.util import rel
@@ -299,7 +310,7 @@ def test_next_token_loss() -> None:
 def test_compile_times_compare_the_two_designs() -> None:
     settings = models.Settings("tiny", "GDN", layers=1, length=8)
     for inner_jit in (True, False):
-        got = models.compile_times(settings, inner_jit=inner_jit, env={})
+        got = compiling.compile_times(settings, inner_jit=inner_jit, env={})
         assert [r.pass_ for r in got] == ["decode", "fwd", "fwd_bwd"]
         for r in got:
             assert r.case.endswith("inner jit" if inner_jit else "plain")
@@ -315,7 +326,7 @@ def test_plain_design_has_no_inner_jit() -> None:
         return str(jax.make_jaxpr(lambda m, t: m(t)[0])(model, tokens))
 
     assert "run_block" in text()
-    with models._inlined_blocks():
+    with compiling.inlined_blocks():
         assert "run_block" not in text()
     assert "run_block" in text()
 

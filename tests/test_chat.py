@@ -12,7 +12,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hmf_jax.chat import (
+from hmf_jax.config import HybridConfig
+from hmf_jax.demo import build_tokenizer
+from hmf_jax.engine import Engine, Finished, New, generate
+from hmf_jax.model import HybridLM
+from hmf_jax.sampling import SamplingParams
+from hmf_jax.text import (
     ChatSession,
     TextStream,
     default_sampling,
@@ -22,11 +27,6 @@ from hmf_jax.chat import (
     stop_ids,
     stream_text,
 )
-from hmf_jax.config import HybridConfig
-from hmf_jax.demo import build_tokenizer
-from hmf_jax.engine import Engine, Finished, New, generate
-from hmf_jax.model import HybridLM
-from hmf_jax.sampling import SamplingParams
 
 TOKENIZER: Any = build_tokenizer()
 END = TOKENIZER.eos_token_id

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 from hmf_jax.config import HybridConfig, SWAConfig
 from hmf_jax.convert.safetensors_io import SINGLE
 from hmf_jax.families import FAMILIES, Family
-from hmf_jax.loading import flat_params, from_pretrained, save_orbax, save_pretrained
+from hmf_jax.loading import from_pretrained, save_orbax, save_pretrained
 from hmf_jax.model import HybridLM
+from hmf_jax.parameters import flat_params
 from hmf_jax.priming import prime, swa_variant, unfuse
 from hmf_jax.training import TrainState, make_train_step
 from tests.util import random_model

@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 import hmf_jax
 from hmf_jax import table
 from hmf_jax.config import HybridConfig
-from hmf_jax.loading import flat_params, from_pretrained, save_pretrained
+from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.memory import describe, plan_memory, state_memory
 from hmf_jax.mixers import KINDS
+from hmf_jax.parameters import flat_params
 from hmf_jax.priming import prime
 from hmf_jax.training import TrainState, make_train_step, training_flops
 from tests import toy_kind

@@ -20,13 +20,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from hmf_jax import HybridConfig, HybridLM, make_mesh
 from hmf_jax.config import GKAConfig
 from hmf_jax.convert.safetensors_io import Checkpoint
-from hmf_jax.loading import (
-    abstract_params,
-    flat_params,
-    from_pretrained,
-    save_orbax,
-    save_pretrained,
-)
+from hmf_jax.loading import from_pretrained, save_orbax, save_pretrained
+from hmf_jax.parameters import abstract_params, flat_params
 from tests.convert import synthetic
 
 CONFIG = HybridConfig.preset("tiny", layer_kinds=("*", "GKA", "M2"))

@@ -73,7 +73,7 @@ def test_the_wheel_holds_every_file_of_the_source(wheel):
         if not name.endswith(".pyc")
     }
     assert contents(wheel) == source
-    assert {f"hmf_jax/{room}/__init__.py" for room in ("convert", "pallas_kernels")} <= source
+    assert {f"hmf_jax/{folder}/__init__.py" for folder in ("convert", "pallas_kernels")} <= source
     assert {"hmf_jax/py.typed", "hmf_jax/embedded/gka/model.safetensors"} <= source
 
 

@@ -25,7 +25,9 @@ def train(
 ) -> None:
     """Fine-tune a model on texts or chats. A run that was stopped goes on where it was."""
     from hmf_jax.engine import enable_compilation_cache
-    from hmf_jax.training.config import TrainConfig, fine_tune, plan
+    from hmf_jax.training.plan import plan
+    from hmf_jax.training.run import fine_tune
+    from hmf_jax.training.schema import TrainConfig
 
     run = TrainConfig.load(config, fields or ())
     enable_compilation_cache()

@@ -32,10 +32,11 @@ from hmf_jax.block import Block
 from hmf_jax.config import HybridConfig
 from hmf_jax.convert.jax_to_hf import tensors
 from hmf_jax.layers import exact
-from hmf_jax.loading import flat_params, resolve
+from hmf_jax.loading import resolve
 from hmf_jax.mixers import Context, split_symbol
 from hmf_jax.model import HybridLM
 from hmf_jax.padding import arrange
+from hmf_jax.parameters import flat_params
 from hmf_jax.priming.unfuse import check_fused
 from hmf_jax.training.loss import next_token_targets
 from hmf_jax.training.plan import plan

@@ -30,14 +30,7 @@ from hmf_jax import table
 from hmf_jax.config import HybridConfig
 from hmf_jax.convert.safetensors_io import Checkpoint
 from hmf_jax.layers import exact
-from hmf_jax.loading import (
-    abstract_params,
-    flat_params,
-    from_pretrained,
-    resolve,
-    save_pretrained,
-    with_params,
-)
+from hmf_jax.loading import from_pretrained, resolve, save_pretrained
 from hmf_jax.mixers import (
     BASE,
     GATE,
@@ -50,6 +43,7 @@ from hmf_jax.mixers import (
 )
 from hmf_jax.model import HybridLM
 from hmf_jax.moved import moved
+from hmf_jax.parameters import abstract_params, flat_params, with_params
 
 Repeat = Literal["rows", "heads"]
 How = Literal["copied", "initialised", "fresh"]

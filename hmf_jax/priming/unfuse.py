@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.loading import flat_params, from_pretrained, save_pretrained, with_params
+from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.mixers import split_symbol
 from hmf_jax.model import HybridLM
+from hmf_jax.parameters import flat_params, with_params
 from hmf_jax.table import num_parameters
 
 

@@ -26,7 +26,8 @@ MEASURE = """
 import json, resource, sys
 import jax
 from hmf_jax import make_mesh
-from hmf_jax.loading import flat_params, from_pretrained
+from hmf_jax.loading import from_pretrained
+from hmf_jax.parameters import flat_params
 mesh = make_mesh(tp=int(sys.argv[2])) if int(sys.argv[2]) > 1 else None
 model = from_pretrained(sys.argv[1], mesh=mesh, progress=False)
 arrays = sum(s.data.nbytes for x in flat_params(model).values() for s in x.addressable_shards)

@@ -16,7 +16,7 @@ from hmf_jax.embedded.fit import optimizer, start
 from hmf_jax.embedded.plan import BMOJO, HYBRIDS, MIXERS, NUM_ITER, PLAIN, PRIMED, SMALL, Plan
 from hmf_jax.embedded.recall import accuracy, answers, forget
 from hmf_jax.embedded.results import summarize, table
-from hmf_jax.loading import flat_params
+from hmf_jax.parameters import flat_params
 from hmf_jax.priming import prime
 from tests.util import random_model, rel, tiny_config
 

@@ -13,8 +13,9 @@ import optax
 import pytest
 
 from hmf_jax.config import SWAConfig
-from hmf_jax.loading import flat_params, from_pretrained, save_pretrained
+from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.padding import arrange
+from hmf_jax.parameters import flat_params
 from hmf_jax.priming import (
     DistillConfig,
     distillation_loss,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.loading import flat_params, from_pretrained, save_pretrained
+from hmf_jax.loading import from_pretrained, save_pretrained
+from hmf_jax.parameters import flat_params
 from hmf_jax.priming import (
     LayerScores,
     likelihood,

@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hmf_jax.config import BMojoConfig, GDNConfig, HybridConfig, SWAConfig
-from hmf_jax.loading import flat_params, from_pretrained, save_pretrained
+from hmf_jax.loading import from_pretrained, save_pretrained
+from hmf_jax.parameters import flat_params
 from hmf_jax.priming import (
     describe_plan,
     prime,

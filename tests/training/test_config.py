@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 from hmf_jax import engine
 from hmf_jax.cli import app
 from hmf_jax.demo import write_checkpoint
-from hmf_jax.loading import flat_params, from_pretrained
+from hmf_jax.loading import from_pretrained
+from hmf_jax.parameters import flat_params
 from hmf_jax.training import RECIPES, read_metrics, train
-from hmf_jax.training.config import TrainConfig
 from hmf_jax.training.run import _loggers
+from hmf_jax.training.schema import TrainConfig
 
 pytest.importorskip("grain")
 NEEDED = {"model": "m", "data": "d.jsonl", "output": "o"}
