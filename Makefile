@@ -1,9 +1,9 @@
 # Each target works alone on a fresh machine: it first makes its own environment in .venv.
 #
-#   make demo         build a tiny hybrid checkpoint, convert it, verify it, generate from it
+#   make demo         a tiny hybrid reads facts and answers questions about them
 #   make test         the test suite            make test-slow   the tests that take minutes
 #   make test-gpu     the tests that need a GPU, with the Python that PYTHON names
-#   make lint         ruff, pyright, imports    make notebooks   run the notebooks
+#   make lint         ruff, imports, types      make notebooks   run the notebooks
 #   make docs         the site, in build/site   make bench       tiny operator benchmark
 #   make clean        remove everything made here
 #

@@ -1,8 +1,9 @@
-"""The worked examples of CONTRIBUTING.md work; texts at the top of the repository link to files."""
+"""The worked examples of CONTRIBUTING.md work; texts link to files and name what exists."""
 
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 import re
 import shutil
 import tempfile
@@ -77,3 +78,18 @@ def test_links_lead_somewhere(name):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text())
     missing = [x for x in links if "://" not in x and not (ROOT / x).exists()]
     assert links and not missing, missing
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_names_exist(name):
+    """`hmf_jax.engine.Engine` is a name of the library, `tests/test_laws.py` a file."""
+    code = "".join(re.findall(r"```.*?```|`[^`]+`", (ROOT / name).read_text(), re.DOTALL))
+    for found in set(re.findall(r"\bhmf_jax(?:\.\w+)+", code)):
+        if "decayed_sum" not in found:  # the example
+            pkgutil.resolve_name(found)
+    paths = set(re.findall(r"`((?:\w+/)+\w+\.(?:py|md|json))`", code))
+    missing = {p for p in paths if not (ROOT / p).exists()}
+    assert not missing
