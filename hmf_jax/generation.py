@@ -43,6 +43,10 @@ class Decoder:
     def __init__(self, *args: Any, **options: Any) -> None:
         raise TypeError("hmf_jax.generation.Decoder is gone; use hmf_jax.engine.Engine")
 
+    @classmethod
+    def begin(cls, *args: Any, **options: Any) -> Decoder:
+        return cls()
+
 
 def __getattr__(name: str) -> Any:
     if name == "Step":

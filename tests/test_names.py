@@ -83,8 +83,9 @@ def test_moved_places_exist():
 def test_decoder():
     from hmf_jax.generation import Decoder
 
-    with pytest.raises(TypeError, match=r"hmf_jax\.engine\.Engine"):
-        Decoder(None)
+    for begin in (Decoder, Decoder.begin):
+        with pytest.raises(TypeError, match=r"hmf_jax\.engine\.Engine"):
+            begin(None)
 
 
 def test_unknown_names():
