@@ -193,17 +193,17 @@ def test_num_iter_per_prompt(model):
 def test_second_prompt_compiles_nothing(model):
     def run(length: int, **settings):
         prompts = prompts_of(length, 3, seed=length)
-        return generate(model, prompts, max_new_tokens=9, prefill_chunk=32, **settings)
+        return generate(model, prompts, max_new_tokens=9, prefill_chunk=64, **settings)
 
-    run(40)
+    run(100)
     before = len(_compiled)
-    run(59, num_iter=30)  # the config's own
-    run(35, logprobs=True, sampling=[SamplingParams(top_p=0.5, temperature=0.1), SamplingParams()])
+    run(119, num_iter=30)  # the config's own
+    run(95, logprobs=True, sampling=[SamplingParams(top_p=0.5, temperature=0.1), SamplingParams()])
     assert len(_compiled) == before
-    run(40, num_iter=7)  # the first other number
+    run(100, num_iter=7)  # the first other number
     before = len(_compiled)
-    run(61, num_iter=3, eos_ids=(1, 2, 3), sampling=SamplingParams(temperature=1.0, top_k=3))
-    run(35, num_iter=[0, 12])
+    run(121, num_iter=3, eos_ids=(1, 2, 3), sampling=SamplingParams(temperature=1.0, top_k=3))
+    run(95, num_iter=[0, 12])
     assert len(_compiled) == before
     jax.jit(lambda x: x + before)(1.0)  # the counter does count
     assert len(_compiled) > before
