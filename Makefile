@@ -29,9 +29,9 @@ demo: $(LIBRARY)
 	$(VENV)/bin/hmf-jax demo $(ARGS)
 
 # One worker per core (more than 8 only cost memory, each has eight fake devices); the tests of a
-# file stay together, since they share compiled programs.
+# file stay together, since they share compiled programs; the longest files first (tests/conftest.py).
 test: $(TOOLS)
-	$(PY) -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(PY) -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # In one process: these measure time and memory.
 test-slow: $(TOOLS)

@@ -23,8 +23,33 @@ import pytest
 jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where an operation is from
 gc.set_threshold(100_000)  # traced programs are many objects that stay: going over them costs
 
+# The files that take longest, which workers begin with: none is left alone at the end.
+LONGEST = (
+    "test_benchmarks.py",
+    "test_compose.py",
+    "test_generation.py",
+    "test_step.py",
+    "test_laws.py",
+    "test_model.py",
+    "test_gka.py",
+    "test_attention.py",
+    "test_attention_mosaic.py",
+    "test_lora.py",
+    "test_oracle.py",
+    "test_stage0.py",
+    "test_distill.py",
+    "test_model_goldens.py",
+    "test_chat.py",
+    "test_families.py",
+    "test_operators.py",
+    "test_gka_mosaic.py",
+    "test_two_window_attention.py",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if jax.default_backend() != "gpu":
         for item in items:
             if "gpu" in item.keywords:

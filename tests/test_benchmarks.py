@@ -177,15 +177,13 @@ def test_models(tmp_path: Path, ops: str) -> None:
         assert decode["extra"]["tokens_per_s"] == pytest.approx(2e3 / decode["ms"])
 
 
-@pytest.mark.parametrize("axes", [{"tp": 2}, pytest.param({"tp": 4}, marks=pytest.mark.slow)])
-def test_a_mesh_gives_the_tokens_and_states_of_one_device(axes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("axes", "chunk"), [({"tp": 2}, 12), pytest.param({"tp": 4}, 8, marks=pytest.mark.slow)]
+)
+def test_a_mesh_gives_the_tokens_and_states_of_one_device(axes: dict[str, int], chunk: int) -> None:
     def run(axes: dict[str, int]):
-        bench = models.Bench(
-            models.Settings(
-                "tiny", "GKA", 2, 12, "float32", layers=2, chunk=8, steps=4, num_iter=4, axes=axes
-            ),
-            {},
-        )
+        options: dict[str, Any] = dict(layers=2, chunk=chunk, steps=4, num_iter=4, axes=axes)
+        bench = models.Bench(models.Settings("tiny", "GKA", 2, 12, "float32", **options), {})
         _, decode, rows = bench._decode_program()
         bytes_ = device_bytes((bench.model, rows.state))
         packed = PackedModel.of(bench.model)

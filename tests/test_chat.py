@@ -40,7 +40,7 @@ def model() -> HybridLM:
 
 
 def session(model: HybridLM, **options: Any) -> ChatSession:
-    options = {"sampling": HOT, "max_new_tokens": 40, "capacity": 512, **options}
+    options = {"sampling": HOT, "max_new_tokens": 40, "capacity": 256, **options}
     return ChatSession(model, TOKENIZER, **options)
 
 

@@ -22,7 +22,7 @@ from hmf_jax.packed import PackedModel
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.sharding import make_mesh
 from hmf_jax.training.lora import apply_lora
-from tests.util import random_model, rel, tiny_config
+from tests.util import mesh_of, random_model, rel, tiny_config
 
 V = 320
 SLOW = pytest.mark.slow
@@ -129,7 +129,7 @@ def test_seeds(model):
 def test_repetition_penalty_sees_prompt_and_output(model):
     strong = SamplingParams(repetition_penalty=1e6)
     prompt = prompts_of(30)[0]
-    (out,) = generate(model, [prompt], max_new_tokens=60, sampling=strong)
+    out, _ = generate(model, [prompt] * 2, max_new_tokens=60, sampling=strong)
     # Seen tokens are pushed to about 0 or far below; unseen ones with positive logits win.
     assert len(set(out.tokens)) == 60 and not set(out.tokens) & set(prompt)
 
@@ -158,15 +158,15 @@ def test_end_tokens(model):
     a, b = generate(model, prompts, max_new_tokens=20, eos_ids=[[absent, end], [absent]])
     assert a.tokens == free[0][: first + 1] and a.finish_reason == "eos"
     assert b.tokens == free[1] and b.finish_reason == "length"
-    (both,) = generate(model, prompts[:1], max_new_tokens=20, eos_ids=(absent, end))
+    both, _ = generate(model, prompts, max_new_tokens=20, eos_ids=(absent, end))
     assert both == a
-    (immediate,) = generate(model, prompts[:1], max_new_tokens=20, eos_ids=(free[0][0],))
+    immediate, _ = generate(model, prompts, max_new_tokens=20, eos_ids=(free[0][0],))
     assert immediate.tokens == free[0][:1] and immediate.finish_reason == "eos"
     with_config = dataclasses.replace(model.config, eos_token_id=(absent, end))
     leaves, tree = jax.tree.flatten(model)
     same = jax.tree.unflatten(tree, leaves)
     same.config = with_config
-    assert generate(same, prompts[:1], max_new_tokens=20)[0] == a
+    assert generate(same, prompts, max_new_tokens=20)[0] == a
 
 
 def test_full_state_ends_a_row(model):
@@ -187,23 +187,23 @@ def test_num_iter_per_prompt(model):
     both = generate(model, [prompt] * 2, max_new_tokens=8, num_iter=[0, 30])
     assert [g.tokens for g in both] == [one[0], one[30]]
     assert one[0] != one[30]
-    assert generate(model, [prompt], max_new_tokens=8)[0].tokens == one[30]
+    assert generate(model, [prompt] * 2, max_new_tokens=8)[0].tokens == one[30]
 
 
 def test_second_prompt_compiles_nothing(model):
     def run(length: int, **settings):
         prompts = prompts_of(length, 3, seed=length)
-        return generate(model, prompts, max_new_tokens=9, prefill_chunk=32, **settings)
+        return generate(model, prompts, max_new_tokens=9, prefill_chunk=64, **settings)
 
-    run(40)
+    run(100)
     before = len(_compiled)
-    run(59, num_iter=30)  # the config's own
-    run(35, logprobs=True, sampling=[SamplingParams(top_p=0.5, temperature=0.1), SamplingParams()])
+    run(119, num_iter=30)  # the config's own
+    run(95, logprobs=True, sampling=[SamplingParams(top_p=0.5, temperature=0.1), SamplingParams()])
     assert len(_compiled) == before
-    run(40, num_iter=7)  # the first other number
+    run(100, num_iter=7)  # the first other number
     before = len(_compiled)
-    run(61, num_iter=3, eos_ids=(1, 2, 3), sampling=SamplingParams(temperature=1.0, top_k=3))
-    run(35, num_iter=[0, 12])
+    run(121, num_iter=3, eos_ids=(1, 2, 3), sampling=SamplingParams(temperature=1.0, top_k=3))
+    run(95, num_iter=[0, 12])
     assert len(_compiled) == before
     jax.jit(lambda x: x + before)(1.0)  # the counter does count
     assert len(_compiled) > before
@@ -322,13 +322,20 @@ def test_mesh_gives_the_same_tokens_and_compiles_once(model):
     assert len(_compiled) == before
 
 
-@pytest.mark.parametrize("axes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"fsdp": 2, "tp": 2},
+        *(pytest.param({axis: 2}, marks=SLOW) for axis in ("dp", "fsdp", "tp")),
+    ],
+    ids=str,
+)
 def test_one_program_each_on_every_mesh(axes):
     """What a program returns lies as it takes it, so that none is compiled for several layouts."""
     model = HybridLM.init(
         tiny_config(("*", "GKA")),
         dtype=jnp.float32,
-        mesh=make_mesh(**axes, devices=jax.devices()[:2]),
+        mesh=mesh_of(axes),
     )
     settings: dict[str, Any] = dict(capacity=256, prefill_chunk=16, eos_ids=(), max_new_tokens=70)
 

@@ -58,12 +58,13 @@ def test_slots_of_a_mesh(model: HybridLM, sizes: dict[str, int]) -> None:
 
 
 def test_more_slots_than_prompts(model: HybridLM) -> None:
-    (one,) = generate(model, [[1, 2, 3]], max_new_tokens=4, slots=100, capacity=256)
-    assert one == generate(model, [[1, 2, 3]], max_new_tokens=4, capacity=256)[0]
+    (one,) = generate(model, [[1, 2, 3]], max_new_tokens=4, slots=100, capacity=128)
+    assert one == generate(model, [[1, 2, 3]], max_new_tokens=4, capacity=128)[0]
 
 
 def test_a_row_is_as_full_as_it_may_be(model: HybridLM) -> None:
-    (one,) = generate(model, [[1] * 250], max_new_tokens=50, slots=1, capacity=256, eos_ids=())
+    options: dict[str, Any] = dict(slots=1, capacity=128, prefill_chunk=64, eos_ids=())
+    (one,) = generate(model, [[1] * 122], max_new_tokens=50, **options)
     assert (len(one.tokens), one.finish_reason) == (6, "capacity")
 
 

@@ -30,14 +30,17 @@ def _forward(op, arrays, state, segment_ids, lengths=None, *, impl, chunk_size):
 
 
 @functools.partial(jax.jit, static_argnames=("op", "impl", "chunk_size"))
-def _gradient(op, arrays, state, segment_ids, d_out, d_state, lengths=None, *, impl, chunk_size):
+def _with_gradient(
+    op, arrays, state, segment_ids, d_out, d_state, lengths=None, *, impl, chunk_size
+):
     def loss(arrays, state):
         out, final = _forward(
             op, arrays, state, segment_ids, lengths, impl=impl, chunk_size=chunk_size
         )
-        return jnp.sum(out * d_out) + jnp.sum(final * d_state)
+        return jnp.sum(out * d_out) + jnp.sum(final * d_state), (out, final)
 
-    return jax.grad(loss, argnums=(0, 1))(arrays, state)
+    grads, results = jax.grad(loss, argnums=(0, 1), has_aux=True)(arrays, state)
+    return results, grads
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -72,7 +75,7 @@ class RecurrentLaws:
         op = type(self).op
         return _forward(op, arrays, state, segment_ids, lengths, impl=impl, chunk_size=chunk_size)
 
-    def grad(
+    def with_grad(
         self,
         arrays,
         state,
@@ -83,16 +86,22 @@ class RecurrentLaws:
         chunk_size=16,
         lengths=None,
     ):
+        """(out, final state), (gradients by name, that of the state), all by one program."""
         op = type(self).op
         args = (op, arrays, state, segment_ids, d_out, d_state, lengths)
-        return _gradient(*args, impl=impl, chunk_size=chunk_size)
+        return _with_gradient(*args, impl=impl, chunk_size=chunk_size)
+
+    def grad(self, *args, **options):
+        return self.with_grad(*args, **options)[1]
 
     def cut(self, arrays: Arrays, time: slice | np.ndarray) -> Arrays:
         return {n: x[:, time] if n in self.per_token else x for n, x in arrays.items()}
 
-    def cotangents(self, out: jax.Array, state: jax.Array, seed=7) -> tuple[jax.Array, jax.Array]:
+    def cotangents(self, arrays: Arrays, state: jax.Array, seed=7) -> tuple[jax.Array, jax.Array]:
+        """Random ones of the results for these arguments."""
         rng = np.random.default_rng(seed)
-        return tuple(jnp.asarray(normal(rng, *x.shape), x.dtype) for x in (out, state))  # type: ignore
+        results = jax.eval_shape(self.run, arrays, state)
+        return tuple(jnp.asarray(normal(rng, *x.shape), x.dtype) for x in results)  # type: ignore
 
     # -- laws -----------------------------------------------------------------------------------
 
@@ -121,7 +130,7 @@ class RecurrentLaws:
         with jax.enable_x64(True):
             arrays, state = self.arguments(T=23, dtype=jnp.float64)
             segment_ids = jnp.asarray([[1] * 4 + [2] + [1] * 14 + [0] * 4, [0, 3, 0] + [4] * 20])
-            d_out, d_state = self.cotangents(*self.run(arrays, state, segment_ids, chunk_size=8))
+            d_out, d_state = self.cotangents(arrays, state)
             chunked = self.grad(arrays, state, segment_ids, d_out, d_state, chunk_size=8)
             reference = self.grad(arrays, state, segment_ids, d_out, d_state, impl="reference")
             for actual, expected in zip(
@@ -150,17 +159,16 @@ class RecurrentLaws:
             x = arrays[name]
             wide = jnp.full((x.shape[0], 60, *x.shape[2:]), jnp.nan, x.dtype)
             padded[name] = wide.at[:, where].set(x)
-        out, final = self.run(arrays, state)
-        for impl in ("reference", "chunked"):
-            out_pad, final_pad = self.run(padded, state, segment_ids, impl=impl)
+        d_out, d_state = self.cotangents(arrays, state)
+        d_out_pad = jnp.zeros((2, 60, *d_out.shape[2:]), d_out.dtype).at[:, where].set(d_out)
+        (out, final), expected = self.with_grad(arrays, state, None, d_out, d_state)
+        chunked, actual = self.with_grad(padded, state, segment_ids, d_out_pad, d_state)
+        reference = self.run(padded, state, segment_ids, impl="reference")
+        for out_pad, final_pad in (chunked, reference):
             assert np.isfinite(out_pad).all()
             assert rel(out_pad[:, where], out) < 2e-6
             assert rel(final_pad, final) < 2e-6
 
-        d_out, d_state = self.cotangents(out, final)
-        d_out_pad = jnp.zeros_like(out_pad).at[:, where].set(d_out)
-        expected = self.grad(arrays, state, None, d_out, d_state)
-        actual = self.grad(padded, state, segment_ids, d_out_pad, d_state)
         for name in arrays:
             g = actual[0][name]
             if name in self.per_token:
@@ -187,15 +195,15 @@ class RecurrentLaws:
             mask = padding.reshape(padding.shape + (1,) * (arrays[name].ndim - 2))
             arrays[name] = jnp.where(mask, jnp.nan, arrays[name])
         segment_ids = jnp.asarray(~padding, jnp.int32)
-        expected = self.run(arrays, state, segment_ids, impl=impl)
-        out, final = self.run(arrays, state, lengths=lengths, impl=impl)
-        for a, b in zip((out, final), expected, strict=True):
+        d_out, d_state = self.cotangents(arrays, state)
+        results, expected = self.with_grad(arrays, state, segment_ids, d_out, d_state, impl)
+        (out, final), grads = self.with_grad(
+            arrays, state, None, d_out, d_state, impl, lengths=lengths
+        )
+        for a, b in zip((out, final), results, strict=True):
             assert rel(a, b) < 1e-6
         np.testing.assert_array_equal(final[0], state[0])
         assert not np.asarray(out)[padding].any()
-        d_out, d_state = self.cotangents(out, final)
-        grads = self.grad(arrays, state, None, d_out, d_state, impl, lengths=lengths)
-        expected = self.grad(arrays, state, segment_ids, d_out, d_state, impl)
         for name, grad in grads[0].items():
             assert rel(grad, expected[0][name]) < 1e-5, name
             if name in self.per_token:
@@ -224,21 +232,21 @@ class RecurrentLaws:
         arrays, state = self.arguments(T=sum(lengths))
         ends = np.cumsum(lengths)
         segment_ids = jnp.asarray(np.asarray([[3, 1, 3]] * 2).repeat(lengths, axis=1))
-        out, final = self.run(arrays, state, segment_ids)
-        d_out, d_state = self.cotangents(out, final)
-        grads, d_initial = self.grad(arrays, state, segment_ids, d_out, d_state)
+        d_out, d_state = self.cotangents(arrays, state)
+        (out, final), (grads, d_initial) = self.with_grad(
+            arrays, state, segment_ids, d_out, d_state
+        )
         fixed = {n: 0.0 for n in arrays if n not in self.per_token}
         for i, (start, end) in enumerate(zip(ends - lengths, ends, strict=True)):
             part = self.cut(arrays, slice(start, end))
             initial = state if i == 0 else jnp.zeros_like(state)
-            out_i, final_i = self.run(part, initial)
-            assert rel(out[:, start:end], out_i) < 2e-6
             last = end == ends[-1]
-            if last:
-                assert rel(final, final_i) < 2e-6
-            grads_i, d_initial_i = self.grad(
+            (out_i, final_i), (grads_i, d_initial_i) = self.with_grad(
                 part, initial, None, d_out[:, start:end], d_state if last else 0 * d_state
             )
+            assert rel(out[:, start:end], out_i) < 2e-6
+            if last:
+                assert rel(final, final_i) < 2e-6
             for name in self.per_token:
                 assert rel(grads[name][:, start:end], grads_i[name]) < 1e-5, name
             fixed = {n: total + grads_i[n] for n, total in fixed.items()}
