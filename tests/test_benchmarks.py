@@ -177,9 +177,8 @@ def test_models(tmp_path: Path, ops: str) -> None:
         assert decode["extra"]["tokens_per_s"] == pytest.approx(2e3 / decode["ms"])
 
 
-@pytest.mark.parametrize(
-    ("axes", "chunk"), [({"tp": 2}, 12), pytest.param({"tp": 4}, 8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # the engine's tests say the same of its programs
+@pytest.mark.parametrize(("axes", "chunk"), [({"tp": 2}, 12), ({"tp": 4}, 8)])
 def test_a_mesh_gives_the_tokens_and_states_of_one_device(axes: dict[str, int], chunk: int) -> None:
     def run(axes: dict[str, int]):
         options: dict[str, Any] = dict(layers=2, chunk=chunk, steps=4, num_iter=4, axes=axes)
@@ -202,6 +201,7 @@ def test_a_mesh_gives_the_tokens_and_states_of_one_device(axes: dict[str, int], 
     assert got_bytes < bytes_ * (0.51 if axes["tp"] == 2 else 0.36)  # two copies of 2 kv heads
 
 
+@pytest.mark.slow
 def test_rows_of_a_mesh(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """As many rows as the memory of two devices holds; rates and bytes are those of one."""
     out = tmp_path / "rows.jsonl"
@@ -277,6 +277,7 @@ def test_training_steps(
     assert r["extra"]["mfu"] > 0 and r["extra"]["ran"]["gated_delta_rule"] == "chunked"
 
 
+@pytest.mark.slow
 def test_a_batch_that_fills_the_memory(tmp_path: Path, capsys) -> None:
     out = tmp_path / "rows.jsonl"
     argv = "--ops decode_throughput --mixers GKA --layers 2 --lengths 60 --steps 4 --num-iter 2"

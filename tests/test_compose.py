@@ -33,7 +33,13 @@ def x64():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", goldens.cases("compose"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n == "picaso_gdn" else n
+        for n in goldens.cases("compose")
+    ],
+)
 def test_recorded_by_the_original(name: str) -> None:
     """States after the question, and the logits after it, for all that the original can compose.
 

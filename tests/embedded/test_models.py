@@ -12,7 +12,9 @@ from hmf_jax.embedded.recall import accuracy
 from hmf_jax.embedded.results import slug
 
 
-@pytest.mark.parametrize("name", embedded.HYBRIDS)
+@pytest.mark.parametrize(
+    "name", [n if n == "gka" else pytest.param(n, marks=pytest.mark.slow) for n in embedded.HYBRIDS]
+)
 def test_a_hybrid_remembers_what_its_windows_have_forgotten(name):
     model = from_pretrained(embedded.directory(name), dtype=jnp.float32, progress=False)
     patterns = {slug(n): pattern for n, pattern in HYBRIDS.items()}

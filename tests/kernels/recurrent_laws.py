@@ -185,7 +185,7 @@ class RecurrentLaws:
         np.testing.assert_array_equal(final[0], state[0])
         assert rel(final[1], state[1]) > 0.01
 
-    @pytest.mark.parametrize("impl", ["chunked", "reference"])
+    @pytest.mark.parametrize("impl", ["chunked", pytest.param("reference", marks=pytest.mark.slow)])
     def test_lengths_equal_segment_ids(self, impl):
         """Rows without a token, with fewer than a convolution has taps, and full; from a state."""
         lengths, T = jnp.asarray([0, 37, 2, 20]), 37
