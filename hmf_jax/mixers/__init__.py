@@ -77,14 +77,14 @@ def sections_of(symbols: Iterable[str], sections: Mapping[str, object]) -> Secti
 
     Raises ValueError for settings that have no defaults.
     """
-    found, todo = dict(sections), [symbol for symbol in KINDS if symbol in set(symbols)]
-    for symbol in todo:  # grows while it is read
+    found, needed = dict(sections), [symbol for symbol in KINDS if symbol in set(symbols)]
+    for symbol in needed:  # grows while it is read
         section = KINDS[symbol].section
         if section is not None and found.get(section.attribute) is None:
             if section.missing is not None:
                 raise ValueError(section.missing)
             found[section.attribute] = section.type()
-        todo += KINDS[symbol].inner(Sections(found))
+        needed += KINDS[symbol].inner(Sections(found))
     return Sections(found)
 
 
