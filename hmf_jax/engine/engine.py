@@ -94,7 +94,12 @@ class Engine:
         """The tokens in the row of a request that runs or is held, without those of a `state`.
 
         The newest generated token is not one of them: it is fed when the next one is needed.
+
+        Raises:
+          ValueError: the request has no row: it waits, or it has ended and was not kept.
         """
+        if id not in self._rows:
+            raise ValueError(f"request {id} has no row: it waits, or has ended and was not kept")
         return list(self._rows[id].tokens)
 
     def add(self, request: Request) -> int:
@@ -121,9 +126,13 @@ class Engine:
         self._scheduler.cancel(id)
 
     def release(self, id: int) -> None:
-        """Gives up the row of a held request."""
+        """Gives up the row of a held request.
+
+        Raises:
+          ValueError: it is not held, or a request in the queue comes after it.
+        """
         self._scheduler.release(id)
-        self._rows.pop(id, None)
+        del self._rows[id]
 
     def step(self, steps: int = MOST_STEPS) -> list[Event]:
         """Feeds prompts that wait if rows are free, else decodes up to `steps` (at most 64) tokens.

@@ -159,9 +159,15 @@ class Scheduler:
                 self._end(row, "stop", self._events)
 
     def release(self, id: int) -> None:
-        """Gives the row of a held request to others, unless one in the queue comes after it."""
-        if id in self._held and id not in self._claimed:
-            self._free_row(self._held.pop(id))
+        """Gives the row of a held request to others.
+
+        Raises:
+          ValueError: it is not held, or a request in the queue comes after it.
+        """
+        if id not in self._held or id in self._claimed:
+            why = "a request in the queue comes after it" if id in self._held else "it is not held"
+            raise ValueError(f"request {id} cannot be released: {why}")
+        self._free_row(self._held.pop(id))
 
     def plan(self, steps: int) -> Turn | None:
         """The next turn: feed what waits if a row is free for it, else decode `steps` tokens.

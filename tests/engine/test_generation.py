@@ -259,7 +259,11 @@ def test_continuing_a_request(model):
     prompt, more = prompts_of(11, 6, seed=3)
     engine = Engine(model, 1, capacity=256)
     one = engine.add(Request(prompt, 50, keep=True))
+    with pytest.raises(ValueError, match=f"request {one} has no row: it waits"):
+        engine.context(one)
     tokens = tokens_of(engine.step() + engine.step(5), one)
+    with pytest.raises(ValueError, match=f"request {one} cannot be released: it is not held"):
+        engine.release(one)  # it runs, and goes on to run
     assert len(tokens) == 6
     # The newest token is not in the state yet.
     assert engine.context(one) == prompt + tokens[:-1]
@@ -269,6 +273,8 @@ def test_continuing_a_request(model):
     two = engine.add(Request(more, 8, after=one, keep=True))
     with pytest.raises(ValueError, match=f"request {one} is not held"):
         engine.add(Request(more, 8, after=one))
+    with pytest.raises(ValueError, match="in the queue comes after it"):
+        engine.release(one)
     new = tokens_of(engine.step() + engine.step(), two)
     whole = prompt + tokens[:-1] + more
     (expected,) = generate(model, [whole], max_new_tokens=8, capacity=256)
