@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from hmf_jax import families, overrides, presets
+from hmf_jax.convert.reading import read_json
 from hmf_jax.families import FAMILIES, KNOWN_MODEL_TYPES
 from hmf_jax.mixers import (
     BASE,
@@ -195,16 +196,13 @@ class HybridConfig(Backbone):
                 f"{file} does not exist; pass a Hugging Face model directory (with config.json and "
                 "*.safetensors) or a config.json"
             )
+        data = read_json(file, limit=1 << 22)
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as e:  # broken JSON or not UTF-8
-            raise ValueError(f"{file} is not valid JSON ({e}); download it again") from e
-        if not isinstance(data, dict):
-            raise ValueError(f"{file} must hold a JSON object, found {type(data).__name__}")
-        try:
-            return cls.from_dict(data)
+            config, notes = cls._read(data)
         except ValueError as e:
             raise ValueError(f"{file}: {e}") from e
+        _warn(notes, file)
+        return config
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HybridConfig:
@@ -407,9 +405,9 @@ def _text(what: str, data: Mapping[str, Any]) -> str:
         raise ValueError(f"{what} cannot be written as JSON ({e}): {shown(data)}") from None
 
 
-def _warn(notes: Sequence[str]) -> None:
+def _warn(notes: Sequence[str], file: str | Path = "config.json") -> None:
     for note in notes:
-        warnings.warn(f"config.json: {note}", skip_file_prefixes=(str(Path(__file__).parent),))
+        warnings.warn(f"{file}: {note}", skip_file_prefixes=(str(Path(__file__).parent),))
 
 
 def _unread(config: HybridConfig) -> set[tuple[str, ...]]:
