@@ -19,7 +19,7 @@ import numpy as np
 
 from hmf_jax import families, overrides, presets
 from hmf_jax.convert.reading import read_json
-from hmf_jax.families import FAMILIES, KNOWN_MODEL_TYPES
+from hmf_jax.families import FAMILIES, KNOWN_MODEL_TYPES, TOKENS
 from hmf_jax.mixers import (
     BASE,
     KINDS,
@@ -38,6 +38,7 @@ from hmf_jax.options import (
     RopeConfig,
     check_choice,
     check_int,
+    names,
     nearest,
     shown,
 )
@@ -94,13 +95,13 @@ class HybridConfig(Backbone):
         attention_bias: bool | None = None,
         **options: Any,
     ) -> None:
-        names = [section.attribute for section in all_sections()]
-        given = {name: options.pop(name) for name in names if name in options}
+        kinds = [section.attribute for section in all_sections()]
+        given = {name: options.pop(name) for name in kinds if name in options}
         if attention_bias is not None:
             options |= {"qkv_bias": attention_bias, "o_bias": attention_bias}
         fields = [field.name for field in dataclasses.fields(Backbone)]
         if foreign := [name for name in options if name not in fields]:
-            hint = nearest(foreign[0], [*fields, *names, *_OWN])
+            hint = nearest(foreign[0], [*fields, *kinds, *_OWN])
             raise TypeError(f"HybridConfig has no option {foreign[0]!r}{hint}")
         super().__init__(**options)
         if isinstance(layer_kinds, str):
@@ -233,22 +234,19 @@ class HybridConfig(Backbone):
         if (act := rest.pop("hidden_act", "silu")) not in ("silu", "swish"):
             raise ValueError(f"hidden_act {shown(act)} is not supported, only 'silu' is")
         values = families.take_backbone(rest, family, notes)
-        for name in _TOKENS:
-            values[name] = rest.pop(name, None)
         values["layer_kinds"] = families.take_layers(rest, family, hybrid, notes)
         options = [field.name for field in dataclasses.fields(Backbone)]
         backbone = Backbone(**{k: v for k, v in values.items() if k in options})
-        for name in _TOKENS:
-            notes += _outside(name, values[name], backbone.vocab_size)
-        sections = take_sections(rest, backbone, notes)
+        values |= families.take_tokens(rest, backbone.vocab_size, notes)
+        sections = take_sections(rest, backbone, len(values["layer_kinds"]), notes)
         kept = {section.key for section in all_sections()} | {"rope_parameters"}
         families.check_rest({k: v for k, v in rest.items() if k not in kept}, notes)
         config = cls(
             **values,
             sections=sections,
             family=family.name,
-            extra=_text("unknown keys", rest),
-            stock=None if hybrid else _text("a base model", dict(data)),
+            extra=_text(rest),
+            stock=None if hybrid else _text(data),
         )
         return config, notes
 
@@ -284,7 +282,7 @@ class HybridConfig(Backbone):
             "hidden_act": "silu",
             "num_hidden_layers": self.num_hidden_layers,
         }
-        for name in _TOKENS:
+        for name in TOKENS:
             value = getattr(self, name)
             out[name] = list(value) if isinstance(value, tuple) else value
         extra = json.loads(self.extra)
@@ -365,8 +363,7 @@ class HybridConfig(Backbone):
         return cls(**presets.preset(name, mixer, overrides))
 
 
-_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-_OWN = ("layer_kinds", "sections", "family", "extra", "stock", "attention_bias", *_TOKENS)
+_OWN = ("layer_kinds", "sections", "family", "extra", "stock", "attention_bias", *TOKENS)
 
 
 def _check_token(name: str, value: Any) -> int | None:
@@ -380,14 +377,6 @@ def _check_tokens(name: str, value: Any) -> int | tuple[int, ...] | None:
     return _check_token(name, value)
 
 
-def _outside(name: str, value: Any, vocab_size: int) -> list[str]:
-    """A line if a token id of config.json is outside the vocabulary."""
-    tokens = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    if all(isinstance(token, int) and 0 <= token < vocab_size for token in tokens):
-        return []
-    return [f"{name} {shown(value)} has no effect: the vocabulary ends at {vocab_size - 1}"]
-
-
 def _check_text(name: str, value: Any) -> str:
     try:
         if isinstance(value, str) and isinstance(json.loads(value), dict):
@@ -397,12 +386,18 @@ def _check_text(name: str, value: Any) -> str:
     raise ValueError(f"{name} must be a JSON object as text, got {shown(value)}")
 
 
-def _text(what: str, data: Mapping[str, Any]) -> str:
+def _text(data: Mapping[str, Any]) -> str:
     """JSON text. Raises ValueError for what cannot be written as such."""
-    try:
-        return json.dumps(data, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as e:
-        raise ValueError(f"{what} cannot be written as JSON ({e}): {shown(data)}") from None
+
+    def is_json(value: Any) -> bool:
+        try:
+            return bool(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError, RecursionError):
+            return False
+
+    if wrong := [k for k, v in data.items() if not isinstance(k, str) or not is_json(v)]:
+        raise ValueError(f"{names(wrong)} of config.json is not a JSON value")
+    return json.dumps(dict(data), sort_keys=True)
 
 
 def _warn(notes: Sequence[str], file: str | Path = "config.json") -> None:

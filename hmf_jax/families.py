@@ -97,6 +97,7 @@ _PLAIN = (
     "tie_word_embeddings",
     "initializer_range",
 )
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # In older files, in place of rope_parameters.
 LEGACY_ROPE = ("rope_theta", "rope_scaling", "original_max_position_embeddings")
 _SLIDING = "sliding_attention"
@@ -145,15 +146,15 @@ def take_family(top: dict[str, Any]) -> tuple[Family, bool]:
 
     Removes what it reads from the top level. Raises ValueError for families that cannot run.
     """
-    architectures = top.pop("architectures", None) or []
+    architectures = top.pop("architectures", None)
     model_type = top.pop("model_type", None)
-    if not isinstance(architectures, list | tuple):
+    if architectures is not None and not isinstance(architectures, list | tuple):
         raise ValueError(f"architectures must be a list of names, got {shown(architectures)}")
     families = list(FAMILIES.values())
     if model_type is None:
         types = {f.architectures[0]: f.hybrid for f in families}
         types |= {f.architectures[1]: f.stock[0] for f in families}
-        model_type = next((types[str(a)] for a in architectures if str(a) in types), None)
+        model_type = next((types[str(a)] for a in architectures or () if str(a) in types), None)
     for family in families:
         if model_type == family.hybrid or model_type in family.stock:
             return family, model_type == family.hybrid or "hybrid_override_pattern" in top
@@ -232,12 +233,12 @@ def take_layers(
         if not isinstance(pattern, str):
             raise ValueError(f"hybrid_override_pattern must be a string, got {shown(pattern)}")
         symbols = tuple(pattern.split("-", MOST_LAYERS))
-        check_symbols(symbols)
-        if (
-            layer_types
-            and set(layer_types) <= set(known_symbols())
-            and tuple(layer_types) != symbols
-        ):
+        try:
+            check_symbols(symbols)
+        except ValueError as e:
+            raise ValueError(f"hybrid_override_pattern: {e}") from None
+        base = {kind.layer_type for kind in KINDS.values()}
+        if layer_types and tuple(layer_types) != symbols and not set(layer_types) <= base:
             notes.append("layer_types has no effect: it differs from hybrid_override_pattern")
     elif hybrid:
         symbols = tuple(layer_types)
@@ -295,7 +296,7 @@ def _take_rope(top: dict[str, Any], max_positions: int, notes: list[str]) -> Rop
     if legacy not in ("default", rope_type):
         notes.append(f"type {shown(legacy)} has no effect beside rope_type {shown(rope_type)}")
     theta = stored.pop("rope_theta", 10000.0 if theta is None else theta)
-    values = {"rope_type": rope_type, "theta": float(check_number("rope_theta", theta, 1))}
+    values = {"rope_type": rope_type, "theta": float(check_number("rope_theta", theta, 1, 1e15))}
     for where in (stored, top):
         partial = where.pop("partial_rotary_factor", None)
         if partial not in (None, 1):
@@ -305,22 +306,35 @@ def _take_rope(top: dict[str, Any], max_positions: int, notes: list[str]) -> Rop
     if nested := [k for k, v in stored.items() if isinstance(v, Mapping)]:
         raise ValueError(f"rope_parameters of one layer type are not supported: {names(nested)}")
     if rope_type == "yarn":
+        nested = stored.get("original_max_position_embeddings", max_positions)
         original = top.pop("original_max_position_embeddings", None)
-        original = original or stored.get("original_max_position_embeddings", max_positions)
+        original = nested if original is None else original
         stored["original_max_position_embeddings"] = original
+        if original != nested and "original_max_position_embeddings" in read:
+            notes.append("original_max_position_embeddings in rope_parameters has no effect")
         if "factor" in read and "factor" not in stored:
             check_int("rope_parameters.original_max_position_embeddings", original, 1)
             stored["factor"] = max_positions / original
         if "truncate" in read:  # null is false to transformers, absent is true
-            stored["truncate"] = read["truncate"] or False
+            stored["truncate"] = False if read["truncate"] is None else read["truncate"]
     known = SCALINGS.get(str(rope_type), tuple(stored))
     if unknown := {k: v for k, v in stored.items() if k not in known}:
         notes.append(
-            f"keys of rope_parameters that have no effect with rope_type {rope_type!r}: "
+            f"keys of rope_parameters that have no effect with rope_type {shown(rope_type)}: "
             f"{names(unknown)}"
         )
         top["rope_parameters"] = unknown
     return RopeConfig(**values, **{k: v for k, v in stored.items() if k in known})
+
+
+def take_tokens(top: dict[str, Any], vocab_size: int, notes: list[str]) -> dict[str, Any]:
+    """The special tokens of a config.json; removes them from the top level."""
+    values = {name: top.pop(name, None) for name in TOKENS}
+    for name, value in values.items():
+        tokens = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if not all(isinstance(token, int) and 0 <= token < vocab_size for token in tokens):
+            notes.append(f"{name} {shown(value)} is outside the vocabulary of {vocab_size} tokens")
+    return values
 
 
 def is_known(key: str) -> bool:

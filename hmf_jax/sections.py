@@ -22,7 +22,9 @@ def check_sections(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return given
 
 
-def take_sections(top: dict[str, Any], backbone: Backbone, notes: list[str]) -> Sections:
+def take_sections(
+    top: dict[str, Any], backbone: Backbone, layers: int, notes: list[str]
+) -> Sections:
     """The settings of all kinds. Unknown keys of a section stay at the top level, under its key."""
     found = {}
     for section in all_sections():
@@ -32,7 +34,7 @@ def take_sections(top: dict[str, Any], backbone: Backbone, notes: list[str]) -> 
             patch = check_object(section.patch, top.pop(section.patch, None))
             stored = {**(stored or {}), **patch} if patch else stored
         if stored is not None:
-            found[section.attribute] = _take_section(section, stored, backbone, top, notes)
+            found[section.attribute] = _take_section(section, stored, backbone, layers, top, notes)
     return Sections(found)
 
 
@@ -40,13 +42,16 @@ def _take_section(
     section: Section,
     stored: Mapping[str, Any],
     backbone: Backbone,
+    layers: int,
     top: dict[str, Any],
     notes: list[str],
 ) -> Any:
     key, geometry = section.key, section.geometry(backbone)
     values, unknown = {}, {}
     fields = {f.name for f in dataclasses.fields(section.type)}
-    copies = {name for section in all_sections() for name in section.derived(backbone, 1)}
+    copies: dict[str, Any] = {}
+    for other in all_sections():
+        copies |= other.derived(backbone, layers)
     for name, value in section.read(stored).items():
         if name in fields:
             values[name] = value
@@ -63,10 +68,16 @@ def _take_section(
                 )
         elif name not in copies:
             unknown[name] = value
+        elif value is not None and value != copies[name]:
+            notes.append(f"{key}.{name} {shown(value)} has no effect: it is {copies[name]!r} here")
     if unknown:
         if foreign := unknown.keys() - _QUIET:
             notes.append(f"{key}: unknown keys that have no effect: {names(foreign)}")
         top[key] = unknown
+    for field in dataclasses.fields(section.type):
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if needed and values.get(field.name) is None:
+            raise ValueError(f"{key}.{field.name} is missing")
     return section.type(**values)
 
 

@@ -233,7 +233,7 @@ def _take_window(top: dict[str, Any]) -> dict[str, Any] | None:
         top.pop(key, None)
     stored = check_object("swa_config", top.pop("swa_config", None)) or {}
     if stored.get("window_size", window) is None:
-        return None if set(stored) <= {"window_size"} else stored
+        return {k: v for k, v in stored.items() if k != "window_size"} or None
     return {"window_size": window, **stored}
 
 
@@ -242,10 +242,11 @@ def base_window(top: Mapping[str, Any]) -> int | None:
     used, window = top.get("use_sliding_window"), top.get("sliding_window")
     if used is not None:
         check_bool("use_sliding_window", used)
-    if window is None:
-        return None
-    # Where it is switched off, files also say 0.
-    return check_int("sliding_window", window, 1, LONGEST_WINDOW) if used else None
+    if (first := top.get("max_window_layers")) is not None:
+        check_int("max_window_layers", first, 0)
+    if window is not None:  # where it is switched off, files also say 0
+        check_int("sliding_window", window, 1 if used else 0, LONGEST_WINDOW if used else None)
+    return window if used else None
 
 
 FULL = Kind(

@@ -54,7 +54,8 @@ class BMojoConfig:
         check_fields(self, {"window_size": (1, LONGEST_WINDOW)}, "bmojo_config.")
         if not isinstance(self.ssm_mixer, str) or self.ssm_mixer not in INNER:
             symbols = {name: kind.symbol for kind in INNER.values() for name in kind.aliases}
-            symbol = symbols.get(str(self.ssm_mixer).lower())
+            given = self.ssm_mixer.lower() if isinstance(self.ssm_mixer, str) else ""
+            symbol = symbols.get(given)
             if symbol is None:
                 raise ValueError(
                     f"bmojo_config.ssm_mixer {shown(self.ssm_mixer)} is unknown; use one of "
