@@ -169,20 +169,16 @@ class HybridConfig(Backbone):
         """
         if value is None:
             return
+        if not isinstance(value, jax.core.Tracer):
+            given = np.asarray(value)
+            whole = given.dtype.kind in "iu" and given.ndim < 2 and given.size > 0
+            if not whole or given.min() < 0 or given.max() > MOST_ITERATIONS:
+                limits = f">= 0 and <= {MOST_ITERATIONS}"
+                raise ValueError(f"num_iter={shown(value)} must be a whole number {limits}")
         kinds = {kind for symbol in self.layer_kinds for kind in split_symbol(symbol) if kind}
         types = [kind.section.type for kind in kinds_within(kinds, self.sections) if kind.section]
         if not any(field.name == "num_iter" for t in types for field in dataclasses.fields(t)):
-            raise ValueError(
-                "num_iter is given, but no layer of this model is solved by iterations (GKA): "
-                "leave it out"
-            )
-        if isinstance(value, jax.core.Tracer):
-            return
-        numbers = np.asarray(value)
-        if numbers.dtype.kind not in "iu" or numbers.ndim > 1:
-            check_int("num_iter", value, 0, MOST_ITERATIONS)
-        for number in numbers.reshape(-1):
-            check_int("num_iter", number.item(), 0, MOST_ITERATIONS)
+            raise ValueError("this model has no GKA layers: leave num_iter out")
 
     @classmethod
     def from_json(cls, path: str | Path) -> HybridConfig:

@@ -78,8 +78,8 @@ def from_pretrained(
     directory = resolve(repo_or_dir, revision=revision, progress=progress)
     config = HybridConfig.from_json(directory).override(config_overrides or {})
     if num_iter is not None:
-        if config.gka is None:
-            raise ValueError(f"{directory} has no GKA layers: leave num_iter out")
+        config.check_num_iter(num_iter)
+        assert config.gka is not None
         gka = dataclasses.replace(config.gka, num_iter=num_iter)
         config = dataclasses.replace(config, gka=gka)
     mesh = for_model(mesh, config)
