@@ -15,7 +15,7 @@ from typing import Any
 
 # The most that a model can have: far above all that exist, and low enough that a damaged or hostile
 # config.json takes neither memory nor time.
-MOST_LAYERS, WIDEST, MOST_POSITIONS, LONGEST_WINDOW = 1024, 2**20, 2**31 - 1, 2**20
+MOST_LAYERS, WIDEST, MOST_POSITIONS, LONGEST_WINDOW = 512, 2**20, 2**31 - 1, 2**20
 MOST_ITERATIONS = 1000  # of a solver; the one of GKA has converged long before
 
 _ROPE_LIMITS = {
