@@ -131,8 +131,9 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 def nearest(name: Any, known: Iterable[str]) -> str:
     """ ", did you mean 'x'?" if one of the known names is like this one, else nothing."""
-    found = difflib.get_close_matches(str(name)[:80], list(known), 1)
-    return f", did you mean {found[0]!r}?" if found else ""
+    lower = {candidate.lower(): candidate for candidate in known}
+    found = difflib.get_close_matches(str(name)[:80].lower(), list(lower), 1)
+    return f", did you mean {lower[found[0]]!r}?" if found else ""
 
 
 def names(keys: Iterable[Any], most: int = 8) -> str:

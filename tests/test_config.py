@@ -359,7 +359,7 @@ def test_fused_symbols(symbol, kind, teacher):
     [
         (
             {"hybrid_override_pattern": "*-GKA-XYZ-M2-BMF-SWA"},
-            "layer 2 has the unknown symbol 'XYZ'",
+            "hybrid_override_pattern: layer 2 has the unknown symbol 'XYZ'",
         ),
         ({"hybrid_override_pattern": "*-GKA-"}, "layer 2 has the unknown symbol ''"),
         ({"hybrid_override_pattern": "*-GKA"}, "2 symbols but num_hidden_layers is 6"),
