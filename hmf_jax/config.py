@@ -336,7 +336,7 @@ class HybridConfig(Backbone):
         ignored = [path for path in _unread(new) - _unread(self) if {path, path[:1]} & set(paths)]
         for path in ignored:
             if not families.is_known(path[0]):
-                raise ValueError(overrides.unknown(path, _known_keys(new)))
+                raise ValueError(overrides.unknown(path, _known_keys(self)))
         hybrid = new.stock is None
         for key in families.WINDOW_KEYS:
             if (key,) in paths and data[key] and (hybrid or set(new.layer_kinds) == {BASE}):
