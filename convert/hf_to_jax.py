@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
+from hmf_jax.convert.reading import printable, summary
 from hmf_jax.convert.rows import Entry, by_tensor, tensor_shape
 from hmf_jax.convert.safetensors_io import DTYPES, Checkpoint
 
@@ -52,7 +53,7 @@ def load(
 
     Raises:
       FileNotFoundError: no or incomplete weight files.
-      ValueError: damaged files; or the list of all tensors that are missing, unexpected,
+      ValueError: damaged files; or a list of the tensors that are missing, unexpected,
         wrong-shaped, of an unreadable dtype or not finite.
     """
     checkpoint = Checkpoint(directory)
@@ -119,7 +120,8 @@ def _check(
         if info is None:
             problems.append(f"missing: {name} {list(shape)}")
         elif info.shape != shape:
-            problems.append(f"wrong shape: {name} is {list(info.shape)}, must be {list(shape)}")
+            found_shape = printable(list(info.shape))
+            problems.append(f"wrong shape: {name} is {found_shape}, must be {list(shape)}")
         elif info.dtype not in DTYPES:
             problems.append(f"wrong dtype: {name} is {info.dtype}; dequantize it to BF16 or F32")
     unexpected = sorted(found - used)
@@ -132,7 +134,7 @@ def _check(
             )
     for name in unexpected:
         hint = " (teacher of a fused stage-1 layer? unfuse first)" if ".self_attn." in name else ""
-        problems.append(f"unexpected: {name}{hint}")
+        problems.append(f"unexpected: {printable(name)}{hint}")
     return renamed, problems
 
 
@@ -242,5 +244,5 @@ def _not_finite(name: str) -> str:
 
 
 def _message(directory: str | Path, problems: list[str]) -> str:
-    lines = "\n  ".join(problems)
-    return f"{directory}: {len(problems)} tensors do not fit the config:\n  {lines}"
+    count = "1 tensor does" if len(problems) == 1 else f"{len(problems)} tensors do"
+    return summary(f"{directory}: {count} not fit the config:", problems)
