@@ -31,8 +31,8 @@ from benchmarks.rows import environment
 from hmf_jax import table
 from hmf_jax.config import HybridConfig
 from hmf_jax.convert import jax_to_hf
-from hmf_jax.convert.rows import Entry, by_tensor, tensor_shape
 from hmf_jax.convert.directories import replacing
+from hmf_jax.convert.rows import Entry, by_tensor, tensor_shape
 from hmf_jax.convert.safetensors_io import DTYPES, Pending, dtype_name, write
 from hmf_jax.model import HybridLM
 from hmf_jax.parameters import flat_params
