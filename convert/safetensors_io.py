@@ -170,8 +170,6 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
             raise FileNotFoundError(
                 f"{directory} has {len(names)} of {total} weight files; download the rest"
             )
-    if len(names) > _MAX_FILES:
-        raise ValueError(f"{directory} has {len(names):,} weight files; {_MAX_FILES:,} may be")
     missing = [printable(n) for n in names if not (directory / n).is_file()]
     if missing or not names:
         raise FileNotFoundError(_missing(directory, missing))
@@ -190,7 +188,9 @@ def _read_index(file: Path) -> dict[str, str]:
             f"{file} is not a valid index (weight_map must say the file of each tensor); download "
             "it again"
         )
-    for name in set(index.values()):
+    if len(names := set(index.values())) > _MAX_FILES:
+        raise ValueError(f"{file} names {len(names):,} weight files; {_MAX_FILES:,} may be")
+    for name in names:
         inside(file.parent, name)
     return index
 
