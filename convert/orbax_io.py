@@ -10,10 +10,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from hmf_jax.convert.directories import PARAMS, is_orbax
+from hmf_jax.convert.directories import PARAMS
 from hmf_jax.convert.reading import first_line, printable, summary
-
-__all__ = ["dtypes", "is_orbax", "restore", "write"]
 
 
 def write(directory: Path, params: Mapping[str, jax.Array]) -> None:
@@ -27,27 +25,33 @@ def dtypes(directory: Path) -> dict[str, Any]:
     return {path: a.dtype for path, a in _metadata(directory).items()}
 
 
+def check(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares what a directory holds with the shapes that parameters must have.
+
+    Raises ValueError for damaged files, or with a list of the parameters that are missing,
+    unexpected or wrong-shaped.
+    """
+    found = {path: tuple(a.shape) for path, a in _metadata(directory).items()}
+    problems = [f"missing: {p}" for p in shapes if p not in found]
+    problems += [f"unexpected: {printable(p)}" for p in found if p not in shapes]
+    problems += [
+        f"wrong shape: {p} is {list(found[p])}, must be {list(shape)}"
+        for p, shape in shapes.items()
+        if p in found and found[p] != shape
+    ]
+    if problems:
+        raise ValueError(summary(f"{directory}: parameters do not fit the config:", problems))
+
+
 def restore(directory: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The parameters of a directory, each straight onto its shards.
+    """The parameters of a directory that `check` has passed, each straight onto its shards.
 
     Args:
       directory: holds `params/`.
       abstract: parameter path -> shape, dtype and sharding (None: the first device).
 
-    Raises:
-      ValueError: damaged files; or a list of the parameters that are missing, unexpected or
-        wrong-shaped.
+    Raises ValueError for damaged files.
     """
-    found = {path: tuple(a.shape) for path, a in _metadata(directory).items()}
-    problems = [f"missing: {p}" for p in abstract if p not in found]
-    problems += [f"unexpected: {printable(p)}" for p in found if p not in abstract]
-    problems += [
-        f"wrong shape: {p} is {list(found[p])}, must be {list(a.shape)}"
-        for p, a in abstract.items()
-        if p in found and found[p] != a.shape
-    ]
-    if problems:
-        raise ValueError(summary(f"{directory}: parameters do not fit the config:", problems))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {
         p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or device)

@@ -36,7 +36,7 @@ _BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64} | {
 }
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 _HEADER_MARKS = 5_000_000  # brackets and commas: enough for 500,000 tensors, read in 1 GB
-_MAX_FILES = 10_000
+_INDEX_LIMIT, _MAX_FILES = 1 << 25, 10_000
 
 
 def dtype_name(dtype: Any) -> str:
@@ -178,7 +178,7 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
 
 def _read_index(file: Path) -> dict[str, str]:
     """The weight_map of an index."""
-    index = read_json(file, limit=_HEADER_LIMIT).get("weight_map")
+    index = read_json(file, limit=_INDEX_LIMIT).get("weight_map")
     if (
         not isinstance(index, dict)
         or not index

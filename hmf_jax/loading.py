@@ -97,8 +97,6 @@ def from_pretrained(
         raise ValueError(f"mesh must be a jax.sharding.Mesh, see hmf_jax.make_mesh; got {mesh!r}")
     directory = resolve(repo_or_dir, revision=revision, progress=progress)
     _check_format(directory)
-    if is_orbax(directory):
-        check_checksums(directory)
     config = HybridConfig.from_json(directory).override(config_overrides or {})
     if num_iter is not None:
         if config.gka is None:
@@ -108,6 +106,14 @@ def from_pretrained(
         gka = dataclasses.replace(config.gka, num_iter=num_iter)
         config = dataclasses.replace(config, gka=gka)
     mesh = for_model(mesh, config)
+    entries = table.entries(config)
+    rules = {"aliases": table.aliases(config), "copies": table.copies(config)}
+    # Before the model is made, which takes long for a config that asks for too much.
+    if is_orbax(directory):
+        check_checksums(directory)
+        orbax_io.check(directory, {e.path: e.parameter_shape for e in entries})
+    else:
+        hf_to_jax.check(directory, entries, **rules)
     stored = None
     if automatic:
         stored = _held_dtypes(directory, config)
@@ -122,14 +128,7 @@ def from_pretrained(
     if is_orbax(directory):
         params = orbax_io.restore(directory, abstract)
     else:
-        params = hf_to_jax.load(
-            directory,
-            table.entries(config),
-            abstract,
-            aliases=table.aliases(config),
-            copies=table.copies(config),
-            progress=progress,
-        )
+        params = hf_to_jax.load(directory, entries, abstract, progress=progress, **rules)
     model = with_params(model, params)
     model.source = str(directory)
     return model

@@ -180,7 +180,7 @@ def entry(*ends: Any, dtype: Any = "F32", shape: Any = None) -> dict[str, Any]:
         (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
         (b'\xef\xbb\xbf{"a": 1}', "no valid safetensors header"),
         (b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}", "nested too deeply"),
-        (b'{"a": [' + b"[]," * 5_000_000 + b"[]]}", "far too many entries"),
+        (b'{"a": [' + b"[]," * 1_700_000 + b"[]]}", "far too many entries"),
         (b'{"a": NaN}', "is not a finite number"),
         (b"\xff\xfe", "no valid safetensors header"),
         ({"\x1b[2Jx": entry(0, 20)}, "belong to no tensor"),
