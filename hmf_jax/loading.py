@@ -58,7 +58,6 @@ __all__ = [
 ]
 
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*", "vocab.*", "merges.*"]
-_MAX_NUM_ITER = 1000
 
 
 def from_pretrained(
@@ -99,10 +98,8 @@ def from_pretrained(
     _check_format(directory)
     config = HybridConfig.from_json(directory).override(config_overrides or {})
     if num_iter is not None:
-        if config.gka is None:
-            raise ValueError(f"{directory} has no GKA layers: leave num_iter out")
-        if isinstance(num_iter, int) and num_iter > _MAX_NUM_ITER:
-            raise ValueError(f"num_iter must be at most {_MAX_NUM_ITER}, got {num_iter}")
+        config.check_num_iter(num_iter)
+        assert config.gka is not None
         gka = dataclasses.replace(config.gka, num_iter=num_iter)
         config = dataclasses.replace(config, gka=gka)
     mesh = for_model(mesh, config)

@@ -224,8 +224,7 @@ class HybridLM(nnx.Module):
           are told about them; `restore(x, ctx.place)` of `hmf_jax.padding` undoes the order.
         """
         check_tokens(tokens, positions, segment_ids, lengths, state, self.mesh)
-        if isinstance(num_iter, int) and num_iter < 0:
-            raise ValueError(f"num_iter={num_iter} must be 0 or more.")
+        self.config.check_num_iter(num_iter)
         B, T = tokens.shape
         place, lengths = None, None if lengths is None else jnp.asarray(lengths, jnp.int32)
         if segment_ids is not None:

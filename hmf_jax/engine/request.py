@@ -89,6 +89,8 @@ def requests(
         raise ValueError(f"Got {len(params)} sampling settings for {count} prompts.")
     ends = _end_ids(config, eos_ids, count)
     steps = _per_prompt("num_iter", num_iter, count)
+    for value in steps:
+        config.check_num_iter(value)
     return [Request(*row) for row in zip(checked, limits, params, ends, steps, strict=True)]
 
 
