@@ -170,6 +170,24 @@ class Batches:
     def reasons(self) -> dict[str, int]:
         return dict(self._reasons)
 
+    def describe(self) -> str:
+        """Where the rows come from, their format, what is not used of them and what is left out.
+
+        Rows are left out by reason: of all that were read so far, else of a sample of them.
+        """
+        d = self.documents
+        if not self._row or isinstance(d, Stream):
+            return "a stream of rows" if isinstance(d, Stream) else d.describe()
+        lines = [d.describe(sample=0)]
+        if self._reasons:
+            what = ", ".join(f"{n:,} {why}" for why, n in sorted(self._reasons.items()))
+            lines.append(f"left out of {self._row:,} rows: {what}; the first is {self.problems[0]}")
+        if self._counts["cut"]:
+            lines.append(
+                f"{self._counts['cut']:,} tokens beyond length {self._length} are left out"
+            )
+        return "\n".join(lines)
+
     def get_state(self) -> dict[str, Any]:
         """Where the next batch is; JSON can hold it."""
         return {**self._start, "batch": self._taken, "settings": dict(self._settings)}

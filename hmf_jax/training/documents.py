@@ -114,7 +114,7 @@ class Documents:
             lines.append(f"{part.name}: {len(part):,} rows of format {kind!r}{ignored}")
         if len(lines) > 10:
             lines[10:] = [f"and {len(lines) - 10} more files"]
-        looked = np.unique(np.linspace(0, len(self) - 1, min(sample, len(self))).astype(int))
+        looked = np.unique(np.linspace(0, len(self) - 1, min(sample, len(self)), dtype=np.int64))
         found = [self[int(i)] for i in looked]
         reasons = collections.Counter(reason(d) for d in found if d.bad)
         if reasons:

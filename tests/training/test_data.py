@@ -490,7 +490,12 @@ def test_bad_rows_are_counted_or_errors_that_name_file_and_line(tmp_path):
     assert iterator.reasons == {"no JSON": 1, "empty text": 1, "text must be a text": 1}
     assert [p.split(":")[1] for p in iterator.problems] == ["2", "4", "7"]
     assert "a.jsonl:7: malformed row: text must be a text: this is a list" in iterator.problems[2]
+    said = iterator.describe()
+    assert f"{path}: 7 rows of format 'text'\nleft out of 7 rows: 1 empty text, 1 no JSON, " in said
+    assert "a.jsonl:2: malformed row: no JSON" in said
+    assert f"{cut} tokens beyond length 32 are left out" in said
     iterator = batches(path, overlong="skip", **options)
+    assert "of 7 rows looked at, 3 are left out: 1 no JSON, " in iterator.describe()
     assert len(documents_of(iterator)) == iterator.counts["documents"] == 3
 
     with pytest.raises(ValueError, match="a.jsonl:2: malformed row: "):
