@@ -246,7 +246,7 @@ STRICT = (
         (IGNORES, [U, CALLS], None, "leaves out tool_calls"),
         (IGNORES, [U, {**A, "reasoning_content": "hm"}], None, "leaves out reasoning_content"),
         (
-            "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }};{% endfor %}",
+            "{% for m in messages if m.role != 'system' %}{{ m.role + m.content }};{% endfor %}",
             [S, U, A],
             None,
             "leaves out or changes a message: the system's",
