@@ -202,6 +202,13 @@ class Checkpoints:
         else:  # another error is on its way: only let the writing end
             self._joined()
 
+    def describe(self) -> str:
+        """What a run can go on from, in words."""
+        steps = self.steps()
+        if not steps:
+            return f"there is no checkpoint in {self.directory}."
+        return f"the run, started again, goes on from {self.directory / str(steps[-1])}."
+
     def steps(self) -> list[int]:
         """All that are there, in their order, damaged ones included."""
         names = [p.name for p in self.directory.iterdir()] if self.directory.is_dir() else []

@@ -83,14 +83,20 @@ def data_files(data: str | list[str] | None) -> list[Path]:
 
 
 def tokenizer_identity(directory: Path, tokenizer: Any) -> dict[str, str]:
-    """Fingerprints of the files of a tokenizer, and of its chat template."""
+    """Fingerprints of what a tokenizer is made from, and of its chat template."""
     patterns = ("tokenizer.*", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.*")
     files = [p for pattern in patterns for p in directory.glob(pattern) if p.is_file()]
-    template = json.dumps(tokenizer.chat_template).encode()
+    settings = directory / "tokenizer_config.json"
+    values = read_json(settings) if settings.is_file() else {}
+    values.pop("chat_template", None)  # it may be there or in a file of its own
     return {
-        "tokenizer": fingerprint(files),
-        "chat template": hashlib.sha256(template).hexdigest(),
+        "tokenizer": _digest([fingerprint(files), values]),
+        "chat template": _digest(tokenizer.chat_template),
     }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @dataclasses.dataclass

@@ -243,8 +243,7 @@ class _Loop[S]:
         if self._checkpoints is None:
             return Stopped(f"{said}nothing is saved, as there are no checkpoints.", signum)
         self._checkpoints.wait()
-        where = self._checkpoints.directory / str(self.done)
-        return Stopped(f"{said}saved {where}. The same run, started again, goes on there.", signum)
+        return Stopped(f"{said}saved: {self._checkpoints.describe()}", signum)
 
     def _is_validated_after(self, number: int, steps: int) -> bool:
         if self.evaluate is None:

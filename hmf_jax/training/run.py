@@ -47,6 +47,7 @@ from hmf_jax.training.identity import (
 )
 from hmf_jax.training.loop import data_shard, holding, train
 from hmf_jax.training.schema import TrainConfig, yaml_module
+from hmf_jax.training.signals import stopping_at_once
 from hmf_jax.training.step import Loss, TrainState, make_train_step
 
 # Fields that are passed on as they are, to `Batches` and to `make_train_step`.
@@ -90,12 +91,12 @@ def fine_tune(
     report(run.describe())
     run.abstract_state()  # finds patterns that select nothing before anything is loaded or written
     output = Path(config.output).expanduser()
-    evaluate = run.evaluation(loss)
-    identity = run.identity() if first else {}
-    with holding(output):
-        checkpoints = Checkpoints(
-            output / CHECKPOINTS, run.model_config, every=config.save_every, keep=config.keep
-        )
+    checkpoints = Checkpoints(
+        output / CHECKPOINTS, run.model_config, every=config.save_every, keep=config.keep
+    )
+    with stopping_at_once(checkpoints.describe), holding(output):
+        evaluate = run.evaluation(loss)
+        identity = run.identity() if first else {}
         record = _begin(run, identity, checkpoints, overwrite, report)
         model = from_pretrained(
             run.source,

@@ -27,6 +27,40 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
+def stopping_at_once(saved: Callable[[], str]) -> Iterator[None]:
+    """Signals raise `Stopped` wherever the program is; `saved` says what a run can go on from.
+
+    For what comes before and after the steps of a run, which `stop_signals` takes care of. With
+    several processes, SIGTERM is left to JAX, which tells all of them of it.
+    """
+    if jax.process_count() > 1:
+        yield
+        return
+
+    def stop(signum: int, _: Any) -> None:
+        name = signal.Signals(signum).name
+        raise Stopped(f"Stopped by {name}; {saved()}", signum)
+
+    with _handled(stop):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, Any], None]) -> Iterator[list[int]]:
+    """Gives signals to this handler, those that the process was not started to ignore."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handler)
+    try:
+        yield list(before)
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], int | None]]:
     """A function that gives, once per step, the signal that asked for the end, or None.
 
@@ -42,18 +76,9 @@ def stop_signals() -> Iterator[Callable[[int], int | None]]:
 
     def ask(signum: int, _: Any) -> None:
         asked.append(signum)
-        for number in before:
+        for number in handled:
             again = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, again)
 
-    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-    main = threading.current_thread() is threading.main_thread()
-    before: dict[int, Any] = {}
-    for number in numbers if main else ():
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):
-            before[number] = signal.signal(number, ask)
-    try:
+    with _handled(ask) as handled:
         yield lambda _: asked[0] if asked else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
