@@ -130,7 +130,8 @@ def save_pretrained(
       source: the local directory the model came from (default: the one it was loaded from): its
         tokenizer files are copied and its tensors' dtypes are kept, so that loading (in the stored
         dtype) and saving gives the same bytes. Without one, or where it holds a model of other
-        layers (that this one was primed from), tensors keep the dtype they are held in.
+        layers (that this one was primed from), and after `HybridLM.astype`, tensors keep the dtype
+        they are held in.
       max_shard_size: largest weight file, e.g. "5GB", "500MiB" or a number of bytes.
       overwrite: replace a directory that already holds a model.
       progress: show a bar.
@@ -145,7 +146,7 @@ def save_pretrained(
         model.config.to_dict(),
         table.entries(model.config),
         flat_params(model),
-        dtypes=_stored_dtypes(source, model.config),
+        dtypes=None if model.origin.recast else _stored_dtypes(source, model.config),
         companions=source,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
@@ -167,7 +168,7 @@ def save_orbax(
     bad = [p for p, x in params.items() if not jnp.isfinite(x).all()]
     if bad:
         raise ValueError(f"nothing written to {directory}; not finite: {', '.join(bad)}")
-    stored = _stored_dtypes(source, model.config)
+    stored = None if model.origin.recast else _stored_dtypes(source, model.config)
     with jax_to_hf.replacing(directory, overwrite) as tmp:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp / _PARAMS, traverse_util.unflatten_dict(params, sep="."))
