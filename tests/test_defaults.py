@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 import typer
 
 import hmf_jax
-from hmf_jax import pallas_kernels, sampling
+from hmf_jax import pallas_kernels, sampling, verify
 from hmf_jax.cli import app
 from hmf_jax.config import BMojoConfig, GDNConfig, GKAConfig, HybridConfig, Mamba2Config
 from hmf_jax.engine import buffers, programs
@@ -28,7 +30,7 @@ from hmf_jax.priming import (
 )
 from hmf_jax.priming.selection import score_directory, score_layers, swa_variant, write_swa_variants
 from hmf_jax.priming.unfuse import unfuse_directory
-from hmf_jax.training import RECIPES, Batches, Recipe, TrainState, make_train_step
+from hmf_jax.training import RECIPES, Batches, Recipe, TrainState, flops, make_train_step
 from hmf_jax.training.lora import apply_lora
 from hmf_jax.training.loss import next_token_loss
 from hmf_jax.training.schema import TrainConfig
@@ -246,6 +248,27 @@ def test_the_part_of_one_device() -> None:
     for tp in (3, 24, 64):
         with pytest.raises(ValueError, match=f"tp={tp} does not fit 32 heads and 8 key/value"):
             shape.per_device(tp)
+
+
+def test_tolerances_of_verify() -> None:
+    assert (verify.RTOL, verify.LOSS_RTOL, verify.BF16_FACTOR) == (1e-4, 1e-5, 1.25)
+
+
+@pytest.mark.parametrize(
+    ("device", "teraflops"),
+    [
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops(device: str, teraflops: int | None, monkeypatch) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=device)])
+    assert flops.peak_flops() == (None if teraflops is None else teraflops * 1e12)
 
 
 def test_sizes_of_programs() -> None:
