@@ -145,3 +145,12 @@ def _nobody_reads(e: Exception) -> bool:
 def _drop() -> None:
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def talk(quiet: bool) -> dict[str, Any]:
+    """How a training run reports, as its arguments: a bar on a terminal, lines where there is
+    none."""
+    if quiet:
+        return {"progress": False, "report": lambda text: None, "lines": False}
+    bar = progress()
+    return {"progress": bar, "report": typer.echo, "lines": not (bar and sys.stdout.isatty())}
