@@ -226,7 +226,8 @@ def _scan(checkpoint: Checkpoint, tensors: Mapping[str, Any], renamed: Mapping[s
 
 
 def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
-    if checkpoint.tensors[a].shape != checkpoint.tensors[b].shape:
+    one, two = checkpoint.tensors[a], checkpoint.tensors[b]
+    if one.shape != two.shape or one.dtype not in DTYPES:
         return False
     pairs = zip(_pieces(checkpoint, a), _pieces(checkpoint, b), strict=True)
     return all(np.array_equal(x.astype(np.float32), y.astype(np.float32)) for x, y in pairs)

@@ -7,6 +7,7 @@ it directly. What it remembers between calls is a `ModelState`, passed in and re
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ class HybridLM(nnx.Module):
         head = ("embed", "vocab"), config, dtype, rngs
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else split(linear(d, V, *head), self.mesh)
-        self.source: str | None = None  # the directory it was loaded from; has the tokenizer
+        self.source = None
 
     @classmethod
     def init(
@@ -79,6 +80,15 @@ class HybridLM(nnx.Module):
     ) -> HybridLM:
         """A model with random parameters."""
         return cls(config, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(seed))
+
+    @property
+    def source(self) -> str | None:
+        """The directory it was loaded from, which has the tokenizer; None if it is not known."""
+        return self._source.of(self)
+
+    @source.setter
+    def source(self, directory: str | None) -> None:
+        self._source = _Source(directory, self)
 
     def shardings(self) -> Any:
         """A pytree like the model with the sharding of each parameter (None without a mesh)."""
@@ -284,3 +294,34 @@ def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelSta
     new = T if ctx.lengths is None else ctx.lengths
     seen = dict(length=state.length + new, position=state.position + new)
     return dataclasses.replace(state, layers=tuple(layers), **seen, fresh=False)
+
+
+class _Source:
+    """The directory a model was loaded from, as a static part of its tree.
+
+    All are equal, so that models of one config share compiled programs. What a program returns has
+    the source of the model that the program was compiled for, though. So, once models of several
+    directories have shared a program, only the models that were loaded say where they are from;
+    their copies say None, which is never wrong.
+    """
+
+    def __init__(self, directory: str | None, model: HybridLM | None = None):
+        self.directory, self.shared = directory, False
+        self.model = None if model is None else weakref.ref(model)
+
+    def __hash__(self) -> int:
+        return hash(_Source)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Source):
+            return NotImplemented
+        if self.directory != other.directory:
+            self.shared = other.shared = True
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Source, (self.directory,)
+
+    def of(self, model: HybridLM) -> str | None:
+        own = self.model is not None and self.model() is model
+        return self.directory if own or not self.shared else None

@@ -49,7 +49,8 @@ def config(change: Callable[[Any, random.Random], Any]) -> Change:
 def no_json(rng: random.Random) -> bytes:
     return rng.choice(
         [b"", b"{", b"[]", b"null", b"1", b'"x"', b"\xff\xfe{\x00}\x00", b"\x00" * 100,
-         b"[" * 10**5, b'{"a":' * 10**5, b'{"a": NaN}', b'{"a": 1e999}', b"<html>", b'{"a": 1, "a": 2}',
+         b"[" * 10**5, b'{"a":' * 10**5, b'{"a": NaN}', b'{"a": 1e999}', b"<html>",
+         b'{"a": 1, "a": 2}',
          b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
          b'{"a": "' + b"x" * (20 << 20) + b'"}', b'{"a": ' + b"9" * 9999 + b"}"]
     )  # fmt: skip
@@ -128,7 +129,8 @@ def config_of_another_size(found, rng):
 def config_pattern(found, rng):
     found["hybrid_override_pattern"] = rng.choice(
         ["", "-", "GKA", "SWA-SWA-GKA-GKA-GKA", "SWA-SWA-GKA-\x1b[2J", "*" * 1000,
-         "GKA-GKA-SWA-SWA", "swa-swa-gka-gka", "SWA-SWA-GKA-GDN", "SWA-SWA-GKA-M2", "SWA,SWA,GKA,GKA"]
+         "GKA-GKA-SWA-SWA", "swa-swa-gka-gka", "SWA-SWA-GKA-GDN", "SWA-SWA-GKA-M2",
+         "SWA,SWA,GKA,GKA"]
     )  # fmt: skip
 
 
