@@ -43,7 +43,7 @@ from hmf_jax.convert.reading import first_line
 from hmf_jax.convert.safetensors_io import DTYPES, dtype_name, parse_size
 from hmf_jax.families import model_types
 from hmf_jax.model import HybridLM
-from hmf_jax.parameters import abstract_params, flat_params, with_params
+from hmf_jax.parameters import abstract_params, flat_params, float_dtype, with_params
 from hmf_jax.sharding import for_model
 
 __all__ = [
@@ -58,7 +58,6 @@ __all__ = [
 ]
 
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*", "vocab.*", "merges.*"]
-_MAX_NUM_ITER = 1000
 
 
 def from_pretrained(
@@ -92,17 +91,15 @@ def from_pretrained(
         list of the tensors that are missing, unexpected, wrong-shaped or not finite.
     """
     automatic = dtype is None or (isinstance(dtype, str) and dtype == "auto")
-    dtype = None if automatic else _floating(dtype)
+    dtype = None if automatic else float_dtype(dtype)
     if mesh is not None and not isinstance(mesh, Mesh):
         raise ValueError(f"mesh must be a jax.sharding.Mesh, see hmf_jax.make_mesh; got {mesh!r}")
     directory = resolve(repo_or_dir, revision=revision, progress=progress)
     _check_format(directory)
     config = HybridConfig.from_json(directory).override(config_overrides or {})
     if num_iter is not None:
-        if config.gka is None:
-            raise ValueError(f"{directory} has no GKA layers: leave num_iter out")
-        if isinstance(num_iter, int) and num_iter > _MAX_NUM_ITER:
-            raise ValueError(f"num_iter must be at most {_MAX_NUM_ITER}, got {num_iter}")
+        config.check_num_iter(num_iter)
+        assert config.gka is not None
         gka = dataclasses.replace(config.gka, num_iter=num_iter)
         config = dataclasses.replace(config, gka=gka)
     mesh = for_model(mesh, config)
@@ -154,7 +151,8 @@ def save_pretrained(
       source: the local directory the model came from (default: the one it was loaded from): its
         tokenizer files are copied and its tensors' dtypes are kept, so that loading (in the stored
         dtype) and saving gives the same bytes. Without one, or where it holds a model of other
-        layers (that this one was primed from), tensors keep the dtype they are held in.
+        layers (that this one was primed from), and after `HybridLM.astype`, tensors keep the dtype
+        they are held in.
       max_shard_size: largest weight file, e.g. "5GB", "500MiB" or a number of bytes.
       overwrite: replace a model that is already there (it may be the one that was loaded). Files
         that are no part of a model (README.md, notes, folders) stay.
@@ -173,7 +171,7 @@ def save_pretrained(
         model.config.to_dict(),
         table.entries(model.config),
         flat_params(model),
-        dtypes=_stored_dtypes(source, model.config),
+        dtypes=None if model.origin.recast else _stored_dtypes(source, model.config),
         companions=source,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
@@ -197,7 +195,7 @@ def save_orbax(
     bad = [p for p, x in params.items() if not jnp.isfinite(x).all()]
     if bad:
         raise ValueError(f"nothing written to {directory}; not finite: {', '.join(bad)}")
-    stored = _stored_dtypes(source, model.config)
+    stored = None if model.origin.recast else _stored_dtypes(source, model.config)
     files = {} if source is None else jax_to_hf.companions_of(source)
     space = sum(x.nbytes for x in params.values())
     with replacing(directory, overwrite, model_types=model_types(), space=space) as tmp:
@@ -301,22 +299,6 @@ def resolve(repo_or_dir: str | Path, *, revision: str | None = None, progress: b
             f"the download of {name} stopped ({first_line(e)}); try again, it continues where it "
             "stopped"
         ) from e
-
-
-def _floating(dtype: Any) -> np.dtype:
-    """The dtype to load a model in."""
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found not in DTYPES.values():
-        raise ValueError(
-            "dtype must be bfloat16, float16, float32 or float64, or None or 'auto' for the stored "
-            f"one; got {printable(repr(dtype))}"
-        )
-    if found == DTYPES["F64"] and not jax.config.jax_enable_x64:
-        raise ValueError("dtype float64 needs jax.config.update('jax_enable_x64', True)")
-    return found
 
 
 def _check_format(directory: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import shutil
 import types
 from pathlib import Path
@@ -88,22 +87,6 @@ def test_hugging_face_round_trip_is_bit_exact(tmp_path, source, model):
     assert_equal(load(tmp_path / "out"), model)
 
 
-def test_models_of_one_config_share_programs(tmp_path, source, model):
-    """And each of them, and its copies, still knows where its tokenizer is; no copy is wrong."""
-    shutil.copytree(source, tmp_path / "other")
-    one, two = load(source), load(tmp_path / "other")
-    double = jax.jit(lambda m: jax.tree.map(lambda x: x * 2, m))
-    assert double(one).source == double(double(one)).source == str(source)
-    assert jax.tree.map(jnp.zeros_like, two).source == str(tmp_path / "other")
-    assert pickle.loads(pickle.dumps(two._source)).of(two) == str(tmp_path / "other")
-    count = double._cache_size()
-    assert double(two).source is None  # compiled for a model of another directory
-    assert double._cache_size() == count
-    assert one.source == str(source) and two.source == str(tmp_path / "other")
-    two.source = str(source)
-    assert two.source == str(source)
-
-
 def test_stored_dtypes_survive(tmp_path):
     """A bfloat16 A_log is held in float32 and saved as bfloat16 again; mixed dtypes are kept."""
     values = synthetic.tensors(CONFIG)
@@ -113,10 +96,9 @@ def test_stored_dtypes_survive(tmp_path):
     for dtype in (None, "auto"):
         model = load(tmp_path / "in", dtype=dtype)
         assert model.dtype == jnp.bfloat16
-        params = flat_params(model)
-        assert params["layers.1.mixer.A_log"].dtype == jnp.float32
-        assert params["norm.weight"].dtype == jnp.float32
-        assert params["lm_head.kernel"].dtype == jnp.bfloat16
+        for path, x in flat_params(model).items():
+            float32 = path.rsplit(".", 1)[-1] in ("A_log", "dt_bias", "D") or path == "norm.weight"
+            assert x.dtype == (jnp.float32 if float32 else jnp.bfloat16), path
     save_pretrained(model, tmp_path / "out", progress=False)
     assert same_files(tmp_path / "in", tmp_path / "out")
     save_orbax(model, tmp_path / "orbax")
@@ -141,7 +123,7 @@ def test_the_threads_that_read_know_the_callers_context(source):
 def test_num_iter(source, tmp_path):
     config = load(source, num_iter=0).config
     assert config.gka == GKAConfig(num_iter=0)
-    with pytest.raises(ValueError, match="num_iter must be an integer >= 0, got -1"):
+    with pytest.raises(ValueError, match="num_iter=-1 must be a whole number"):
         load(source, num_iter=-1)
     synthetic.save(tmp_path, HybridConfig.preset("tiny", layer_kinds=("*",)))
     with pytest.raises(ValueError, match="has no GKA layers: leave num_iter out"):
@@ -247,18 +229,18 @@ def test_a_model_that_was_never_saved(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "bf16"}, "dtype must be bfloat16, .* got 'bf16'"),
-        ({"dtype": "int32"}, "dtype must be bfloat16"),
-        ({"dtype": 3}, "dtype must be bfloat16"),
-        ({"dtype": "float8_e4m3fn"}, "dtype must be bfloat16"),
-        ({"dtype": "float64"}, "dtype float64 needs .*jax_enable_x64"),
+        ({"dtype": "bf16"}, "dtype='bf16' is none that models compute in; choose"),
+        ({"dtype": "int32"}, "dtype='int32' is none that"),
+        ({"dtype": 3}, "dtype=3 is none that"),
+        ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn' is none that"),
+        ({"dtype": "float64"}, "dtype=float64 needs jax_enable_x64"),
         ({"mesh": {"tp": 2}}, "mesh must be a jax.sharding.Mesh, see hmf_jax.make_mesh"),
         ({"revision": "main"}, "revision='main' is for repositories, and .* is a directory here"),
-        ({"num_iter": 1001}, "num_iter must be .*1000, got 1001"),
-        ({"num_iter": 10**9}, "num_iter must be"),
-        ({"num_iter": True}, "num_iter must be an integer"),
-        ({"num_iter": "3"}, "num_iter must be an integer"),
-        ({"num_iter": 2.5}, "num_iter must be an integer"),
+        ({"num_iter": 1001}, "num_iter.* 1000"),
+        ({"num_iter": 10**9}, "num_iter.* 1000"),
+        ({"num_iter": True}, "num_iter"),
+        ({"num_iter": "3"}, "num_iter"),
+        ({"num_iter": 2.5}, "num_iter"),
     ],
 )
 def test_arguments_that_mean_nothing(source, options, message):
