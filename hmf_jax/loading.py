@@ -33,7 +33,6 @@ from hmf_jax.convert.directories import (
     check_checksums,
     check_target,
     is_orbax,
-    printable,
     read_json,
     recover,
     replacing,
