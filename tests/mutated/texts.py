@@ -121,7 +121,7 @@ def config_asks_for_much(found, rng):
 @config
 def config_of_another_size(found, rng):
     key = rng.choice(["hidden_size", "vocab_size", "intermediate_size", "num_attention_heads"])
-    found[key] = rng.choice([2, 2 * found[key], 10**6, 10**9])
+    found[key] = rng.choice([4, 2 * found[key], 10**6, 10**9])
 
 
 @kind("config", REFUSED)
