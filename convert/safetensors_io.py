@@ -225,6 +225,7 @@ class Checkpoint:
         path = Path(path)
         files, index = ([path], {}) if path.is_file() else _files(path)
         self.tensors: dict[str, TensorInfo] = {}
+        self._found = {file: _identity(file.stat()) for file in files}
         twice: list[str] = []
         for file in files:
             header = read_header(file)
@@ -258,6 +259,8 @@ class Checkpoint:
         begin = -memory.ctypes.data % 64
         data = memory[begin : begin + count]
         with info.file.open("rb", buffering=0) as f:
+            if _identity(os.fstat(f.fileno())) != self._found[info.file]:
+                raise ValueError(f"{info.file} was replaced while it was read; load it again")
             f.seek(offset)
             done = 0
             while done < count:
@@ -269,6 +272,10 @@ class Checkpoint:
     def dtypes(self) -> dict[str, str]:
         """Name -> stored dtype ("BF16", "F32", ...)."""
         return {name: t.dtype for name, t in self.tensors.items()}
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclasses.dataclass(frozen=True)
