@@ -177,7 +177,7 @@ def _place(
         x = jax.make_array_from_callback(block.shape, source, lambda index: block[index])
     if entry.transposed or x.dtype != target.dtype:
         return _convert(entry.transposed, jnp.dtype(target.dtype), sharding)(x)
-    return x, _all_finite(x)
+    return x, all_finite(x)
 
 
 def _transposed(sharding: Sharding) -> Sharding:
@@ -200,7 +200,8 @@ def _convert(transpose: bool, dtype: np.dtype, sharding: Sharding | None):
 
 
 @jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether no number is NaN or infinite."""
     return jnp.isfinite(x).all()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 CHECKSUMS = "checksums.sha256"
+_CHECKSUMS_LIMIT = 1 << 26  # bytes
 _DEPTH = 100
 
 
@@ -53,7 +54,9 @@ def inside(directory: Path, name: str) -> Path:
     cache are followed: they lead from snapshots/REVISION to the blobs of the same repository.
     """
     path = directory / name
-    if Path(name).is_absolute() or ".." in re.split(r"[/\\\\]", name) or "\0" in name:
+    parts = re.split(r"[/\\\\]", name)
+    too_long = max(len(part) for part in parts) > 200
+    if Path(name).is_absolute() or ".." in parts or "\0" in name or too_long:
         raise ValueError(f"{directory}: {printable(name)} is not the name of a file in it")
     root, real = directory.resolve(), path.resolve()
     roots = [root]
@@ -156,6 +159,8 @@ def check_checksums(directory: str | Path) -> bool:
     file = directory / CHECKSUMS
     if not file.is_file():
         return False
+    if file.stat().st_size > _CHECKSUMS_LIMIT:
+        raise ValueError(f"{file} is too large: more than {_CHECKSUMS_LIMIT:,} bytes")
     wanted: dict[str, str] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         found = re.fullmatch(r"([0-9a-f]{64})  ([^/\\].*)\n", line)

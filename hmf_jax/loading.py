@@ -38,7 +38,7 @@ from hmf_jax.convert.directories import (
     replacing,
     write_checksums,
 )
-from hmf_jax.convert.reading import first_line
+from hmf_jax.convert.reading import first_line, summary
 from hmf_jax.convert.safetensors_io import DTYPES, dtype_name, parse_size
 from hmf_jax.families import model_types
 from hmf_jax.model import HybridLM
@@ -123,6 +123,8 @@ def from_pretrained(
         }
     if is_orbax(directory):
         params = orbax_io.restore(directory, abstract)
+        if bad := [p for p, x in params.items() if not hf_to_jax.all_finite(x)]:
+            raise ValueError(summary(f"{directory}: not finite:", bad))
     else:
         params = hf_to_jax.load(directory, entries, abstract, progress=progress, **rules)
     model = with_params(model, params)

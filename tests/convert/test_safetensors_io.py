@@ -262,6 +262,7 @@ def test_weights_of_other_formats(tmp_path, name, message):
     [
         ({"weight_map": {"a": "../other/model.safetensors"}}, "is not the name of a file in it"),
         ({"weight_map": {"a": "/etc/passwd"}}, "/etc/passwd is not the name of a file in it"),
+        ({"weight_map": {"a": "x" * 5000}}, "is not the name of a file in it"),
         ({"weight_map": {"a": "x/../../y"}}, "is not the name of a file in it"),
         ({"weight_map": {"a": "link.safetensors"}}, "link.* is a symbolic link that leads out of"),
         ({"weight_map": {"a": 1}}, "is not a valid index"),

@@ -83,7 +83,7 @@ def config_value(found, rng):
 @kind("config", REFUSED)
 @config
 def config_needed_value(found, rng):
-    values = [[], [[]], {"a": []}, "\x1b[31m", -1, 10**30, -1e300]
+    values = [[], [[]], "\x1b[31m", -1, 10**30, -1e300]
     found[rng.choice(NEEDED)] = rng.choice(values)
 
 
