@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,16 +54,18 @@ def inside(directory: Path, name: str) -> Path:
     Raises ValueError for names and symbolic links that lead out of it. Links of the Hugging Face
     cache are followed: they lead from snapshots/REVISION to the blobs of the same repository.
     """
-    path = directory / name
-    parts = re.split(r"[/\\\\]", name)
-    too_long = max(len(part) for part in parts) > 200
+    path, parts = directory / name, re.split(r"[/\\\\]", name)
+    try:
+        too_long = max(len(os.fsencode(part)) for part in parts) > 255
+    except UnicodeEncodeError:
+        too_long = True
     if Path(name).is_absolute() or ".." in parts or "\0" in name or too_long:
         raise ValueError(f"{directory}: {printable(name)} is not the name of a file in it")
-    root, real = directory.resolve(), path.resolve()
+    root, real = (Path(os.path.realpath(p)) for p in (directory, path))
     roots = [root]
     if "snapshots" in root.parts:
         roots += [p.parent / "blobs" for p in (root, *root.parents) if p.name == "snapshots"]
-    if not any(real.is_relative_to(allowed.resolve()) for allowed in roots):
+    if not any(real.is_relative_to(os.path.realpath(allowed)) for allowed in roots):
         raise ValueError(
             f"{directory}: {printable(name)} is a symbolic link that leads out of the directory; "
             "copy the file or use a hard link"

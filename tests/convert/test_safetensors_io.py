@@ -263,6 +263,9 @@ def test_weights_of_other_formats(tmp_path, name, message):
         ({"weight_map": {"a": "../other/model.safetensors"}}, "is not the name of a file in it"),
         ({"weight_map": {"a": "/etc/passwd"}}, "/etc/passwd is not the name of a file in it"),
         ({"weight_map": {"a": "x" * 5000}}, "is not the name of a file in it"),
+        ({"weight_map": {"a": "\u00e9" * 200}}, "is not the name of a file in it"),
+        ({"weight_map": {"a": "\ud800"}}, r"\\ud800 is not the name of a file in it"),
+        ({"weight_map": {"a": "loop.safetensors"}}, "lacks loop.safetensors"),
         ({"weight_map": {"a": "x/../../y"}}, "is not the name of a file in it"),
         ({"weight_map": {"a": "link.safetensors"}}, "link.* is a symbolic link that leads out of"),
         ({"weight_map": {"a": 1}}, "is not a valid index"),
@@ -285,6 +288,7 @@ def test_indices_that_lie(tmp_path, index, message):
         save_file({"a": np.zeros(2, np.float32)}, directory / "one.safetensors")
     (outside / "one.safetensors").rename(outside / SINGLE)
     (model / "link.safetensors").symlink_to(outside / SINGLE)
+    (model / "loop.safetensors").symlink_to("loop.safetensors")
     (model / INDEX).write_text(json.dumps(index))
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         Checkpoint(model)
