@@ -100,7 +100,8 @@ def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
     where = f"{file}: {printable(name)}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a JSON object")
-    dtype, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    values: list[Any] = [entry.get(key) for key in ("dtype", "shape", "data_offsets")]
+    dtype, shape, ends = values
     if dtype not in list(_BITS):
         raise ValueError(f"{where} has the unknown dtype {printable(dtype)}")
     if not _are_sizes(shape):

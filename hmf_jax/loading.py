@@ -103,7 +103,7 @@ def from_pretrained(
         config = dataclasses.replace(config, gka=gka)
     mesh = for_model(mesh, config)
     entries = table.entries(config)
-    rules = {"aliases": table.aliases(config), "copies": table.copies(config)}
+    rules: dict[str, Any] = {"aliases": table.aliases(config), "copies": table.copies(config)}
     # Before the model is made, which takes long for a config that asks for too much.
     if is_orbax(directory):
         check_checksums(directory)

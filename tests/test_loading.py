@@ -298,12 +298,13 @@ def test_a_target_is_checked_before_the_work(tmp_path, source, monkeypatch):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
     monkeypatch.setattr("hmf_jax.loading.from_pretrained", never)
-    for target, options, error, message in (
+    cases: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ("file", {}, FileExistsError, "is a file"),
         ("other", {"overwrite": True}, FileExistsError, "holds no model that is known"),
         ("new", {"max_shard_size": "huge"}, ValueError, "is not a size"),
         ("new", {"to": "gguf"}, ValueError, "to must be 'orbax', 'hf' or None"),
-    ):
+    ]
+    for target, options, error, message in cases:
         with pytest.raises(error, match=message):
             convert_directory(source, tmp_path / target, progress=False, **options)
 
