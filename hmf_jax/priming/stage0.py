@@ -28,7 +28,9 @@ from jax.sharding import Mesh
 
 from hmf_jax import table
 from hmf_jax.config import HybridConfig
+from hmf_jax.convert.directories import check_target
 from hmf_jax.convert.safetensors_io import Checkpoint
+from hmf_jax.families import model_types
 from hmf_jax.layers import exact
 from hmf_jax.loading import from_pretrained, resolve, save_pretrained
 from hmf_jax.mixers import (
@@ -166,9 +168,7 @@ def prime_directory(
 
     Raises: what `prime` and `save_pretrained` raise; FileExistsError before anything is read.
     """
-    output = Path(output).expanduser()
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists; choose another directory or overwrite it")
+    output = check_target(output, overwrite, model_types=model_types())
     directory = resolve(base, progress=progress)
     model = prime(directory, pattern, dtype=dtype, progress=progress, **options)
     old = HybridConfig.from_json(directory)
