@@ -40,11 +40,12 @@ def first_bad_layer(
                 return f"the {part} of layer {i} ({_label(model, i)})"
             layers.append(layer.state)
             x = layer.x
+        if not _finite(model.norm(x[:, -1:]) @ model.head_kernel().astype(x.dtype)):
+            return "the output head"
         assert ctx.position is not None
         length = state.length + piece.shape[1]
         state = ModelState(tuple(layers), length, ctx.position, capacity)
-    logits, _ = model(jnp.asarray(tokens[-1:], jnp.int32)[None], num_iter=num_iter)
-    return None if _finite(logits) else "the output head"
+    return None
 
 
 def first_bad_state(model: HybridLM, state: ModelState) -> str | None:

@@ -144,10 +144,7 @@ def check_request(config: HybridConfig, request: Request) -> None:
     """Raises ValueError unless a model of this config can do what is asked for."""
     check_top(config, request.top_logprobs)
     V = config.vocab_size
-    if request.num_iter is not None and config.gka is None:
-        raise ValueError(
-            f"num_iter={request.num_iter}: this model has no GKA layers, so leave it out."
-        )
+    config.check_num_iter(request.num_iter)
     for token, _ in request.sampling.logit_bias:
         if token >= V:
             raise ValueError(f"logit_bias names token {token}, outside the vocabulary of {V}.")
