@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -293,7 +295,7 @@ def _drain(engine: Engine) -> None:
         engine.step()
 
 
-def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path:
+def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path | None:
     """Keep compiled programs on disk, so that a new process does not compile them again.
 
     Args:
@@ -301,11 +303,24 @@ def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) ->
         ~/.cache/hmf_jax/xla.
 
     Returns:
-      The directory. Call this before anything is compiled.
+      The directory, or None, after a warning, where nothing can be written: programs are compiled
+      again then. Call this before anything is compiled.
     """
-    default = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/hmf_jax/xla")
-    path = Path(default if directory is None else directory).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/hmf_jax/xla"
+    path = Path(default if directory is None else directory)
+    try:
+        path = path.expanduser()  # fails without HOME for a user that the system does not know
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:  # a full disk has room for a name only
+            probe.write(bytes(4096))
+    except (OSError, RuntimeError, ValueError) as e:
+        warnings.warn(
+            f"compiled programs are not kept: {path} cannot be written ({e}); set "
+            "JAX_COMPILATION_CACHE_DIR to a directory that can",
+            stacklevel=2,
+        )
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return path
