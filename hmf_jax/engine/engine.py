@@ -137,7 +137,6 @@ class Engine:
         self._check_intact()
         check_request(self.model.config, request)
         (prompt,) = check_prompts([request.prompt], self.model.config.vocab_size)
-        self.model.config.check_num_iter(request.num_iter)
         before = None if request.after is None else self._rows.get(request.after)
         held = 0 if before is None else before.held
         check_room(self.model.config, [prompt], [held], self.capacity)

@@ -146,10 +146,7 @@ def _settings(
         if p.seed:
             raise ValueError(f"seed={p.seed}: pass key=jax.random.key({p.seed}) instead.")
         check_request(model.config, Request((), sampling=p))
-    if num_iter is not None:
-        check_request(model.config, Request((), num_iter=0))  # has it such layers?
-        if isinstance(num_iter, int):
-            check_whole("num_iter", num_iter, 0)
+    model.config.check_num_iter(num_iter)
     for id in eos_ids:
         check_whole("eos_ids", id, 0)
     settings = stack_settings(None, params, [tuple(eos_ids)] * B, [None] * B)

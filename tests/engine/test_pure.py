@@ -275,7 +275,7 @@ def test_in_shard_map(model):
         ({"sampling": {"temprature": 1.0}}, "did you mean 'temperature'"),
         ({"key": 0}, "must be a random key"),
         ({"key": jnp.zeros((5, 2), jnp.uint32)}, "one for each of 2 rows"),
-        ({"num_iter": -1}, "num_iter=-1 must be"),
+        ({"num_iter": 3}, "this model has no GKA layers"),
         ({"tokens": jnp.zeros(3, jnp.int32)}, r"tokens must be \[B, T\]"),
         ({"state": "other"}, "The state holds 3 rows"),
     ],
