@@ -31,6 +31,8 @@ SMALLEST_HALF = 8192  # tokens; what has been found to gain, see docs/performanc
 MOST_STEPS = 64  # tokens per row and dispatch; one compiled program serves every smaller number
 END_IDS = 16  # end tokens that fit into the smallest table; a larger one is another program
 
+Appends = tuple[tuple[str, ...], ...]  # `Kind.appends` of each layer
+
 RUNNING, EOS, LENGTH, CAPACITY, STOPPED = range(5)  # why a row has ended; RUNNING: it has not
 
 
@@ -235,6 +237,26 @@ def take(rows: Rows, row: jax.Array) -> Rows:
     return jax.tree.map(cut, begun(rows))
 
 
+@program(others=0, static_argnames=("appends",))
+def mark(rows: Rows, row: jax.Array, appends: Appends) -> Rows:
+    """What `insert` needs to bring a row back to where it is now, as a batch of one.
+
+    Nothing is copied of the arrays that tokens are only appended to: no entry of theirs is left.
+    """
+    return _map_appended(lambda x: x[:, :0], take(rows, row), appends)
+
+
+@program(others=0, static_argnames=("capacity", "appends"))
+def grow(rows: Rows, capacity: int, appends: Appends) -> Rows:
+    """The same rows with room for more tokens."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, capacity - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+
+    rows = _map_appended(pad, begun(rows), appends)
+    return dataclasses.replace(rows, state=dataclasses.replace(rows.state, capacity=capacity))
+
+
 @program(others=0, donate_argnames=("rows",))
 def clear(rows: Rows, which: jax.Array) -> Rows:
     """Empties the rows where `which` [B] is True."""
@@ -303,6 +325,15 @@ def decode(
     start = (jnp.int32(0), rows, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     _, rows, tokens, logprobs = jax.lax.while_loop(more, body, start)
     return rows, tokens, logprobs, rows.reason
+
+
+def _map_appended(do: Callable[[jax.Array], jax.Array], rows: Rows, appends: Appends) -> Rows:
+    """`do` to the arrays of each layer that `appends` names."""
+    layers = tuple(
+        dataclasses.replace(layer, **{name: do(getattr(layer, name)) for name in names})
+        for layer, names in zip(rows.state.layers, appends, strict=True)
+    )
+    return dataclasses.replace(rows, state=dataclasses.replace(rows.state, layers=layers))
 
 
 def begun(rows: Rows) -> Rows:
