@@ -32,6 +32,8 @@ from hmf_jax.state import ModelState
 SMALLEST_HALF = 8192  # tokens; what has been found to gain, see docs/performance.md
 MOST_STEPS = 64  # tokens per row and dispatch; one compiled program serves every smaller number
 
+Appends = tuple[tuple[str, ...], ...]  # `Kind.appends` of each layer
+
 # Why a row has ended; RUNNING: it has not. ERROR: its logits are not finite.
 RUNNING, EOS, LENGTH, CAPACITY, STOPPED, ERROR = range(6)
 
@@ -208,6 +210,26 @@ def take(rows: Rows, row: jax.Array) -> Rows:
     return jax.tree.map(cut, rows)
 
 
+@program(others=0, static_argnames=("appends",))
+def mark(rows: Rows, row: jax.Array, appends: Appends) -> Rows:
+    """What `insert` needs to bring a row back to where it is now, as a batch of one.
+
+    Nothing is copied of the arrays that tokens are only appended to: no entry of theirs is left.
+    """
+    return _map_appended(lambda x: x[:, :0], take(rows, row), appends)
+
+
+@program(others=0, static_argnames=("capacity", "appends"))
+def grow(rows: Rows, capacity: int, appends: Appends) -> Rows:
+    """The same rows with room for more tokens."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, capacity - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+
+    rows = _map_appended(pad, rows, appends)
+    return dataclasses.replace(rows, state=dataclasses.replace(rows.state, capacity=capacity))
+
+
 @program(others=0, donate_argnames=("rows",))
 def clear(rows: Rows, which: jax.Array) -> Rows:
     """Empties the rows where `which` [B] is True."""
@@ -300,6 +322,15 @@ def one_step(
     assert state is not None
     rows = dataclasses.replace(rows, state=state)
     return next_token(rows, logits[:, 0], settings, top, processor)
+
+
+def _map_appended(do: Callable[[jax.Array], jax.Array], rows: Rows, appends: Appends) -> Rows:
+    """`do` to the arrays of each layer that `appends` names."""
+    layers = tuple(
+        dataclasses.replace(layer, **{name: do(getattr(layer, name)) for name in names})
+        for layer, names in zip(rows.state.layers, appends, strict=True)
+    )
+    return dataclasses.replace(rows, state=dataclasses.replace(rows.state, layers=layers))
 
 
 def piece_size(mesh: Mesh | None, tokens: int) -> int:
