@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from typing import Any
 
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.engine import Engine, Finished, New, Request, generate, stream
+from hmf_jax.engine import Engine, Finished, New, Request, generate, programs, stream
 from hmf_jax.engine.failure import first_bad_layer
 from hmf_jax.model import HybridLM
+from hmf_jax.packed import PackedModel
 from hmf_jax.sampling import SamplingParams
 from tests.util import random_model, tiny_config
 
@@ -186,6 +188,8 @@ def test_generation_config(model, plain, tmp_path):
         ({"prompt_logprobs": 65}, "the vocabulary has 64"),
         ({"processor": 3}, "processor=3 must be a function"),
         ({"num_iter": 3}, "this model has no GKA layers"),
+        ({"solver": "cg"}, "no layers with a solver"),
+        ({"solver": "newton"}, "solver 'newton' is unknown"),
         ({"slots": 1.5}, "slots=1.5 must be"),
         ({"capacity": 10.5}, "capacity=10.5 must be"),
         ({"eos_ids": 3}, "eos_ids=3 must be a list"),
@@ -276,6 +280,16 @@ def test_a_failed_row_is_not_kept(model, plain):
     events = engine.step() + engine.step()
     tokens = [t for e in events if isinstance(e, New) and e.id == three for t in e.tokens]
     assert tokens == plain[0].tokens
+
+
+def test_finite_is_read_off_what_is_there(model):
+    """No pass over the logits [B, V] for it, nor for anything that nobody asked for."""
+    rows, logits = jax.eval_shape(lambda p: programs.empty(p, 2, 64), PackedModel.of(model))
+    plain = programs.stack_settings(None, [SamplingParams()] * 2, [[]] * 2, [None] * 2)
+    text = jax.jit(programs.next_token).lower(rows, logits, plain).as_text()
+    assert "stablehlo.is_finite" in text
+    assert not re.search(rf"is_finite .*tensor<2x{V}x", text)
+    assert not re.search(rf"scatter.*\n?.*tensor<2x{V}xf32>", text)
 
 
 def test_first_bad_layer(model):
