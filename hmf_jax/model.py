@@ -30,9 +30,9 @@ from hmf_jax.layers import (
 from hmf_jax.mixers import Context, kinds_within
 from hmf_jax.mixers.base import abstract_zeros, zeros
 from hmf_jax.moved import TORCH_METHODS
+from hmf_jax.options import check_choice, check_int
 from hmf_jax.packed import Origin
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
-from hmf_jax.options import check_int
 from hmf_jax.padding import (
     arrange,
     check_room,
@@ -361,7 +361,7 @@ class HybridLM(nnx.Module):
         """
         check_tokens(tokens, positions, segment_ids, lengths, self.mesh)
         self.config.check_num_iter(num_iter)
-        _check_solver(solver, self.config)
+        check_solver(solver, self.config)
         float_dtype(self.dtype)  # parameters may have been cast to anything
         B, T = tokens.shape
         if state is not None:
@@ -422,8 +422,9 @@ class HybridLM(nnx.Module):
         return constrain(logits, self.mesh, "batch", "tokens", "vocab")
 
 
-def _check_solver(solver: str, config: HybridConfig) -> None:
-    """Raises ValueError for another solver where no layer has any; the operator knows the names."""
+def check_solver(solver: str, config: HybridConfig) -> None:
+    """Raises ValueError for an unknown solver, or another one where no layer has any."""
+    check_choice("solver", solver, ("chebyshev", "cg"))
     if solver != "chebyshev":
         kinds = kinds_within(config.student_kinds, config.sections)
         if not any(kind.solves for kind in kinds):
