@@ -1,4 +1,4 @@
-"""Text: exact pieces whatever the tokens, stop strings, thinking, conversations, cached state."""
+"""Generated text, conversations and their cached state, what a directory says."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.demo import build_tokenizer
@@ -19,11 +17,9 @@ from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.text import (
     ChatSession,
-    TextStream,
     default_sampling,
     generate_text,
     load_tokenizer,
-    split_thinking,
     stop_ids,
     stream_text,
 )
@@ -63,95 +59,6 @@ def context_of(chat: ChatSession) -> list[int]:
     assert chat._engine is not None
     (id,) = chat._engine.held
     return chat._engine.context(id)
-
-
-# --- pieces of text ---------------------------------------------------------------------------
-
-
-def pieces_of(tokens: list[int], cuts: list[int], stop=(), end_ids=()) -> tuple[list[str], Any]:
-    stream = TextStream(TOKENIZER, stop, end_ids)
-    out, start = [], 0
-    for cut in [*sorted({min(c, len(tokens)) for c in cuts}), len(tokens)]:
-        out.append(stream.push(tokens[start:cut], [0.0] * (cut - start)))
-        start = cut
-    return [*out, stream.finish()], stream
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(max_size=20), st.lists(st.integers(0, 60), max_size=6))
-@example("naïve 😀 日本語", [1, 2, 7, 8, 9])
-def test_pieces_are_whole_characters(text, cuts):
-    tokens = TOKENIZER.encode(text, add_special_tokens=False)
-    pieces, stream = pieces_of(tokens, cuts)
-    assert "".join(pieces) == stream.text == text
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in p for p in pieces)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 319), max_size=25), st.lists(st.integers(0, 25), max_size=5))
-def test_any_tokens_give_the_text_of_one_decode(tokens, cuts):
-    """Also bytes that are no UTF-8 and special tokens in the middle."""
-    pieces, _ = pieces_of(tokens, cuts)
-    assert "".join(pieces) == TOKENIZER.decode(tokens, skip_special_tokens=True)
-
-
-def cut_at_stop(text: str, stops: list[str]) -> str:
-    """Characters one by one; the first stop string to be completed ends the text before it."""
-    for end in range(1, len(text) + 1):
-        starts = [end - len(s) for s in stops if text[:end].endswith(s)]
-        if starts:
-            return text[: min(starts)]
-    return text
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.text("ab é", max_size=12),
-    st.lists(st.text("ab é", min_size=1, max_size=4), max_size=3),
-    st.lists(st.integers(0, 16), max_size=5),
-)
-@example("xabcd", ["abcd", "bc"], [1, 2, 3])
-@example("xabcd", ["abcd", "bc"], [])
-@example("aab", ["ab"], [1, 2])
-def test_stop_strings_cut_exactly(text, stops, cuts):
-    tokens = TOKENIZER.encode(text, add_special_tokens=False)
-    pieces, stream = pieces_of(tokens, cuts, stops)
-    expected = cut_at_stop(text, stops)
-    assert "".join(pieces) == stream.text == expected
-    assert stream.stopped == (expected != text or any(text.endswith(s) for s in stops))
-    shown = ""
-    for piece in pieces:  # nothing shown is ever taken back
-        shown += piece
-        assert expected.startswith(shown)
-
-
-def test_a_stream_ends_at_the_token_that_completes_a_stop_string():
-    tokens = TOKENIZER.encode("one\n\ntwo", add_special_tokens=False)
-    _, stream = pieces_of(tokens, [], ["\n\n"])
-    assert TOKENIZER.decode(stream.tokens) == "one\n\n" and stream.text == "one"
-    assert len(stream.logprobs) == len(stream.tokens)
-
-
-def test_end_tokens_have_no_text():
-    letter = TOKENIZER.encode("z")[0]
-    _, stream = pieces_of([letter, letter, END], [], end_ids=(letter,))
-    assert stream.text == "" and len(stream.tokens) == 3
-
-
-@pytest.mark.parametrize(
-    ("text", "open_thinking", "expected"),
-    [
-        ("hello\n", False, (None, "hello\n")),
-        ("<think>\nwhy\n</think>\n\nhello", False, ("why", "hello")),
-        ("why\n</think>\n\nhello", True, ("why", "hello")),
-        ("<think>\nunfinished", False, ("unfinished", "")),
-        ("unfinished", True, ("unfinished", "")),
-        ("<think>\n\n</think>\n\nhello", False, ("", "hello")),
-    ],
-)
-def test_split_thinking(text, open_thinking, expected):
-    assert split_thinking(text, open_thinking) == expected
 
 
 # --- generated text ---------------------------------------------------------------------------
@@ -317,33 +224,6 @@ def test_interrupt_drops_the_state_but_not_the_conversation(model, monkeypatch):
             chat.send("Hello")
     assert chat._engine is None and len(chat.messages) == 2
     assert chat.send("Again").tokens
-
-
-def test_thinking_switch(model, monkeypatch):
-    prompts: list[str] = []
-    template = TOKENIZER.apply_chat_template
-
-    class Spy:
-        def __getattr__(self, name):
-            return getattr(TOKENIZER, name)
-
-        def apply_chat_template(self, *args, **options):
-            prompts.append(template(*args, **options))
-            return prompts[-1]
-
-    thought = reply_tokens("<think>\nhm\n</think>\n\nYes.")
-    script(monkeypatch, [thought, thought, thought])
-    for thinking in (None, True, False):
-        chat = ChatSession(model, Spy(), thinking=thinking, max_new_tokens=50)
-        reply = chat.send("Really?")
-        assert (reply.thinking, reply.text) == ("hm", "Yes.")
-        assert chat.messages[-1] == {
-            "role": "assistant",
-            "content": "Yes.",
-            "reasoning_content": "hm",
-        }
-    assert prompts[0] == prompts[1]
-    assert prompts[2] == prompts[0] + "<think>\n\n</think>\n\n"
 
 
 def test_capacity(model):
