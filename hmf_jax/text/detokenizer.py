@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -128,12 +129,16 @@ class _Decoder:
 
     A few tokens are decoded again with every new one, since a decoder may treat the first token
     differently (a leading space is dropped), or join the bytes of several.
+
+    `tokenizer.decode` takes byte tokens in a row together: if they are no UTF-8, every one of them
+    becomes a replacement character. Here characters of the row that were complete before stay.
     """
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._window: list[int] = []  # the newest tokens; decoding needs one or more before them
         self._sent = 0  # characters of the decoded window that were given
+        self._row = _ByteRow()
         self._strings: dict[int, str | None] = {}
 
     def push(self, token: int) -> str:
@@ -141,25 +146,43 @@ class _Decoder:
         if string is None:  # beyond the vocabulary of the tokenizer: decoders leave it out
             return ""
         self._window.append(token)
-        # Byte tokens in a row are right or wrong together, so they wait for the end of the row.
         if _BYTE.fullmatch(string):
+            if self._row.push(int(string[1:-1], 16)):
+                return self._give(self._row.width)
+            if self._row.broken:
+                self._leave_characters()
             return ""
+        self._row = _ByteRow()
         text = self._decode(self._window)
         # What ends with an unfinished character decodes to one replacement character there.
         certain = text.removesuffix(_REPLACEMENT)
-        new, self._sent = certain[self._sent :], max(self._sent, len(certain))
         if certain == text:
-            self._window = [token]
-            self._sent = len(self._decode(self._window))
-        elif len(self._window) > 8:  # an unfinished character is in the last three tokens
+            return self._give(1, text)
+        new, self._sent = certain[self._sent :], max(self._sent, len(certain))
+        if len(self._window) > 8:  # an unfinished character is in the last three tokens
             self._window = self._window[-4:]
             self._sent = len(self._decode(self._window).removesuffix(_REPLACEMENT))
         return new
 
     def finish(self) -> str:
+        if self._row.waits:
+            self._leave_characters()
         rest = self._decode(self._window)[self._sent :] if self._window else ""
-        self._window, self._sent = [], 0
+        self._window, self._sent, self._row = [], 0, _ByteRow()
         return rest
+
+    def _give(self, keep: int, text: str | None = None) -> str:
+        """All that was not given; the last tokens stay as what the next ones are decoded with."""
+        text = self._decode(self._window) if text is None else text
+        new, self._window = text[self._sent :], self._window[-keep:]
+        self._sent = len(self._decode(self._window))
+        return new
+
+    def _leave_characters(self) -> None:
+        """Bytes that are no character must not be decoded together with those of one."""
+        if self._row.width:
+            self._window, self._sent = self._window[self._row.width :], 0
+            self._row.width = 0
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(
@@ -173,6 +196,32 @@ class _Decoder:
             except (IndexError, KeyError):  # of tokenizers that are written in Python
                 self._strings[token] = None
         return self._strings[token]
+
+
+class _ByteRow:
+    """Bytes one after the other.
+
+    Attributes:
+      width: bytes of the newest character.
+      waits: bytes after it that are none as yet.
+      broken: they never will be.
+    """
+
+    def __init__(self) -> None:
+        self.width = self.waits = 0
+        self.broken = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def push(self, byte: int) -> bool:
+        """Whether this byte completes a character."""
+        self.waits += 1
+        try:
+            complete = not self.broken and bool(self._decoder.decode(bytes([byte])))
+        except UnicodeDecodeError:
+            self.broken, complete = True, False
+        if complete:
+            self.width, self.waits = self.waits, 0
+        return complete
 
 
 class _Cleaner:

@@ -45,18 +45,47 @@ def test_any_tokens_give_the_text_of_one_decode(kind):
         tokens = [rng.randrange(len(tokenizer) + 3) for _ in range(rng.randrange(30))]
         if kind == "no backend":  # one that is written in Python knows its own ids only
             tokens = [token for token in tokens if token < len(tokenizer)]
+        if "fallback" in kind:  # bytes of characters only; see below for others
+            tokens = [token for token in tokens if token > 256]
+            for at in range(0, len(tokens), 2):
+                tokens[at:at] = tokenizer.encode(rng.choice("aé日😀ÿ\n"), add_special_tokens=False)
         for size in (1, 7):
             pieces, _ = pieces_of(tokens, list(range(0, 30, size)), tokenizer=tokenizer)
             expected = tokenizer.decode(tokens, skip_special_tokens=True)
             assert "".join(pieces) == expected, tokens
 
 
-def test_characters_of_byte_tokens_are_whole():
+def bytes_of(text: str | bytes) -> list[int]:
+    """Byte tokens: <0x00> is token 1."""
+    raw = text.encode() if isinstance(text, str) else text
+    return [1 + byte for byte in raw]
+
+
+def test_characters_of_byte_tokens_appear_when_they_are_whole():
     tokenizer = TOKENIZERS["byte fallback"]
-    tokens = tokenizer.encode("a😀b", add_special_tokens=False)
-    assert len(tokens) == 6
-    pieces, stream = pieces_of(tokens, list(range(6)), tokenizer=tokenizer)
-    assert stream.text == "a😀b" and pieces.index("😀b") == 6
+    for tokens in (tokenizer.encode("a😀b", add_special_tokens=False), bytes_of("a😀b")):
+        pieces, stream = pieces_of(tokens, list(range(6)), tokenizer=tokenizer)
+        assert pieces == ["", "a", "", "", "", "😀", "b", ""] and stream.text == "a😀b"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (bytes_of(b"\xff\x9f"), "\ufffd\ufffd"),
+        ([260, *bytes_of(b"\xff"), *bytes_of("é"), 260], None),  # no UTF-8 from its first byte on
+        ([260, *bytes_of("😀")[:3]], None),
+        ([260, *bytes_of("\ufffd"), 260, *bytes_of("é"), *bytes_of("é")], None),
+        # What was a character before stays one, other than when all is decoded at once.
+        ([*bytes_of("é"), *bytes_of(b"\xff\xff"), 260, *bytes_of("é")], "é\ufffd\ufffd{}é"),
+        ([*bytes_of("aé"), *bytes_of("😀")[:3]], "aé\ufffd\ufffd\ufffd"),
+    ],
+)
+def test_bytes_that_are_no_character(tokens, text):
+    tokenizer = TOKENIZERS["byte fallback"]
+    pieces, _ = pieces_of(tokens, list(range(len(tokens))), tokenizer=tokenizer)
+    word = tokenizer.decode([261, 260])[len(tokenizer.decode([261])) :]
+    expected = tokenizer.decode(tokens) if text is None else text.format(word)
+    assert "".join(pieces) == expected
 
 
 def test_an_unfinished_character_at_the_end_is_shown():
