@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import pytest
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.demo import build_tokenizer
-from hmf_jax.engine import Engine, Finished, New, generate
+from hmf_jax.engine import Engine, generate
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.text import (
     ChatSession,
+    ConversationFull,
     default_sampling,
     generate_text,
     load_tokenizer,
     stop_ids,
     stream_text,
 )
+from tests.text.conftest import SIZE, TOKENIZER
+from tests.text.scripted import script
 
-TOKENIZER: Any = build_tokenizer()
 END = TOKENIZER.eos_token_id
 HOT = SamplingParams(temperature=1.0, seed=3)
-
-
-@pytest.fixture(scope="module")
-def model() -> HybridLM:
-    config = HybridConfig.preset("tiny", layer_kinds=("*", "M2"), eos_token_id=END)
-    return HybridLM.init(config, dtype=jnp.float32)
-
-
-def session(model: HybridLM, **options: Any) -> ChatSession:
-    options = {"sampling": HOT, "max_new_tokens": 40, "capacity": 256, **options}
-    return ChatSession(model, TOKENIZER, **options)
 
 
 @pytest.fixture
@@ -70,7 +57,7 @@ def test_generate_text_is_generate_between_two_codecs(model):
     tokens = generate(model, [TOKENIZER.encode(p) for p in prompts], max_new_tokens=20)
     assert [r.tokens for r in replies] == [g.tokens for g in tokens]
     assert [r.text for r in replies] == [TOKENIZER.decode(g.tokens) for g in tokens]
-    streamed = "".join(stream_text(model, prompts[0], TOKENIZER, max_new_tokens=20))
+    streamed = "".join(stream_text(model, prompts[0], TOKENIZER, max_new_tokens=20, **SIZE))
     assert str(replies[0]) == streamed
     assert len(replies[0].logprobs) == len(replies[0].tokens)
 
@@ -105,8 +92,8 @@ def test_bad_text_input(model):
 # --- conversations ----------------------------------------------------------------------------
 
 
-def test_conversation_and_its_cached_state(model, fed):
-    chat = session(model, system="Be brief.", max_new_tokens=12, stop=())
+def test_conversation_and_its_cached_state(fed, session):
+    chat = session(system="Be brief.", max_new_tokens=12, stop=())
     first = chat.send("Hi é!")
     assert chat.messages == [
         {"role": "system", "content": "Be brief."},
@@ -120,48 +107,19 @@ def test_conversation_and_its_cached_state(model, fed):
     assert chat.last is first and len(first.tokens) == 12
 
 
-def script(monkeypatch, replies: list[list[int]]) -> None:
-    """Makes engines "generate" given tokens, whatever the model says (state included)."""
-    add, step, rest = Engine.add, Engine.step, iter(replies)
-    scripted: dict[int, list[int]] = {}
-
-    def scripted_add(engine, request):
-        reply = next(rest)
-        # Feeding prompt + reply[:-1] leaves the state exactly as generating reply would.
-        prompt = [*request.prompt, *reply[:-1]]
-        id = add(engine, dataclasses.replace(request, prompt=prompt, max_new_tokens=1))
-        scripted[id] = reply
-        return id
-
-    def scripted_step(engine, steps=64):
-        out = []
-        for event in step(engine, steps):
-            reply = scripted[event.id]
-            if isinstance(event, New):
-                engine._rows[event.id].newest = reply[-1]
-                event = New(event.id, reply, [0.0] * len(reply))
-            elif isinstance(event, Finished):
-                event = Finished(event.id, "eos" if reply[-1] == END else "length")
-            out.append(event)
-        return out
-
-    monkeypatch.setattr(Engine, "add", scripted_add)
-    monkeypatch.setattr(Engine, "step", scripted_step)
-
-
 def reply_tokens(text: str, end: bool = True) -> list[int]:
     return TOKENIZER.encode(text, add_special_tokens=False) + [END] * end
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_second_turn_prefills_only_what_is_new(model, monkeypatch, ended):
+def test_second_turn_prefills_only_what_is_new(monkeypatch, ended, session):
     script(monkeypatch, [reply_tokens("A fox, é.", ended), reply_tokens("A dog.")])
     made: list[int] = []
     init = Engine.__init__
     monkeypatch.setattr(
         Engine, "__init__", lambda self, *a, **k: (made.append(1), init(self, *a, **k))[1]
     )
-    chat = session(model)
+    chat = session()
     assert chat.send("Who?").text == "A fox, é."
     held = context_of(chat)
     assert chat.send("And then?").text == "A dog."
@@ -174,22 +132,22 @@ def test_second_turn_prefills_only_what_is_new(model, monkeypatch, ended):
     assert chat.messages == [] and chat._engine is None
 
 
-def test_a_continued_state_gives_the_reply_of_a_fresh_one(model, monkeypatch):
+def test_a_continued_state_gives_the_reply_of_a_fresh_one(monkeypatch, session):
     """The second reply is the same with the cached state and with everything prefilled again."""
     with monkeypatch.context() as patch:
         script(patch, [reply_tokens("A fox.")])
-        chat = session(model)
+        chat = session()
         chat.send("Who?")
     assert chat._engine is not None
     cached = chat.send("And then?")
-    fresh = session(model)
+    fresh = session()
     fresh.messages = [dict(m) for m in chat.messages[:2]]
     assert fresh.send("And then?") == cached
 
 
-def test_changed_history_starts_over(model, monkeypatch, fed):
+def test_changed_history_starts_over(monkeypatch, fed, session):
     script(monkeypatch, [reply_tokens("A fox."), reply_tokens("A dog.")])
-    chat = session(model)
+    chat = session()
     chat.send("Who?")
     chat.messages[0]["content"] = "What?"
     chat.send("And then?")
@@ -197,9 +155,9 @@ def test_changed_history_starts_over(model, monkeypatch, fed):
     assert TOKENIZER.decode(context_of(chat)) + "<|im_end|>\n" == conversation
 
 
-def test_stream_is_send_and_may_be_closed(model):
-    sent = session(model).send("Hello").text
-    chat = session(model)
+def test_stream_is_send_and_may_be_closed(session):
+    sent = session().send("Hello").text
+    chat = session()
     pieces = list(chat.stream("Hello"))
     assert "".join(pieces) == sent and len(pieces) > 1
     chat.reset()
@@ -212,8 +170,8 @@ def test_stream_is_send_and_may_be_closed(model):
     assert chat.send("Go on").text
 
 
-def test_interrupt_drops_the_state_but_not_the_conversation(model, monkeypatch):
-    chat = session(model)
+def test_interrupt_drops_the_state_but_not_the_conversation(monkeypatch, session):
+    chat = session()
 
     def interrupt(self, steps=0):
         raise KeyboardInterrupt
@@ -226,21 +184,39 @@ def test_interrupt_drops_the_state_but_not_the_conversation(model, monkeypatch):
     assert chat.send("Again").tokens
 
 
-def test_capacity(model):
-    chat = session(model, capacity=64, max_new_tokens=500)
-    reply = chat.send("Hi")
-    assert reply.finish_reason in ("capacity", "eos")
+def test_a_full_conversation(session):
+    chat = session(max_new_tokens=500)
+    assert chat.send("x" * 930).finish_reason in ("capacity", "eos")
     before = [dict(m) for m in chat.messages]
-    with pytest.raises(ValueError, match="no room for a reply in a capacity of 64.*reset()"):
-        chat.send("x" * 100)
+    with pytest.raises(ConversationFull, match=r"no room for a reply in a capacity of 1024.*reset"):
+        chat.send("x" * 90)
     assert chat.messages == before
-    growing = session(model, capacity=None, max_new_tokens=4)
-    growing.send("Hi")
-    assert growing._engine is not None and growing._engine.capacity == 256
-    growing.send("y" * 300)
-    assert growing._engine is not None and growing._engine.capacity == 512
-    with pytest.raises(ValueError, match="capacity of 4096"):
-        growing.send("z" * 5000)
+    assert chat.forget_oldest() and chat.messages == [] and not chat.forget_oldest()
+    assert chat.send("x").tokens
+    with pytest.raises(ConversationFull, match="capacity of 4096"):
+        session(capacity=None).send("z" * 5000)
+
+
+def test_more_room_reads_nothing_again(session):
+    """A conversation that outgrows its buffers goes on, as it would in larger ones."""
+    growing, roomy = session(capacity=None, max_new_tokens=1), session(max_new_tokens=1)
+    for text, capacity in (("y" * 300, 512), ("z" * 300, 1024)):
+        said, expected = growing.send(text), roomy.send(text)
+        assert said.tokens == expected.tokens and said.prefilled == expected.prefilled < 400
+        assert growing._engine is not None and growing._engine.capacity == capacity
+
+
+def test_the_oldest_turn_is_forgotten(session, monkeypatch):
+    script(monkeypatch, [reply_tokens(f"{i}") for i in range(3)])
+    chat = session(system="Be brief.")
+    for i in range(3):
+        chat.send(f"Question {i}")
+    said = [m["content"] for m in chat.messages]
+    assert said == ["Be brief.", "Question 0", "0", "Question 1", "1", "Question 2", "2"]
+    assert chat.forget_oldest()
+    assert [m["content"] for m in chat.messages] == [said[0], *said[3:]]
+    chat.reset()
+    assert [m["content"] for m in chat.messages] == ["Be brief."] and chat.system == "Be brief."
 
 
 # --- directories ------------------------------------------------------------------------------
@@ -274,7 +250,7 @@ def test_missing_tokenizer_and_template(tmp_path, model):
     bare = load_tokenizer(path)
     with pytest.raises(ValueError, match="no chat template.*generate_text"):
         ChatSession(model, bare)
-    assert generate_text(model, "plain", bare, max_new_tokens=2)[0].tokens
+    assert generate_text(model, "plain", bare, max_new_tokens=2, **SIZE)[0].tokens
 
 
 def test_end_tokens_from_all_sources(tmp_path, model):
@@ -302,6 +278,6 @@ def test_session_finds_everything_in_the_models_directory(tmp_path, model):
     leaves, tree = jax.tree.flatten(model)
     loaded = jax.tree.unflatten(tree, leaves)
     loaded.source = str(write_dir(tmp_path, model, {"eos_token_id": [5], "do_sample": True}))
-    chat = ChatSession(loaded, max_new_tokens=3)
+    chat = ChatSession(loaded, max_new_tokens=1, prefill_chunk=64)
     assert chat.stop_ids == (5, END) and chat.sampling == SamplingParams(temperature=1.0)
-    assert 1 <= len(chat.send("Hello").tokens) <= 3
+    assert len(chat.send("Hello").tokens) == 1

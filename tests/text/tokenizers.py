@@ -84,3 +84,62 @@ KINDS: dict[str, Any] = {
     "word piece": word_piece,
     "no backend": without_backend,
 }
+
+# What a reasoning model's template does, in short: what was thought before the newest question is
+# dropped, an empty block switches thinking off, and tools stand in the system message.
+REASONING_TEMPLATE = """\
+{%- set newest = namespace(user=0) -%}
+{%- for message in messages if message.role == "user" -%}
+{%- set newest.user = newest.user + 1 -%}
+{%- endfor -%}
+{%- if tools -%}
+<|im_start|>system
+{%- for tool in tools %}
+{{ tool | tojson }}
+{%- endfor %}<|im_end|>
+{% endif -%}
+{%- set asked = namespace(users=0) -%}
+{%- for message in messages -%}
+{%- if message.role == "user" -%}
+{%- set asked.users = asked.users + 1 -%}
+{%- endif -%}
+{%- if message.role == "tool" -%}
+<|im_start|>user
+<tool_response>
+{{ message.content }}
+</tool_response>
+{%- else -%}
+<|im_start|>{{ message.role }}
+{% if message.reasoning_content and asked.users == newest.user -%}
+<think>
+{{ message.reasoning_content }}
+</think>
+
+{% endif -%}
+{{ message.content }}
+{%- for call in message.tool_calls or [] -%}
+{{ "\\n" if message.content or not loop.first }}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking -%}
+<think>
+
+</think>
+
+{% endif -%}
+{%- endif -%}"""
+
+
+def reasoning() -> Any:
+    """The demo's tokenizer with the tags of tools and the template above."""
+    tokenizer = build_tokenizer(310)
+    tags = ("<tool_call>", "</tool_call>")
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    tokenizer.chat_template = REASONING_TEMPLATE
+    return tokenizer
