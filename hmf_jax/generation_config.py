@@ -37,16 +37,25 @@ class GenerationDefaults:
     """What is used where the caller of `generate` says nothing.
 
     Attributes:
-      sampling: greedy unless the file says do_sample.
+      settings: how to choose tokens, by name, as `SamplingParams.of` takes them.
       eos_ids: end tokens of the file and of the config together.
       max_new_tokens: most new tokens; None: not given.
       max_length: most tokens, prompt included, where max_new_tokens is not given; or None.
     """
 
-    sampling: SamplingParams = SamplingParams()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     eos_ids: tuple[int, ...] = ()
     max_new_tokens: int | None = None
     max_length: int | None = None
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The settings; greedy unless the file says do_sample."""
+        return SamplingParams.of({}, self.settings)
+
+    def by_name(self) -> dict[str, Any]:
+        """The settings and eos_ids, as `hmf_jax.engine.requests` takes them."""
+        return {**self.settings, "eos_ids": self.eos_ids}
 
     def limit(self, prompt: int, otherwise: int) -> int:
         """Most new tokens after a prompt of so many tokens; `otherwise` if nothing is given.
@@ -93,14 +102,14 @@ def generation_defaults(
     vocab_size = None if config is None else config.vocab_size
     own = _end_ids(stored, where, vocab_size)
     return GenerationDefaults(
-        _sampling(stored, where),
+        _settings(stored, where),
         tuple(dict.fromkeys([*own, *ends])),
         _whole(stored, "max_new_tokens", where, 1),
         _whole(stored, "max_length", where, 1),
     )
 
 
-def _sampling(stored: Mapping[str, Any], where: str) -> SamplingParams:
+def _settings(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The settings; they are checked also where they are not used."""
     sample = stored.get("do_sample", False)
     if not isinstance(sample, bool):
@@ -111,10 +120,10 @@ def _sampling(stored: Mapping[str, Any], where: str) -> SamplingParams:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise _wrong(where, key, value, "a number")
     try:
-        params = SamplingParams(**{"temperature": 1.0, **values})
+        SamplingParams(**values)
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
-    return params if sample else SamplingParams()
+    return {"do_sample": sample, **values}
 
 
 def _end_ids(stored: Mapping[str, Any], where: str, vocab_size: int | None) -> list[int]:

@@ -25,7 +25,13 @@ Model = Annotated[
         "such as org/name, which is downloaded."
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Longest answer, in tokens. Default: what the model's generation_config.json says, "
+        "else 128, in a chat 1024."
+    ),
+]
 Temperature = Annotated[
     float | None,
     typer.Option(
@@ -61,6 +67,13 @@ Fields = Annotated[
     list[str] | None,
     typer.Argument(help="field=value, in place of the file's, e.g. learning_rate=1e-5 fsdp=8."),
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Begin anew where another run was: its checkpoints and model go."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 DryRun = Annotated[
     bool,
     typer.Option(

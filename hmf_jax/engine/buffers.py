@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hmf_jax.engine import programs
-from hmf_jax.engine.programs import MOST_STEPS, Layout, Rows, Settings, stack_settings
+from hmf_jax.engine.programs import MOST_STEPS, Layout, Rows, Top
 from hmf_jax.engine.request import GREEDY, Request
 from hmf_jax.engine.scheduler import Feed, Result, Turn
+from hmf_jax.engine.settings import Processor, Settings, stack_settings
 from hmf_jax.mixers import KINDS
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
@@ -29,12 +30,14 @@ _NOBODY = Request((), 1, GREEDY)
 
 
 class Ticket(NamedTuple):
-    """What a turn will have produced: tokens and logprobs [n, ...], reasons [n] of these rows."""
+    """What a turn will have produced: tokens and logprobs [n, ...], reasons [n] of these rows, and
+    the most likely tokens, if anybody asked for them."""
 
     rows: Sequence[int]
     tokens: jax.Array
     logprobs: jax.Array
     reasons: jax.Array
+    top: Top | None
 
 
 class Buffers:
@@ -46,6 +49,7 @@ class Buffers:
       capacity: most tokens a row may hold, prompts and generated tokens together.
       prefill_chunk: prompts are fed in pieces of this many tokens.
       state: what the rows hold at first (a copy is made), instead of nothing.
+      processor: changes the logits of all rows, see `hmf_jax.engine.settings`.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Buffers:
         capacity: int,
         prefill_chunk: int,
         state: ModelState | None = None,
+        processor: Processor | None = None,
     ) -> None:
         self.size, self.capacity, self.chunk = size, capacity, prefill_chunk
         self._own = None if model.config.gka is None else model.config.gka.num_iter
@@ -70,12 +75,14 @@ class Buffers:
         if state is not None:
             copy = jax.tree.map(jnp.copy, state)
             if self._layout is not None:
-                copy = jax.device_put(copy, self._layout.rows(copy.fresh).state)
+                copy = jax.device_put(copy, self._layout.rows.state)
             self._rows = dataclasses.replace(self._rows, state=copy)
             self._used[:] = True
         self._asked: list[Request] = [_NOBODY] * size
         self._starts = [0] * size
         self._settings = self._stack(self._asked)
+        self._processor = processor
+        self._generated: jax.Array | None = None  # kept apart from the rows: few programs need it
 
     def enqueue(
         self, turn: Turn, asked: Mapping[int, Request], starts: Mapping[int, int]
@@ -92,19 +99,31 @@ class Buffers:
         for id, row in zip(turn.feed.ids, turn.feed.rows, strict=True):
             self._asked[row], self._starts[row] = asked[id], starts[id]
         self._settings = self._stack(self._asked)
+        if not self._counts:
+            self._generated = None
+        elif self._generated is None:
+            self._generated = self._no_counts(self.size)
         return self._alone(turn.feed) if turn.feed.alone else self._together(turn.feed)
 
     def collect(self, ticket: Ticket) -> Result:
         """Waits for what a turn has produced."""
-        new, scores, ended = jax.device_get((ticket.tokens, ticket.logprobs, ticket.reasons))
+        new, scores, ended, most = jax.device_get(tuple(ticket[1:]))
         tokens: list[list[int]] = [[] for _ in range(self.size)]
         logprobs: list[list[float]] = [[] for _ in range(self.size)]
+        top: list[list[dict[int, float]]] = [[] for _ in range(self.size)]
         reasons = [programs.RUNNING] * self.size
-        for row, line, score, reason in zip(ticket.rows, new, scores, ended, strict=True):
-            count = int((line >= 0).sum())
-            tokens[row], logprobs[row] = line[:count].tolist(), score[:count].tolist()
-            reasons[row] = int(reason)
-        return Result(tokens, logprobs, reasons)
+        for i, row in enumerate(ticket.rows):
+            count = int((new[i] >= 0).sum())
+            tokens[row], logprobs[row] = new[i, :count].tolist(), scores[i, :count].tolist()
+            if n := self._asked[row].top_logprobs:
+                top[row] = as_dicts(most.ids[i, :count, :n], most.logprobs[i, :count, :n])
+            reasons[row] = int(ended[i])
+        return Result(tokens, logprobs, reasons, top)
+
+    def state_of(self, row: int) -> ModelState:
+        """A copy of what a row holds."""
+        layout = Layout.of(self._packed, 1, self.capacity)
+        return programs.take.on(layout)(self._rows, np.int32(row)).state
 
     def forget(self, row: int) -> None:
         """Gives up the marks of a row."""
@@ -123,9 +142,15 @@ class Buffers:
     def _decode(self, ends: Sequence[int], steps: int) -> Ticket:
         ending = np.zeros(self.size, bool)
         ending[list(ends)] = True
-        self._rows, *out = programs.decode.on(self._layout)(
-            self._packed, self._rows, ending, np.int32(min(steps, MOST_STEPS)), self._settings
+        rows, *out = programs.decode.on(self._layout, self._counts)(
+            self._packed,
+            self._counted(),
+            ending,
+            np.int32(min(steps, MOST_STEPS)),
+            self._settings,
+            **self._options,
         )
+        self._keep(rows)
         return Ticket(range(self.size), *out)
 
     def _together(self, feed: Feed) -> Ticket:
@@ -135,19 +160,21 @@ class Buffers:
             stale[row] = self._used[row] and not continued
         if stale.any():
             self._rows = programs.clear.on(self._layout)(self._rows, stale)
+        fresh = not self._used.any()
         for row in feed.rows:
             self._rows = self._begin(self._layout, self._rows, row, row)
         self._used[list(feed.rows)] = True
         self._rows, self._logits = self._prefill(
             self._layout, self._rows, self._logits, dict(zip(feed.rows, feed.rows, strict=True)),
-            self._settings,
+            self._settings, fresh,
         )  # fmt: skip
         starts = np.zeros(self.size, bool)
         starts[list(feed.rows)] = True
         left = np.array([request.max_new_tokens for request in self._asked], np.int32)
-        self._rows, *out = programs.first.on(self._layout)(
-            self._rows, self._logits, starts, left, self._settings
+        rows, *out = programs.first.on(self._layout, self._counts)(
+            self._counted(), self._logits, starts, left, self._settings, **self._options
         )
+        self._keep(rows)
         return Ticket(range(self.size), *out)
 
     def _alone(self, feed: Feed) -> Ticket:
@@ -156,15 +183,18 @@ class Buffers:
         request, layout = self._asked[row], Layout.of(self._packed, 1, self.capacity)
         one, logits = programs.empty.on(layout)(self._packed, 1, self.capacity)
         if goes_on:
-            one = programs.take.on(layout)(programs.begun(self._rows), np.int32(row))
+            one = programs.take.on(layout)(self._rows, np.int32(row))
         settings = self._stack([request])
         one = self._begin(layout, one, 0, row)
-        one, logits = self._prefill(layout, one, logits, {0: row}, settings)
+        one, logits = self._prefill(layout, one, logits, {0: row}, settings, fresh=not goes_on)
+        if self._counts:
+            one = dataclasses.replace(one, generated=self._no_counts(1))
         left = np.array([request.max_new_tokens], np.int32)
-        one, *out = programs.first.on(layout)(one, logits, np.ones(1, bool), left, settings)
-        self._rows = programs.insert.on(self._layout)(
-            programs.begun(self._rows), one, np.int32(row)
+        one, *out = programs.first.on(layout, self._counts)(
+            one, logits, np.ones(1, bool), left, settings, **self._options
         )
+        rows = programs.insert.on(self._layout, self._counts)(self._counted(), one, np.int32(row))
+        self._keep(rows)
         self._used[row] = True
         return Ticket(feed.rows, *out)
 
@@ -175,8 +205,9 @@ class Buffers:
         logits: jax.Array,
         fed: Mapping[int, int],
         settings: Settings,
+        fresh: bool,
     ) -> tuple[Rows, jax.Array]:
-        """Feeds prompts in pieces, which end at the marks.
+        """Feeds prompts in pieces, which end at the marks. `fresh`: no row holds anything yet.
 
         `fed`: for the places in `rows` that get something, the row of the engine that it is for.
         """
@@ -190,8 +221,9 @@ class Buffers:
                 tokens[at, : len(piece)], lengths[at] = piece, len(piece)
                 done[at] += len(piece)
             rows, logits = programs.prefill.on(layout)(
-                self._packed, rows, logits, tokens, lengths, settings.num_iter
+                self._packed, rows, logits, tokens, lengths, settings.num_iter, fresh=fresh
             )
+            fresh = False
             for at in pieces:
                 place = self._starts[fed[at]] + done[at]
                 if place in self._asked[fed[at]].marks:
@@ -211,12 +243,33 @@ class Buffers:
         """Brings a row, which is at this place of `rows`, to where its request begins."""
         request, marks = self._asked[row], self._marks[row]
         if request.back_to is not None:
-            rows = programs.insert.on(layout)(
-                programs.begun(rows), marks[request.back_to], np.int32(at)
-            )
+            rows = programs.insert.on(layout)(rows, marks[request.back_to], np.int32(at))
         kept = [place for place in request.marks if place <= self._starts[row]]
         self._marks[row] = {place: marks[place] for place in kept}
         return rows
+
+    @property
+    def _counts(self) -> bool:
+        """Whether a row asks for something that needs to know what was generated."""
+        return self._settings.counts or self._processor is not None
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What the programs that choose tokens are compiled for."""
+        most = max(request.top_logprobs for request in self._asked)
+        top = min(power_of_two(most), self._logits.shape[1]) if most else 0
+        return {"top": top, "processor": self._processor}
+
+    def _counted(self) -> Rows:
+        return dataclasses.replace(self._rows, generated=self._generated)
+
+    def _keep(self, rows: Rows) -> None:
+        self._generated = rows.generated
+        self._rows = dataclasses.replace(rows, generated=None)
+
+    def _no_counts(self, size: int) -> jax.Array:
+        split = None if self._layout is None else self._layout.other
+        return jnp.zeros((size, self._logits.shape[1]), jnp.int32, device=split)
 
     def _stack(self, asked: Sequence[Request]) -> Settings:
         return stack_settings(
@@ -224,7 +277,14 @@ class Buffers:
             [request.sampling for request in asked],
             [request.eos_ids for request in asked],
             [request.num_iter for request in asked],
+            [request.min_new_tokens for request in asked],
         )
+
+
+def as_dicts(ids: np.ndarray, logprobs: np.ndarray) -> list[dict[int, float]]:
+    """The most likely tokens of each place, [n, k] each: {token: logprob}, the first one first."""
+    pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
+    return [dict(zip(*pair, strict=True)) for pair in pairs]
 
 
 def power_of_two(n: int, least: int = 1) -> int:

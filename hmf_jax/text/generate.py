@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Unpack
 
 from hmf_jax.engine import Engine, Finished, New, requests, start
+from hmf_jax.engine.request import Sampling, tell_errors
 from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
-from hmf_jax.sampling import SamplingParams
+from hmf_jax.sampling import SamplingSettings
 from hmf_jax.text.detokenizer import TextStream
 from hmf_jax.text.tokenizer import directory_of, stop_ids, tokenizer_of
 
@@ -30,6 +31,7 @@ class Reply:
       logprobs: one per token, under the model's own distribution.
       tool_calls: [{"type": "function", "function": {"name": str, "arguments": dict}}, ...], if the
         session has tools.
+      error: why there is nothing after these tokens, if finish_reason is "error".
       prefilled: tokens that the model had to read for it; a session keeps what it has read.
     """
 
@@ -39,6 +41,7 @@ class Reply:
     tokens: list[int]
     logprobs: list[float]
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
     prefilled: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
@@ -51,11 +54,12 @@ def generate_text(
     tokenizer: Any = None,
     *,
     max_new_tokens: int | Sequence[int] | None = None,
-    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    sampling: Sampling = None,
     stop: str | Sequence[str] | None = (),
     num_iter: int | Sequence[int] | None = None,
     capacity: int | None = None,
     prefill_chunk: int = 2048,
+    **settings: Unpack[SamplingSettings],
 ) -> list[Reply]:
     """Continue plain texts, without a chat template. What a model thinks is part of the text.
 
@@ -65,14 +69,17 @@ def generate_text(
       tokenizer: its Hugging Face tokenizer; None loads the one in the model's directory.
       stop: strings that end a text (and are not part of it).
       max_new_tokens: None = what generation_config.json says, else 128.
-      sampling: None = what generation_config.json says, else greedy.
+      sampling, settings: how to choose tokens; None = what generation_config.json says, else
+        greedy.
       num_iter, capacity, prefill_chunk: see `hmf_jax.generate`.
 
     Returns:
-      One `Reply` per prompt, in order.
+      One `Reply` per prompt, in order. As in `hmf_jax.generate`, one whose logits are NaN or
+      infinite has finish_reason "error", and a RuntimeWarning names it.
 
     Raises:
       ValueError: an empty prompt, one that does not fit, or a setting out of range.
+      FloatingPointError: there is one prompt only, and its logits are NaN or infinite.
     """
     engine, texts, lengths = _begin(
         model,
@@ -84,14 +91,20 @@ def generate_text(
         num_iter=num_iter,
         capacity=capacity,
         prefill_chunk=prefill_chunk,
+        **settings,
     )
-    reasons: dict[int, str] = {}
-    for _ in run(engine, texts, reasons, 32):
+    ended: dict[int, Finished] = {}
+    for _ in run(engine, texts, ended, 32):
         pass
+    errors = {i: f"Prompt {i}, {e.error}" for i, id in enumerate(texts) if (e := ended[id]).error}
+    tell_errors(errors, len(texts))
     return [
-        Reply(text.text, None, reasons[id], text.tokens, text.logprobs, prefilled=read)
-        for (id, text), read in zip(texts.items(), lengths, strict=True)
-    ]
+        Reply(
+            text.text, None, ended[id].reason, text.tokens, text.logprobs, error=errors.get(i),
+            prefilled=lengths[i],
+        )
+        for i, (id, text) in enumerate(texts.items())
+    ]  # fmt: skip
 
 
 def stream_text(
@@ -104,7 +117,15 @@ def stream_text(
 ) -> Iterator[str]:
     """Like `generate_text` for one prompt: yields its continuation in pieces."""
     engine, texts, _ = _begin(model, [prompt], tokenizer, stop, **settings)
-    return (piece for (piece,) in run(engine, texts, {}, 8) if piece)
+
+    def pieces() -> Iterator[str]:
+        ended: dict[int, Finished] = {}
+        for (piece,) in run(engine, texts, ended, 8):
+            if piece:
+                yield piece
+        tell_errors({id: e.error for id, e in ended.items() if e.error}, 1)
+
+    return pieces()
 
 
 def _begin(
@@ -114,7 +135,8 @@ def _begin(
     stop: str | Sequence[str] | None,
     *,
     max_new_tokens: int | Sequence[int] | None = None,
-    sampling: Any = None,
+    sampling: Sampling = None,
+    num_iter: int | Sequence[int] | None = None,
     capacity: int | None = None,
     prefill_chunk: int = 2048,
     **settings: Any,
@@ -136,23 +158,25 @@ def _begin(
         model.config,
         tokens,
         max_new_tokens=max_new_tokens,
-        sampling=defaults.sampling if sampling is None else sampling,
+        sampling=sampling,
         eos_ids=ends,
-        **settings,
+        num_iter=num_iter,
+        settings=settings,
+        defaults=defaults.by_name(),
     )
     engine, ids = start(model, asked, capacity=capacity, prefill_chunk=prefill_chunk)
     return engine, dict(zip(ids, texts, strict=True)), [len(t) for t in tokens]
 
 
 def run(
-    engine: Engine, texts: Mapping[int, TextStream], reasons: dict[int, str], steps: int
+    engine: Engine, texts: Mapping[int, TextStream], ended: dict[int, Finished], steps: int
 ) -> Iterator[list[str]]:
     """Runs an engine until its requests are done; yields the new text of each after every step.
 
     Args:
       engine: has these requests and no others.
       texts: by request; a stop string that one finds ends its request.
-      reasons: gets the finish reason of each request.
+      ended: gets how each request has ended.
       steps: tokens per row that one call of the device makes.
     """
     while engine.busy:
@@ -166,5 +190,5 @@ def run(
             elif isinstance(event, Finished):
                 text = texts[event.id]
                 pieces[event.id] += text.finish()
-                reasons[event.id] = "stop" if text.stopped else event.reason
+                ended[event.id] = replace(event, reason="stop") if text.stopped else event
         yield list(pieces.values())
