@@ -14,7 +14,6 @@ import jax
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine.buffers import SMALLEST_CAPACITY, SMALLEST_CHUNK, power_of_two
-from hmf_jax.engine.defaults import of_directory
 from hmf_jax.engine.engine import Engine
 from hmf_jax.engine.request import (
     Output,
@@ -30,6 +29,7 @@ from hmf_jax.engine.request import (
 from hmf_jax.engine.scheduler import Finished, New
 from hmf_jax.engine.scores import score_prompts
 from hmf_jax.engine.settings import Processor
+from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingSettings
 from hmf_jax.state import ModelState
@@ -113,7 +113,7 @@ def generate(
     asked = requests(
         model.config, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids,
         num_iter=num_iter, min_new_tokens=min_new_tokens, top_logprobs=most, settings=settings,
-        defaults=of_directory(model.config, model.source),
+        defaults=generation_defaults(model).by_name(),
     )  # fmt: skip
     check_top(model.config, of_prompt)
     engine, ids = start(
@@ -174,7 +174,7 @@ def stream(
     asked = requests(
         model.config, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids,
         num_iter=num_iter, min_new_tokens=min_new_tokens, settings=settings,
-        defaults=of_directory(model.config, model.source),
+        defaults=generation_defaults(model).by_name(),
     )  # fmt: skip
     engine, ids = start(
         model, asked, capacity=capacity, prefill_chunk=prefill_chunk, processor=processor,

@@ -125,7 +125,7 @@ def requests(
 
     Args:
       settings: how to choose tokens by name, see `SamplingParams.of`; instead of `sampling`.
-      defaults: what holds where nothing is said, see `hmf_jax.engine.defaults.of_directory`.
+      defaults: what holds where nothing is said, see `hmf_jax.generation_config`.
 
     Raises:
       ValueError: see `hmf_jax.generate`.
