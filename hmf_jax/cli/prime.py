@@ -124,7 +124,7 @@ def select(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="With --base: texts or chats (JSONL, Parquet) to score on.")
+        str | None, typer.Option(help="With --base: file of texts or chats to score on.")
     ] = None,
     length: Annotated[int, typer.Option(help="With --data: tokens per row.")] = 8192,
     rows: Annotated[int, typer.Option(help="With --data: rows to score on.")] = 16,
@@ -136,14 +136,23 @@ def select(
     dtype: Dtype = DType.bfloat16,
 ) -> None:
     """Choose the layers whose attention can go: those that do least harm when it is windowed."""
+    from hmf_jax.config import HybridConfig
     from hmf_jax.engine import enable_compilation_cache
     from hmf_jax.loading import resolve
+    from hmf_jax.options import check_int
     from hmf_jax.priming import read_scores, select_layers, selection
 
     if (data is not None or variants is not None) and base is None:
         raise ValueError("--data and --variants need the model: --base.")
     if base is not None and data is None and variants is None:
         raise ValueError("--base needs --data to score it on, or --variants to write.")
+    selection.pattern([], 1, kind)  # says whether there is such a kind
+    if base is not None:
+        layers = HybridConfig.from_json(resolve(base, progress=progress())).num_hidden_layers
+        if num_layers not in (None, layers):
+            raise ValueError(f"--num-layers {num_layers}, but the base has {layers} layers.")
+        check_int("--m", m, 1, layers - exclude_layer_0)
+        num_layers = layers
     if variants is not None:
         directory = resolve(str(base), progress=progress())
         written = selection.write_swa_variants(directory, variants, window=window)

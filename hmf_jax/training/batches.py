@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hmf_jax.options import check_int
+from hmf_jax.options import check_bool, check_choice, check_int
 from hmf_jax.training.documents import Column, Document, Documents, Stream, reason
 from hmf_jax.training.sources import MAX_ROW_BYTES, is_stream
 
@@ -107,16 +107,15 @@ class Batches:
             ) from e
         given = dict(zip(_CHOICES, (packing, overlong, on_bad, padding_side), strict=True))
         for name, value in given.items():
-            if value not in _CHOICES[name]:
-                raise ValueError(f"{name} is one of {', '.join(_CHOICES[name])}, not {value!r}")
+            check_choice(name, value, _CHOICES[name])
         check_int("length", length, 2)
-        limits = {"batch_size": 1, "window": 1, "epochs": 1, "seed": 0, "threads": 0}
-        given_numbers = (batch_size, window, epochs, seed, threads)
-        for (name, low), value in zip(limits.items(), given_numbers, strict=True):
-            if value is not None or name not in ("window", "epochs"):
-                check_int(name, value, low)
-        if seed >= 1 << 32 or not isinstance(shuffle, bool):
-            raise ValueError(f"seed={seed!r} is below 2^32, shuffle={shuffle!r} true or false")
+        check_int("batch_size", batch_size, 1)
+        check_int("seed", seed, 0, (1 << 32) - 1)
+        check_int("threads", threads, 0)
+        check_bool("shuffle", shuffle)
+        for name, value in (("window", window), ("epochs", epochs)):
+            if value is not None:
+                check_int(name, value, 1)
         index = jax.process_index() if process_index is None else process_index
         count = jax.process_count() if process_count is None else process_count
         make: type[Documents] | type[Stream] = Stream if is_stream(source) else Documents

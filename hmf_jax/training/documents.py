@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jinja2 import TemplateError
 
+from hmf_jax.options import check_int
 from hmf_jax.training.encode import encode_chat, encode_completion, encode_text
 from hmf_jax.training.formats import (
     COLUMNS,
@@ -228,8 +229,7 @@ def _encoder(
         known = {*FORMATS, *itertools.chain(*FORMATS.values())}
         if wrong := [name for name in column if name not in known]:
             raise ValueError(f"column maps {wrong}; it can map {', '.join(sorted(known))}")
-    if isinstance(max_row_bytes, bool) or not isinstance(max_row_bytes, int) or max_row_bytes < 1:
-        raise ValueError(f"max_row_bytes must be an integer >= 1, got {max_row_bytes!r}")
+    check_int("max_row_bytes", max_row_bytes, 1)
     tokenizer("a")  # settles the tokenizer's options before several threads use it
 
     def encode(example: Example) -> tuple[list[int], list[bool]]:
