@@ -209,7 +209,8 @@ class Batches:
         """To the beginning of a window of rows."""
         self._row: int = state["row"]  # in the shuffled order: the next document not yet packed
         self._piece: int = state["piece"]  # of that document: the next one not yet packed
-        self._counts: dict[str, int] = {"cut": 0, **state["counts"]}
+        self._counts: dict[str, int] = {**state["counts"]}
+        self._counts.setdefault("cut", 0)
         self._reasons: dict[str, int] = dict(state.get("reasons", {}))
         self._start, self._rows, self._taken = self._snapshot(), [], 0
         self._pieces: list[Piece] | None = None
