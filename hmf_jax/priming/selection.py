@@ -97,6 +97,8 @@ def write_swa_variants(
       ValueError: a layer that is not full attention.
     """
     source, target = Path(source).expanduser().resolve(), Path(target).expanduser()
+    if source in (target.resolve(), *target.resolve().parents):
+        raise FileExistsError(f"{target} lies in the base, {source}; choose another directory")
     config = HybridConfig.from_json(source)
     if not any(source.glob("model*.safetensors")):
         raise FileNotFoundError(f"{source} holds no model*.safetensors to link to")

@@ -246,6 +246,8 @@ def primed_config(
     base: HybridConfig, pattern: str | Sequence[str], **settings: Any
 ) -> HybridConfig:
     """The config of a model primed from `base`, a hybrid's; arguments and errors as for `prime`."""
+    if not isinstance(pattern, str | Sequence) or not all(isinstance(s, str) for s in pattern):
+        raise ValueError(f"pattern must be symbols joined by '-', or a list of them: {pattern!r}")
     kinds = tuple(pattern.split("-")) if isinstance(pattern, str) else tuple(pattern)
     if len(kinds) != base.num_hidden_layers:
         raise ValueError(

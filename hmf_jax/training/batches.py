@@ -128,7 +128,7 @@ class Batches:
         # Whole batches, so that a window ends where a batch does.
         self._window = -(-(window or max(64, batch_size)) // batch_size) * batch_size
         self._pad = tokenizer.pad_token_id or 0
-        # A state belongs to these settings; on_bad and epochs may change.
+        # A state belongs to these settings and rows; on_bad and epochs may change.
         self._settings = {
             **{k: given[k] for k in ("packing", "overlong", "padding_side")},
             "length": length,
@@ -139,6 +139,7 @@ class Batches:
             "seed": seed,
             "process_index": index,
             "process_count": count,
+            "fingerprint": documents.fingerprint(),
         }
         self.documents = documents
         if isinstance(documents, Documents):
@@ -195,9 +196,14 @@ class Batches:
         """Go on where `get_state` was called.
 
         Raises:
-          ValueError: the state of an iterator with other settings.
+          ValueError: the state of an iterator with other settings or over other rows, or no state.
         """
-        was = state["settings"]
+        names = {"settings", "row", "piece", "counts", "batch"}
+        if not isinstance(state, dict) or not names <= set(state):
+            raise ValueError(
+                "this is no state of training data: it has no " + ", ".join(sorted(names))
+            )
+        was = {"fingerprint": self._settings["fingerprint"], **state["settings"]}
         if different := [k for k in self._settings if was.get(k) != self._settings[k]]:
             changes = ", ".join(f"{k} {was.get(k)} -> {self._settings[k]}" for k in different)
             raise ValueError(f"this state belongs to other training data settings: {changes}")

@@ -372,6 +372,10 @@ def _adapters(model: HybridLM) -> dict[str, LoRALinear]:
 def _projections(model: HybridLM, modules: str | Sequence[str]) -> list[str]:
     """Paths of the projections that these patterns select."""
     known = [path for _, _, path, _ in _children(model, nnx.Linear)]
+    if not isinstance(modules, str) and not (
+        isinstance(modules, Sequence) and all(isinstance(m, str) for m in modules)
+    ):
+        raise ValueError(f"modules must be a text or a list of texts, got {modules!r}.")
     patterns = modules.split(",") if isinstance(modules, str) else list(modules)
     chosen: set[str] = set()
     for pattern in filter(None, map(str.strip, patterns)):

@@ -665,4 +665,10 @@ def test_a_state_of_other_settings_is_refused():
             batches(texts(40), **{"seed": 1, **change}).set_state(state)
     with pytest.raises(ValueError, match="rows 40 -> 41"):
         batches(texts(41), seed=1).set_state(state)
+    for source, more in ((texts(40)[::-1], {}), (texts(40), {"template_options": {"a": 1}})):
+        with pytest.raises(ValueError, match="fingerprint .* -> "):
+            batches(source, seed=1, **more).set_state(state)
+    for damaged in ({}, [], {**state, "settings": {}}):
+        with pytest.raises(ValueError, match="no state|settings"):
+            batches(texts(40), seed=1).set_state(damaged)
     batches(texts(40), seed=1, epochs=3, on_bad="error").set_state(state)

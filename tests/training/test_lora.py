@@ -291,6 +291,7 @@ def test_selection_and_bad_arguments():
         (dict(modules="norm"), "'norm' selects no projection; there are .*mixer.q_proj"),
         (dict(modules="lm_head"), "'lm_head' selects no projection"),
         (dict(modules=" , "), "holds no pattern"),
+        (dict(modules=[1]), "modules must be a text or a list of texts"),
         (dict(rank=0), "rank must be an integer >= 1, got 0"),
         (dict(rank=2.0), "rank must be an integer"),
         (dict(rank=97), r"rank=97 is larger than every projection"),
