@@ -303,10 +303,13 @@ def _settings(tokenizer: Any, column: Column, options: dict[str, Any] | None) ->
     return json.dumps(values, sort_keys=True, default=str).encode()
 
 
-def _size(example: Example) -> int:
-    texts = [example.text, example.prompt or ""]
-    texts += [m["content"] for m in example.messages or ()]
-    return sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+def _size(value: Any) -> int:
+    """Bytes of all texts in a value."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode())
+    if isinstance(value, Mapping):
+        return sum(_size(k) + _size(v) for k, v in value.items())
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
 
 
 def _bad(error: Exception, where: str) -> Document:

@@ -132,6 +132,12 @@ def test_select(tmp_path):
     assert "no row for layers [4]" in error_of("prime", "select", file, "--num-layers", 5)
     assert "need the model" in error_of("prime", "select", file, "--data", file)
     assert "needs --data" in error_of("prime", "select", file, "--base", tmp_path)
+    for option, value in {"rows": 3, "length": 9, "dtype": "float32", "window": 8}.items():
+        message = error_of("prime", "select", file, "-M", 1, f"--{option}", value)
+        assert f"--{option} is for scoring: it needs --data" in message
+    for m in (0, -1, 5):
+        assert f"m={m}: choose between 1 and 4" in error_of("prime", "select", file, "-M", m)
+    assert "layers, but there are" in error_of("prime", "select", file, "--num-layers", 0)
     assert "kind 'x' is unknown" in error_of("prime", "select", file, "-M", 1, "--kind", "x")
 
 
@@ -142,6 +148,7 @@ def test_select_checks_first(base, tmp_path):
         (["-M", 2, "--exclude-layer-0"], "--m must be an integer <= 1"),
         (["-M", 1, "--num-layers", 3], "--num-layers 3, but the base has 2 layers"),
         (["-M", 1, "--rows", 0], "rows must be an integer >= 1"),
+        (["-M", 1, "--window", 0], "--window must be an integer >= 1"),
         (["-M", 1, "--length", 1], "length must be an integer >= 2"),
         (["-M", 1], "none.jsonl is no file"),
     ):

@@ -128,6 +128,17 @@ def test_scores_are_of_the_same_weights_data_and_settings(base, tmp_path):
     assert score_layers(base, position, file, **options, done=told.append) == scores
     assert told == [] and (file.read_bytes(), record.read_bytes()) == whole
 
+    def killed(layer: int) -> None:
+        if layer == 1:
+            raise KeyboardInterrupt
+
+    for path in (file, record):
+        path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        score_layers(base, position, file, **options, done=killed)
+    score_layers(base, position, file, **options, done=told.append)
+    assert told == [2] and (file.read_bytes(), record.read_bytes()) == whole
+
     last = flat_params(base)["layers.2.mlp.up_proj.kernel"]
     moved = with_params(base, {**flat_params(base), "layers.2.mlp.up_proj.kernel": last[::-1]})
     for model, changes, what in (

@@ -397,6 +397,8 @@ def test_sources_that_cannot_be(tmp_path):
     ):
         with pytest.raises(ValueError, match=why):
             Documents(source, TOKENIZER)
+    for row in ({"text": "é" * 99}, {"messages": TALK, "tools": [{"name": "f" * 150}]}):
+        assert "too long: " in Documents([row], TOKENIZER, max_row_bytes=150)[0].why
     with pytest.raises(ValueError, match="max_row_bytes must be an integer >= 1, got 0"):
         Documents([{"text": "a"}], TOKENIZER, max_row_bytes=0)
 
