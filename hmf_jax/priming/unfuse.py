@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.convert.directories import check_target
-from hmf_jax.families import model_types
 from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.mixers import split_symbol
 from hmf_jax.model import HybridLM
 from hmf_jax.parameters import flat_params, with_params
+from hmf_jax.priming.stage0 import check_output
 from hmf_jax.table import num_parameters
 
 
@@ -66,8 +65,7 @@ def unfuse_directory(
     directory = Path(directory).expanduser()
     config = HybridConfig.from_json(directory)
     check_fused(config, "unfuse")
-    output = output or f"{directory}_unfused"
-    output = check_target(output, overwrite, model_types=model_types())
+    output = check_output(output or f"{directory.resolve()}_unfused", overwrite, directory)
     model = unfuse(from_pretrained(directory, dtype=dtype, progress=progress))
     kept, all_of_them = num_parameters(model.config), num_parameters(config)
     save_pretrained(model, output, overwrite=overwrite, progress=progress)
