@@ -40,6 +40,7 @@ except ImportError:  # Windows: nothing is locked, and leftovers stay
 __all__ = [
     "check_checksums",  # of hmf_jax.convert.reading, as printable, read_json and write_checksums
     "check_target",
+    "link",
     "lock",
     "printable",
     "read_json",

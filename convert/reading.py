@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,47 @@ def printable(text: object, limit: int = 200) -> str:
     shown = (c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
     more = f"... ({len(text):,} characters)" if len(text) > limit else ""
     return "".join(shown) + more
+
+
+def listed(names: Collection[str], limit: int = 20) -> str:
+    """Names from a file, separated by commas; at most `limit` of them."""
+    shown = ", ".join(printable(name) for name in list(names)[:limit])
+    return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
+
+
+def summary(title: str, problems: Sequence[str], limit: int = 50) -> str:
+    """An error that lists problems, each on its own line if there are several."""
+    if len(problems) == 1:
+        return f"{title} {problems[0]}"
+    more = [f"and {len(problems) - limit:,} more"] if len(problems) > limit else []
+    return "\n  ".join([title, *problems[:limit], *more])
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    lines = str(error).strip().split("\n")
+    return printable(lines[0] or type(error).__name__)
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of a file that another file names, which must lie in the directory.
+
+    Raises ValueError for names and symbolic links that lead out of it. Links of the Hugging Face
+    cache are followed: they lead from snapshots/REVISION to the blobs of the same repository.
+    """
+    path = directory / name
+    if Path(name).is_absolute() or ".." in re.split(r"[/\\\\]", name) or "\0" in name:
+        raise ValueError(f"{directory}: {printable(name)} is not the name of a file in it")
+    root, real = directory.resolve(), path.resolve()
+    roots = [root]
+    if "snapshots" in root.parts:
+        roots += [p.parent / "blobs" for p in (root, *root.parents) if p.name == "snapshots"]
+    if not any(real.is_relative_to(allowed.resolve()) for allowed in roots):
+        raise ValueError(
+            f"{directory}: {printable(name)} is a symbolic link that leads out of the directory; "
+            "copy the file or use a hard link"
+        )
+    return path
 
 
 def read_json(file: str | Path, *, limit: int = 1 << 24) -> dict[str, Any]:
@@ -47,6 +89,11 @@ def read_json(file: str | Path, *, limit: int = 1 << 24) -> dict[str, Any]:
 
 def parse_json(raw: bytes, file: object) -> dict[str, Any]:
     """`read_json` of bytes that were read from `file`, which errors name."""
+    if raw.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in the "
+            "repository it comes from"
+        )
     try:
         data = json.loads(
             raw.decode("utf-8-sig"),

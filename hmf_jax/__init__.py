@@ -21,7 +21,14 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "convert")):
 if TYPE_CHECKING:  # what `__getattr__` does, for type checkers; a test compares the two
     from hmf_jax.composition import compose
     from hmf_jax.config import HybridConfig
-    from hmf_jax.engine import enable_compilation_cache, generate, stream, warmup
+    from hmf_jax.engine import (
+        enable_compilation_cache,
+        generate,
+        sample,
+        score,
+        stream,
+        warmup,
+    )
     from hmf_jax.loading import from_pretrained, save_orbax, save_pretrained
     from hmf_jax.model import HybridLM
     from hmf_jax.packed import PackedModel
@@ -45,8 +52,10 @@ _HOME = {
     "generate": "engine",
     "generate_text": "text",
     "make_mesh": "sharding",
+    "sample": "engine",
     "save_orbax": "loading",
     "save_pretrained": "loading",
+    "score": "engine",
     "stream": "engine",
     "stream_text": "text",
     "warmup": "engine",
@@ -67,8 +76,10 @@ __all__ = [
     "generate",
     "generate_text",
     "make_mesh",
+    "sample",
     "save_orbax",
     "save_pretrained",
+    "score",
     "stream",
     "stream_text",
     "warmup",

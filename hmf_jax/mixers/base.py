@@ -35,6 +35,7 @@ class Context:
       fresh: static; the state is empty, so this call sees whole sequences from their start.
       impl: static; implementation of the operators ("auto" or a name that they all know).
       mesh: static; the device mesh, or None.
+      position: [B] int32, what the state's `position` is after this call; None without a state.
     """
 
     rope: tuple[Array, Array]
@@ -46,6 +47,7 @@ class Context:
     fresh: bool = dataclasses.field(metadata={"static": True})
     impl: str = dataclasses.field(metadata={"static": True})
     mesh: Mesh | None = dataclasses.field(metadata={"static": True})
+    position: Array | None = None
 
     @property
     def options(self) -> dict:

@@ -14,7 +14,7 @@ from hmf_jax.training.batches import Batches
 from hmf_jax.training.checkpoint import Checkpoints
 from hmf_jax.training.diagnosis import find_not_finite
 from hmf_jax.training.documents import Documents
-from hmf_jax.training.encode import encode_chat, encode_text
+from hmf_jax.training.encode import encode_chat, encode_completion, encode_text
 from hmf_jax.training.evaluation import Evaluation
 from hmf_jax.training.flops import training_flops
 from hmf_jax.training.loop import data_shard, train
@@ -39,6 +39,7 @@ __all__ = [
     "data_shard",
     "decay_mask",
     "encode_chat",
+    "encode_completion",
     "encode_text",
     "find_not_finite",
     "load_lora",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import math
 import os
@@ -14,6 +13,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+
+from hmf_jax.options import nearest, shown
 
 _INT32 = 2**31 - 1  # JAX counts steps and positions in int32
 _LARGEST_FILE = 10 * 2**20
@@ -43,7 +44,7 @@ Count = Annotated[int, Range(1)]
 Positive = Annotated[float, Range(0, math.inf, inside=True)]
 
 
-def check_fields(config: Any) -> None:
+def check_types(config: Any) -> None:
     """Types and ranges of the fields of a frozen dataclass, as its hints say; makes floats of ints,
     tuples of lists and text of paths.
 
@@ -123,20 +124,10 @@ def _words(kind: Any) -> str:
     return names.get(origin, getattr(origin, "__name__", str(origin)))
 
 
-def shown(value: Any) -> str:
-    """The value as an error shows it: one line, not long."""
-    try:
-        text = repr(value)
-    except ValueError:  # an int of thousands of digits
-        return "a huge number"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def unknown(name: Any, known: Iterable[str]) -> str:
     """What to say of a field that does not exist: the nearest one that does."""
     names = list(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+    hint = nearest(name, names).removeprefix(", ") or f"known are {', '.join(names)}"
     return f"unknown field {shown(name)}; {hint}"
 
 
