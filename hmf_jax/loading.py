@@ -151,7 +151,8 @@ def save_pretrained(
       source: the local directory the model came from (default: the one it was loaded from): its
         tokenizer files are copied and its tensors' dtypes are kept, so that loading (in the stored
         dtype) and saving gives the same bytes. Without one, or where it holds a model of other
-        layers (that this one was primed from), tensors keep the dtype they are held in.
+        layers (that this one was primed from), and after `HybridLM.astype`, tensors keep the dtype
+        they are held in.
       max_shard_size: largest weight file, e.g. "5GB", "500MiB" or a number of bytes.
       overwrite: replace a model that is already there (it may be the one that was loaded). Files
         that are no part of a model (README.md, notes, folders) stay.
@@ -170,7 +171,7 @@ def save_pretrained(
         model.config.to_dict(),
         table.entries(model.config),
         flat_params(model),
-        dtypes=_stored_dtypes(source, model.config),
+        dtypes=None if model.origin.recast else _stored_dtypes(source, model.config),
         companions=source,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
@@ -194,7 +195,7 @@ def save_orbax(
     bad = [p for p, x in params.items() if not jnp.isfinite(x).all()]
     if bad:
         raise ValueError(f"nothing written to {directory}; not finite: {', '.join(bad)}")
-    stored = _stored_dtypes(source, model.config)
+    stored = None if model.origin.recast else _stored_dtypes(source, model.config)
     files = {} if source is None else jax_to_hf.companions_of(source)
     space = sum(x.nbytes for x in params.values())
     with replacing(directory, overwrite, model_types=model_types(), space=space) as tmp:

@@ -6,20 +6,33 @@ it directly. What it remembers between calls is a `ModelState`, passed in and re
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from hmf_jax.block import Block, LayerOutput, run_block
 from hmf_jax.config import HybridConfig
-from hmf_jax.layers import RMSNorm, linear, one_row_twice, rope_table
-from hmf_jax.mixers import Context
+from hmf_jax.layers import (
+    RMSNorm,
+    in_dtype_of_first,
+    linear,
+    one_row_twice,
+    rope_table,
+    without_dtype,
+)
+from hmf_jax.mixers import Context, kinds_within
 from hmf_jax.mixers.base import abstract_zeros, zeros
+from hmf_jax.moved import TORCH_METHODS
+from hmf_jax.packed import Origin
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
+from hmf_jax.options import check_int
 from hmf_jax.padding import (
     arrange,
     check_room,
@@ -28,7 +41,7 @@ from hmf_jax.padding import (
     restore,
     valid_first,
 )
-from hmf_jax.parameters import shardings, split
+from hmf_jax.parameters import abstract_params, cast, float_dtype, shardings, split
 from hmf_jax.sharding import constrain, for_model
 from hmf_jax.state import ModelState
 
@@ -47,6 +60,10 @@ class HybridLM(nnx.Module):
       mesh: device mesh (see `hmf_jax.make_mesh`), or None. The random parameters of a layer are
         made on one device and then split; no more than one layer is ever whole.
       rngs: their seeds; the same ones on every mesh.
+
+    Attributes:
+      config, mesh: as given, the mesh with the axes that a model runs on.
+      origin: see `source`; also whether `astype` made it, which is then saved in its new dtype.
     """
 
     def __init__(
@@ -57,34 +74,130 @@ class HybridLM(nnx.Module):
         mesh: Mesh | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        rngs = nnx.Rngs(0) if rngs is None else rngs
+        if not isinstance(config, HybridConfig):
+            raise TypeError(
+                f"config must be a HybridConfig, such as HybridConfig.preset('tiny'), not {config!r}."
+            )
+        rngs, dtype = nnx.Rngs(0) if rngs is None else rngs, float_dtype(dtype)
         d, V = config.hidden_size, config.vocab_size
-        self.config, self.dtype = config, jnp.dtype(dtype)
-        self.mesh = for_model(mesh, config)
+        self.config, self.mesh = config, for_model(mesh, config)
         embed = nnx.Embed(
             V,
             d,
-            dtype=dtype,
             param_dtype=dtype,
+            promote_dtype=in_dtype_of_first,
             embedding_init=nnx.initializers.normal(config.initializer_range),
             rngs=rngs,
             embedding_metadata={"dims": ("vocab", "embed")},
         )
-        self.embed_tokens = split(embed, self.mesh)
+        self.embed_tokens = split(without_dtype(embed), self.mesh)
         layers = (Block(symbol, config, dtype=dtype, rngs=rngs) for symbol in config.layer_kinds)
         self.layers: Sequence[Block] = nnx.List([split(layer, self.mesh) for layer in layers])
         self.norm = split(RMSNorm(d, config.rms_norm_eps, dtype), self.mesh)
         head = ("embed", "vocab"), config, dtype, rngs
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else split(linear(d, V, *head), self.mesh)
-        self.source: str | None = None  # the directory it was loaded from; has the tokenizer
+        self.origin = nnx.data(Origin())
 
     @classmethod
     def init(
         cls, config: HybridConfig, *, dtype=jnp.bfloat16, mesh: Mesh | None = None, seed: int = 0
     ) -> HybridLM:
         """A model with random parameters."""
+        check_int("seed", seed, 0)
         return cls(config, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(seed))
+
+    @classmethod
+    def from_pretrained(cls, repo_or_dir: str | Path, **options: Any) -> HybridLM:
+        """`hmf_jax.from_pretrained`: the model of a directory or Hugging Face repository."""
+        import hmf_jax  # loading is built on models, not the other way around
+
+        return hmf_jax.from_pretrained(repo_or_dir, **options)
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
+        """`hmf_jax.save_pretrained` of this model."""
+        import hmf_jax
+
+        hmf_jax.save_pretrained(self, directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """`hmf_jax.push_to_hub` of this model: uploads it and returns its address."""
+        import hmf_jax
+
+        return hmf_jax.push_to_hub(self, repo_id, **options)
+
+    @property
+    def source(self) -> str | None:
+        """The directory it was loaded from, which has the tokenizer; None if that is not known.
+
+        `jax.tree.map`, `astype`, `jax.device_put` and `nnx.jit` keep it. A model that `jax.jit`
+        returns has none: the program may have been compiled for a model of another directory.
+        """
+        return self.origin.source
+
+    @source.setter
+    def source(self, directory: str | Path | None) -> None:
+        known = None if directory is None else str(directory)
+        self.origin = dataclasses.replace(self.origin, source=known, lost=False)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What it computes in: the dtype of the embeddings, whatever the other parameters have."""
+        return np.dtype(self.embed_tokens.embedding.dtype)
+
+    def astype(self, dtype: Any) -> Self:
+        """A new model with its parameters in this dtype, which is what it computes in.
+
+        A_log, dt_bias and D stay float32, and so do the matrices of adapters. The new model is
+        saved in the new dtype.
+
+        Args:
+          dtype: bfloat16, float16, float32 or, with jax_enable_x64, float64; as `jnp.bfloat16`,
+            "bfloat16" or `np.dtype`.
+
+        Raises:
+          ValueError: any other dtype.
+        """
+        dtype = float_dtype(dtype)
+        plain = nnx.eval_shape(lambda: HybridLM(self.config, dtype=dtype, mesh=self.mesh))
+        model = cast(self, {path: a.dtype for path, a in abstract_params(plain, None).items()})
+        model.origin = dataclasses.replace(self.origin, recast=True)
+        return model
+
+    def num_parameters(self, *, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters are, those of adapters included.
+
+        Args:
+          exclude_embeddings: without the embeddings and, where it is a matrix of its own, the head.
+        """
+        count = sum(x.size for x in jax.tree.leaves(self))
+        if exclude_embeddings:
+            count -= sum(x.size for x in jax.tree.leaves((self.embed_tokens, self.lm_head)))
+        return count
+
+    def train(self, **attributes: Any) -> Self:
+        """The model itself: nothing in it (such as dropout) differs between training and use."""
+        super().train(**attributes)
+        return self
+
+    def eval(self, **attributes: Any) -> Self:
+        """The model itself, see `train`."""
+        super().eval(**attributes)
+        return self
+
+    def __repr__(self) -> str:
+        """Layers, sizes and memory in a few lines; `nnx.display` shows every parameter."""
+        import hmf_jax
+
+        return hmf_jax.memory.describe_model(self)
+
+    __str__ = __repr__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """For what is not there; says what to write in place of a method of PyTorch's."""
+        instead = TORCH_METHODS.get(name)
+        hint = "" if instead is None else f": {instead}"
+        raise AttributeError(f"HybridLM has no attribute {name!r}{hint}", name=name, obj=self)
 
     def shardings(self) -> Any:
         """A pytree like the model with the sharding of each parameter (None without a mesh)."""
@@ -129,6 +242,7 @@ class HybridLM(nnx.Module):
         num_iter: Array | int | None = None,
         last_only: bool = False,
         impl: str = "auto",
+        solver: str = "chebyshev",
     ) -> tuple[Array, ModelState | None]:
         """Logits of the next token after each token.
 
@@ -143,10 +257,12 @@ class HybridLM(nnx.Module):
             of segment_ids, and cheaper: no token has to be moved.
           state: from `init_state` or an earlier call; a row must not outgrow its capacity: tokens
             beyond it are lost to full attention layers. Outside of jit that is an error.
-          num_iter: Chebyshev iterations of GKA layers, a number or one per row [B]; 0 = plain gated
+          num_iter: solver iterations of GKA layers, a number or one per row [B]; 0 = plain gated
             linear attention. Default: the config's. Changing it does not recompile.
           last_only: logits for the last valid token of each row only.
           impl: operator implementation, see `hmf_jax.pallas_kernels.dispatch`.
+          solver: of GKA layers: "chebyshev", or "cg", conjugate gradients, which need fewer
+            iterations (docs/num_iter.md) and which no GPU kernel has.
 
         Returns:
           logits [B, T, V] in the model's dtype ([B, 1, V] with last_only), unspecified at padding;
@@ -158,7 +274,7 @@ class HybridLM(nnx.Module):
         """
         x, ctx = self.embed(
             tokens, positions=positions, segment_ids=segment_ids, lengths=lengths, state=state,
-            num_iter=num_iter, impl=impl,
+            num_iter=num_iter, impl=impl, solver=solver,
         )  # fmt: skip
         layers = []
         for layer in self.blocks(x, ctx, state):
@@ -180,6 +296,7 @@ class HybridLM(nnx.Module):
         lengths: Array | None = None,
         num_iter: Array | int | None = None,
         impl: str = "auto",
+        solver: str = "chebyshev",
     ) -> Array:
         """What the logits are made of: [B, T, d] after the final norm (arguments of `__call__`).
 
@@ -187,7 +304,7 @@ class HybridLM(nnx.Module):
         """
         x, ctx = self.embed(
             tokens, positions=positions, segment_ids=segment_ids, lengths=lengths,
-            num_iter=num_iter, impl=impl,
+            num_iter=num_iter, impl=impl, solver=solver,
         )  # fmt: skip
         for layer in self.blocks(x, ctx):
             x = layer.x
@@ -211,9 +328,10 @@ class HybridLM(nnx.Module):
         state: ModelState | None = None,
         num_iter: Array | int | None = None,
         impl: str = "auto",
+        solver: str = "chebyshev",
     ) -> tuple[Array, ModelState | None, list[tuple[Array, Array]]]:
         """`__call__`, and of each layer the output of its mixer and its own, [B, T, d]."""
-        x, ctx = self.embed(tokens, state=state, num_iter=num_iter, impl=impl)
+        x, ctx = self.embed(tokens, state=state, num_iter=num_iter, impl=impl, solver=solver)
         layers, seen = [], []
         for layer in self.blocks(x, ctx, state):
             x = layer.x
@@ -231,6 +349,7 @@ class HybridLM(nnx.Module):
         state: ModelState | None = None,
         num_iter: Array | int | None = None,
         impl: str = "auto",
+        solver: str = "chebyshev",
     ) -> tuple[Array, Context]:
         """Where a forward pass begins, for loops over layers of one's own (see `blocks`).
 
@@ -242,6 +361,8 @@ class HybridLM(nnx.Module):
         """
         check_tokens(tokens, positions, segment_ids, lengths, self.mesh)
         self.config.check_num_iter(num_iter)
+        _check_solver(solver, self.config)
+        float_dtype(self.dtype)  # parameters may have been cast to anything
         B, T = tokens.shape
         if state is not None:
             check_state(self, state, B)
@@ -275,6 +396,7 @@ class HybridLM(nnx.Module):
             impl=impl,
             mesh=self.mesh,
             position=after,
+            solver=solver,
         )
         # The table is split along d over sp x fsdp; the compiler moves one axis at a time well.
         x = one_row_twice(self.embed_tokens, tokens)
@@ -298,6 +420,14 @@ class HybridLM(nnx.Module):
         else:
             logits = self.lm_head(x)
         return constrain(logits, self.mesh, "batch", "tokens", "vocab")
+
+
+def _check_solver(solver: str, config: HybridConfig) -> None:
+    """Raises ValueError for another solver where no layer has any; the operator knows the names."""
+    if solver != "chebyshev":
+        kinds = kinds_within(config.student_kinds, config.sections)
+        if not any(kind.solves for kind in kinds):
+            raise ValueError(f"solver={solver!r}: the model has no layers with a solver (GKA).")
 
 
 def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelState | None:

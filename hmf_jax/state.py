@@ -60,6 +60,14 @@ class ModelState:
         """Rows [N] of this state, in this order, as a new state of batch N."""
         return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
 
+    def __repr__(self) -> str:
+        """Sizes in one line; the layers' arrays are in `layers`."""
+        rows = self.length.shape[0] if hasattr(self.length, "shape") else self.length
+        return (
+            f"ModelState({len(self.layers)} layers, rows={rows}, capacity={self.capacity}, "
+            f"fresh={self.fresh})"
+        )
+
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))

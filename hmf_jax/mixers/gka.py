@@ -119,6 +119,7 @@ class GatedKalmaNet(GatedLinearMixer):
             "ridge": c.ridge_strength,
             "scale": None if c.gla_rescale else 1.0,
             "decay_kk": c.use_forgetting_gate_kk,
+            "solver": ctx.solver,
             **ctx.options,
         }
         if state is not None and x.shape[1] == 1:
@@ -195,4 +196,5 @@ GKA = Kind(
     starts={BASE: lambda sections: FROM_ATTENTION, "GDN": lambda sections: _FROM_GDN},
     compose=_compose,
     fuses=True,
+    solves=True,
 )

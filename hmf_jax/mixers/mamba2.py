@@ -120,13 +120,13 @@ class Mamba2(Mixer):
         B, conv_B = self.B_conv1d(key_like(self.B_proj, self.B_norm), ctx, s and s.conv_B)
         C, conv_C = self.C_conv1d(key_like(self.C_proj, self.C_norm), ctx, s and s.conv_C)
         u, B, C = heads(u), heads(B), heads(C)
-        A = -jnp.exp(self.A_log[...])
+        A, D = -jnp.exp(exact(self.A_log[...])), exact(self.D[...])
         dt, _ = log_decay(self.A_log[...], ctx.over_tokens(self.dt_proj(x)), self.dt_bias[...])
         dt = ctx.mask(dt)
 
         if state is not None and x.shape[1] == 1:
             u, B, C, dt_now = (a[:, 0] for a in (ctx.mask(u), B, C, dt))
-            y, matrix = ssd_step(u, B, C, dt_now, A, self.D[...], state.s, **ctx.options)
+            y, matrix = ssd_step(u, B, C, dt_now, A, D, state.s, **ctx.options)
             y = y[:, None]
         else:
             y, matrix = ssd(
@@ -135,7 +135,7 @@ class Mamba2(Mixer):
                 C,
                 dt,
                 A,
-                self.D[...],
+                D,
                 initial_state=None if state is None else state.s,
                 **ctx.padding,
                 **ctx.options,

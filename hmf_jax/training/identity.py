@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 from hmf_jax.convert.directories import holds_model, read_json
 from hmf_jax.training.checkpoint import differences
 from hmf_jax.training.schema import TrainConfig
+from hmf_jax.training.sources import files_of
 
 RECORD, MODEL, ADAPTER, CHECKPOINTS = "run.json", "model", "adapter", "checkpoints"
 # All that a run writes into its directory.
@@ -70,16 +70,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 def data_files(data: str | list[str] | None) -> list[Path]:
     """The files that a field names: files, directories of them, patterns."""
-    files: list[Path] = []
-    for name in [] if data is None else [data] if isinstance(data, str) else data:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.is_file())
-        elif not path.exists() and glob.has_magic(name):
-            files += sorted(map(Path, glob.glob(str(path), recursive=True)))
-        else:
-            files.append(path)
-    return files
+    names = [] if data is None else [data] if isinstance(data, str) else data
+    return [file for name in names for file in files_of(name)]
 
 
 def tokenizer_identity(directory: Path, tokenizer: Any) -> dict[str, str]:

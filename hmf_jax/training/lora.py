@@ -51,7 +51,7 @@ _TILES: dict[str, int | None] = {"int8": None, "nf4": 64}
 class LoRALinear(nnx.Module):
     """y = x W + b + (alpha / r) (x A) B with W [in, out], A [in, r], B [r, out].
 
-    A and B are float32; x A B is computed in the dtype of W. W is either `kernel`, or quantised as
+    A and B are float32; x A B is computed in the dtype of x. W is either `kernel`, or quantised as
     `qvalue` [in, out] (int8 or 4-bit indices) times `scale` [in / tile, out].
     """
 
@@ -68,7 +68,7 @@ class LoRALinear(nnx.Module):
         self.lora_A = _param(A, (rows, None), mesh)
         self.lora_B = _param(B, (None, columns), mesh)
         self.alpha, self.rank = float(alpha), A.shape[1]
-        self.bias, self.dtype, self.quantized = linear.bias, linear.dtype, quantize
+        self.bias, self.quantized = linear.bias, quantize
         if quantize is None:
             self.kernel = linear.kernel
         else:
@@ -78,7 +78,7 @@ class LoRALinear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x [B, T, in] -> y [B, T, out]."""
-        return one_row_twice(self._product, x.astype(self.dtype))
+        return one_row_twice(self._product, x)
 
     def _product(self, x: Array) -> Array:
         if (kind := self.quantized) is None:
@@ -165,7 +165,8 @@ def merge_lora(model: HybridLM) -> HybridLM:
     Raises:
       ValueError: the model has no adapters.
     """
-    params = flat_params(model)
+    own = (".lora_A", ".lora_B", ".qvalue", ".scale")
+    params = {path: x for path, x in flat_params(model).items() if not path.endswith(own)}
     adapters = _adapters(model)
     for path, a in adapters.items():
         held = (a.kernel if a.quantized is None else a.qvalue)[...]  # may be a copy on the host

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shutil
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -418,6 +419,7 @@ def _loggers(config: TrainConfig, output: Path) -> list[Any]:
 
 
 def describe_data(batches: Batches) -> str:
-    """How many rows, documents and tokens were read, in words."""
+    """How many rows, documents and tokens were read, of which formats, in words."""
     counts = ", ".join(f"{n:,} {name}" for name, n in batches.counts.items())
-    return f"data     read by this process: {counts}"
+    more = textwrap.indent(batches.describe(), " " * 9)
+    return f"data     read by this process: {counts}\n{more}"

@@ -30,7 +30,8 @@ class TrainConfig(Recipe):
 
     Attributes:
       model: directory or repository of the model to start from, see `from_pretrained`.
-      data: a JSONL or Parquet file of texts or chats, or a list of them, see `Batches`.
+      data: a file of texts or chats, a directory or pattern of files, or a list of them, see
+        `Documents`.
       output: directory of the run: run.json (what it is a run of), config.yaml, checkpoints/,
         metrics.jsonl, loss.png, and at the end model/, a Hugging Face directory (and adapter/, with
         LoRA). A run that is started again goes on from its last checkpoint.
@@ -80,7 +81,7 @@ class TrainConfig(Recipe):
     lora_quantize: Literal["int8", "nf4"] | None = None
     batch_size: Count | None = None
     per_device_batch_size: Count | None = None
-    column: str | None = None
+    column: str | dict[str, str] | None = None
     template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     packing: str = "first_fit"
     on_bad: str = "skip"

@@ -19,6 +19,7 @@ from hmf_jax.convert.safetensors_io import (
     Pending,
     dtype_name,
     parse_size,
+    read_header,
     write,
 )
 
@@ -61,6 +62,24 @@ def test_writes_what_the_library_reads(tmp_path):
     assert loaded.keys() == values.keys()
     assert all(same(loaded[n], v) for n, v in values.items())
     assert not (tmp_path / INDEX).exists()
+
+
+def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path):
+    """Whatever the order of dtypes and odd sizes: others map files into memory as they are."""
+    values = {
+        "one": np.zeros(3, ml_dtypes.bfloat16),
+        "a longer name": np.zeros(5, np.float64),
+        "two": np.zeros(1, np.float16),
+        "three": np.zeros((3, 1), np.float32),
+        "four": np.zeros(1, ml_dtypes.bfloat16),
+    }
+    for count in range(1, 6):  # headers of several lengths
+        some = dict(list(values.items())[:count])
+        write(tmp_path, pending(some))
+        for name, info in read_header(tmp_path / SINGLE).items():
+            assert info.offset % some[name].dtype.itemsize == 0, (count, name)
+        length = int.from_bytes((tmp_path / SINGLE).read_bytes()[:8], "little")
+        assert length % 8 == 0  # the format asks for it
 
 
 def test_shards(tmp_path):
