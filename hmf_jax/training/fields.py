@@ -111,7 +111,7 @@ def _float(value: Any) -> Any:
     try:
         return float(value) if type(value) in (int, float) else value
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _words(kind: Any) -> str:
@@ -163,8 +163,6 @@ def parse_yaml(text: str, where: str) -> Any:
         line = "" if mark is None else f" line {mark.line + 1}:"
         problem = getattr(e, "problem", None) or str(e)
         raise ValueError(f"{where}: no YAML:{line} {' '.join(problem.split())}") from e
-    except RecursionError:
-        raise ValueError(f"{where}: no YAML: nested too deeply") from None
     except ValueError as e:
         raise ValueError(f"{where}: no YAML: {e}") from e
 
@@ -175,15 +173,20 @@ def _loader() -> Any:
     yaml = yaml_module()
 
     class Loader(yaml.SafeLoader):
+        depth = 0
+
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(
-                yaml.AliasEvent
-            ):  # a few of them can stand for any number of values
-                raise yaml.composer.ComposerError(
-                    None, None, "aliases are not read; write the value out",
-                    self.peek_event().start_mark,
-                )  # fmt: skip
-            return super().compose_node(parent, index)
+            mark, problem = self.peek_event().start_mark, None
+            if self.check_event(yaml.AliasEvent):  # a few can stand for any number of values
+                problem = "aliases are not read; write the value out"
+            elif self.depth > 20:
+                problem = "nested too deeply"
+            if problem:
+                raise yaml.composer.ComposerError(None, None, problem, mark)
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[str] = set()

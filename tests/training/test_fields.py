@@ -134,7 +134,7 @@ def test_numbers(name):
         (dict(betas=[0.9, math.nan]), "betas=nan must be"),
         (dict(data=[]), "data is empty"),
         (dict(data=["a", ""]), "data is empty"),
-        (dict(data=["a", 3]), r"data\[1\] must be text, not 3"),
+        (dict(data=["a", 3]), "data[1] must be text, not 3"),
         (dict(data=None), "data must be text or a list, not None"),
         (dict(output=" "), "output is empty"),
         (dict(model=3), "model must be text"),
