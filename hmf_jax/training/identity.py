@@ -91,6 +91,12 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+_IDENTITY = {
+    "fields", "rows", "steps", "config", "base weights", "tokenizer", "chat template", "data",
+    "eval_data",
+}  # fmt: skip
+
+
 @dataclasses.dataclass
 class Record:
     """The run.json of a run.
@@ -116,10 +122,10 @@ class Record:
         if not file.is_file():
             return None
         values = read_json(file)
-        try:
-            identity, wrote = dict(values["identity"]), dict(values["wrote"])
-        except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{file} is no record of a run: {e!r}; choose another output") from e
+        identity, wrote = values.get("identity"), values.get("wrote")
+        parts = isinstance(identity, dict) and _IDENTITY <= set(identity)
+        if not parts or not isinstance(wrote, dict):
+            raise ValueError(f"{file} is no record of a run; choose another output")
         return cls(directory, identity, wrote)
 
     def save(self) -> None:
@@ -229,13 +235,17 @@ def forget(record: Record) -> None:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """The file has the old text or this one at every moment."""
+    """The file has the old text or this one at every moment. Raises OSError naming it."""
     new = file.with_name(f".{file.name}.new")
-    with new.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    new.replace(file)
+    try:
+        with new.open("w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        new.replace(file)
+    except OSError as e:
+        new.unlink(missing_ok=True)
+        raise OSError(f"cannot write {file} (is the disk full?): {e.strerror}") from e
 
 
 def refusal(record: Record, found: Sequence[str]) -> str:
