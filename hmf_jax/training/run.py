@@ -70,7 +70,7 @@ def fine_tune(
 
     Args:
       config: what to do.
-      loss: of `make_train_step`; None: of the next token.
+      loss: of `make_train_step`; None: of the next token. It is not compared when a run goes on.
       progress: show bars.
       report: is told in words what happens (by process 0).
       lines: also report the metrics, a line every `log_every` steps; None: where no bar is shown.
@@ -205,8 +205,13 @@ def _export(model: HybridLM, record: Record, *, lora: bool, progress: bool) -> N
         from hmf_jax.training.lora import merge_lora, save_lora
 
         with record.writing(ADAPTER) as directory:
-            shutil.rmtree(directory, ignore_errors=True)
-            save_lora(model, directory)
+            new = directory.with_name(f".{ADAPTER}.new")
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+            save_lora(model, new)
+            directory.mkdir(exist_ok=True)
+            for file in new.iterdir():  # what else is there stays
+                file.replace(directory / file.name)
+            new.rmdir()
         model = merge_lora(model)
     with record.writing(MODEL) as directory:
         save_pretrained(model, directory, overwrite=True, progress=progress)
