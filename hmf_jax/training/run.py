@@ -85,7 +85,7 @@ def fine_tune(
       holds what the run reads, and inputs that differ from those that the run began with;
       FileExistsError for an output that holds what no run wrote. The latter before any work.
     """
-    run = Run.prepare(config, loss)
+    run = Run.prepare(config, loss, alone=True)
     first = jax.process_index() == 0
     report = report if first else lambda text: None
     progress = progress and first
@@ -247,9 +247,9 @@ class Run:
     step: jax.stages.Wrapped = dataclasses.field(init=False)
 
     @classmethod
-    def prepare(cls, config: TrainConfig, loss: Loss | None) -> Self:
+    def prepare(cls, config: TrainConfig, loss: Loss | None, *, alone: bool = False) -> Self:
         """Finds what is wrong with a config: raises what `fine_tune` raises. Joins the other
-        processes if the config says so."""
+        processes if the config says so. `alone`: refuse at once where another run is."""
         if not isinstance(config, TrainConfig):
             raise TypeError(
                 f"config must be a TrainConfig, not {type(config).__name__}; TrainConfig.load "
@@ -269,7 +269,11 @@ class Run:
                 f"{config.accumulate} x {parts}"
             )
         run = cls(config, source, model_config, mesh, batch_size)
-        check_output(Path(config.output).expanduser(), run.inputs(), run.writes(), contents=False)
+        output = Path(config.output).expanduser()
+        check_output(output, run.inputs(), run.writes(), contents=False)
+        if alone and jax.process_count() == 1 and output.is_dir():
+            with holding(output):
+                pass
         index, count = data_shard(mesh)
         run.tokenizer = load_tokenizer(source)
         run.batches = functools.partial(
