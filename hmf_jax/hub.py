@@ -126,7 +126,7 @@ def model_card(
     if any(kind.solves for kind in kinds) and model.config.gka is not None:
         sections.append(
             f"Gated KalmaNet layers run {model.config.gka.num_iter} solver iterations per token. "
-            f"Fewer are faster and less exact: `from_pretrained(\"{repo_id}\", num_iter=10)`, or "
+            f'Fewer are faster and less exact: `from_pretrained("{repo_id}", num_iter=10)`, or '
             "`num_iter=` of a call."
         )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"

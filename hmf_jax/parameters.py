@@ -75,7 +75,7 @@ def with_params[M: nnx.Module](module: M, params: Mapping[str, Any]) -> M:
     problems = [f"{path} is no parameter of the module" for path in params.keys() - own.keys()]
     for path, old in own.items():
         new = params[path]
-        if not jnp.issubdtype(getattr(new, "dtype", None), jnp.floating):
+        if not (hasattr(new, "dtype") and jnp.issubdtype(new.dtype, jnp.floating)):
             problems.append(f"{path} must be a floating-point array, got {_kind(new)}")
         elif new.shape != old.shape:
             problems.append(f"{path} has shape {list(new.shape)}, must be {list(old.shape)}")
