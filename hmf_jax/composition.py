@@ -164,7 +164,7 @@ def _check(
 
 
 def _bucket(size: int) -> int:
-    """Rounded up by an eighth at most, or to 256: few programs, and little memory that is unused."""
+    """Rounded up by an eighth at most, or to 256: few programs, and little unused memory."""
     step = max(256, power_of_two(size) // 16)
     return math.ceil(size / step) * step
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from hmf_jax.loading import save_pretrained
-from hmf_jax.memory import describe, size_text
+from hmf_jax.memory import describe
 from hmf_jax.mixers import KINDS, kinds_within, split_symbol
 from hmf_jax.model import HybridLM
 

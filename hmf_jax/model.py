@@ -30,9 +30,9 @@ from hmf_jax.layers import (
 from hmf_jax.mixers import Context, kinds_within
 from hmf_jax.mixers.base import abstract_zeros, zeros
 from hmf_jax.moved import TORCH_METHODS
+from hmf_jax.options import check_int
 from hmf_jax.packed import Origin
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
-from hmf_jax.options import check_int
 from hmf_jax.padding import arrange, check_tokens, restore, valid_first
 from hmf_jax.parameters import abstract_params, cast, float_dtype, shardings, split
 from hmf_jax.sharding import constrain, for_model
@@ -69,7 +69,8 @@ class HybridLM(nnx.Module):
     ):
         if not isinstance(config, HybridConfig):
             raise TypeError(
-                f"config must be a HybridConfig, such as HybridConfig.preset('tiny'), not {config!r}."
+                "config must be a HybridConfig, such as HybridConfig.preset('tiny'), "
+                f"not {type(config).__name__}."
             )
         rngs, dtype = nnx.Rngs(0) if rngs is None else rngs, float_dtype(dtype)
         d, V = config.hidden_size, config.vocab_size
