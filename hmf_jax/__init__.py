@@ -21,7 +21,14 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "convert")):
 if TYPE_CHECKING:  # what `__getattr__` does, for type checkers; a test compares the two
     from hmf_jax.composition import compose
     from hmf_jax.config import HybridConfig
-    from hmf_jax.engine import enable_compilation_cache, generate, stream, warmup
+    from hmf_jax.engine import (
+        enable_compilation_cache,
+        generate,
+        sample,
+        score,
+        stream,
+        warmup,
+    )
     from hmf_jax.hub import push_to_hub
     from hmf_jax.loading import from_pretrained, save_orbax, save_pretrained
     from hmf_jax.mixers import BMojoConfig, GDNConfig, GKAConfig, Mamba2Config, SWAConfig
@@ -57,8 +64,10 @@ _HOME = {
     "load_tokenizer": "text",
     "make_mesh": "sharding",
     "push_to_hub": "hub",
+    "sample": "engine",
     "save_orbax": "loading",
     "save_pretrained": "loading",
+    "score": "engine",
     "stream": "engine",
     "stream_text": "text",
     "warmup": "engine",
@@ -88,8 +97,10 @@ __all__ = [
     "load_tokenizer",
     "make_mesh",
     "push_to_hub",
+    "sample",
     "save_orbax",
     "save_pretrained",
+    "score",
     "stream",
     "stream_text",
     "warmup",

@@ -15,6 +15,7 @@ token never falls on a position that is taken. Of parts of one length the result
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -201,12 +202,14 @@ def _feed(
     for start in range(0, longest, prefill_chunk):
         width = min(power_of_two(longest - start, SMALLEST_CHUNK), prefill_chunk)
         piece = (x[:, start : start + width] for x in (tokens, at))
-        state = _prefill(packed, state, *piece, np.clip(counts - start, 0, width), **options)
+        counted = np.clip(counts - start, 0, width)
+        state = _prefill(packed, state, *piece, counted, fresh=start == 0, **options)
     return state
 
 
-@partial(jax.jit, donate_argnames="state", static_argnames=("impl", "solver"))
-def _prefill(packed, state, tokens, positions, lengths, num_iter, impl, solver):
+@partial(jax.jit, donate_argnames="state", static_argnames=("fresh", "impl", "solver"))
+def _prefill(packed, state, tokens, positions, lengths, fresh, num_iter, impl, solver):
+    state = dataclasses.replace(state, fresh=fresh)
     _, state = packed.model()(
         tokens, positions=positions, lengths=lengths, state=state,
         num_iter=num_iter, last_only=True, impl=impl, solver=solver,
@@ -238,4 +241,4 @@ def _merge(
         KINDS[symbol].compose(parts, config.sections, layer, full)
         for symbol, layer, full in zip(config.student_kinds, state.layers, wholes, strict=True)
     )
-    return ModelState(layers, total, position, place.shape[1], fresh=False)
+    return ModelState(layers, total, position, place.shape[1])

@@ -33,7 +33,14 @@ from hmf_jax.moved import TORCH_METHODS
 from hmf_jax.options import check_int
 from hmf_jax.packed import Origin
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
-from hmf_jax.padding import arrange, check_tokens, restore, valid_first
+from hmf_jax.padding import (
+    arrange,
+    check_room,
+    check_state,
+    check_tokens,
+    restore,
+    valid_first,
+)
 from hmf_jax.parameters import abstract_params, cast, float_dtype, shardings, split
 from hmf_jax.sharding import constrain, for_model
 from hmf_jax.state import ModelState
@@ -98,7 +105,7 @@ class HybridLM(nnx.Module):
         cls, config: HybridConfig, *, dtype=jnp.bfloat16, mesh: Mesh | None = None, seed: int = 0
     ) -> HybridLM:
         """A model with random parameters."""
-        check_int("seed", seed, 0)
+        check_int("seed", seed, 0, 2**32 - 1)
         return cls(config, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(seed))
 
     @classmethod
@@ -200,6 +207,10 @@ class HybridLM(nnx.Module):
     def init_state(self, batch: int, capacity: int) -> ModelState:
         """An empty state for `batch` rows of at most `capacity` tokens each.
 
+        It can be the carry of `jax.lax.scan`, `fori_loop` and `while_loop`. A first prefill is
+        quickest where the state is made, outside of jit or in the same program: see
+        `ModelState.fresh`.
+
         Memory: full attention layers take capacity entries per row, all other kinds a size that
         does not depend on capacity.
         """
@@ -214,7 +225,7 @@ class HybridLM(nnx.Module):
             block.mixer.init_state(batch, capacity, self.dtype, self.mesh) for block in self.layers
         )
         length, position = (zeros((batch,), (None,), jnp.int32, self.mesh) for _ in range(2))
-        return ModelState(layers, length, position, capacity)
+        return ModelState(layers, length, position, capacity, fresh=True)
 
     def abstract_state(self, batch: int, capacity: int) -> ModelState:
         """`init_state` as `jax.ShapeDtypeStruct`s with shardings (without a mesh: None)."""
@@ -239,13 +250,14 @@ class HybridLM(nnx.Module):
         Args:
           tokens: [B, T] integers. With a state they continue its rows; T may be anything.
           positions: [B, T] rotary positions; default: the index of each token in its document.
+            With a state the default goes on after its rows' last position, given or not.
           segment_ids: [B, T]; 0 marks padding (anywhere; it leaves no trace), other numbers mark
             packed documents, which do not see each other. With a state every non-zero number means
             "valid": packing is for whole sequences.
           lengths: [B]; the first lengths[b] tokens of row b are valid, the others padding. Instead
             of segment_ids, and cheaper: no token has to be moved.
-          state: from `init_state` or an earlier call; a row must not outgrow its capacity (tokens
-            beyond it are lost to full attention layers, so check before you call).
+          state: from `init_state` or an earlier call; a row must not outgrow its capacity: tokens
+            beyond it are lost to full attention layers. Outside of jit that is an error.
           num_iter: solver iterations of GKA layers, a number or one per row [B]; 0 = plain gated
             linear attention. Default: the config's. Changing it does not recompile.
           last_only: logits for the last valid token of each row only.
@@ -256,6 +268,10 @@ class HybridLM(nnx.Module):
         Returns:
           logits [B, T, V] in the model's dtype ([B, 1, V] with last_only), unspecified at padding;
           the new state, or None without one.
+
+        Raises:
+          ValueError: shapes or dtypes that do not fit each other; a state of another model, dtype
+            or batch, or without room for these tokens.
         """
         x, ctx = self.embed(
             tokens, positions=positions, segment_ids=segment_ids, lengths=lengths, state=state,
@@ -278,6 +294,7 @@ class HybridLM(nnx.Module):
         *,
         positions: Array | None = None,
         segment_ids: Array | None = None,
+        lengths: Array | None = None,
         num_iter: Array | int | None = None,
         impl: str = "auto",
         solver: str = "chebyshev",
@@ -287,8 +304,8 @@ class HybridLM(nnx.Module):
         `hidden(tokens) @ head_kernel()` are the logits; a training loss makes them in pieces.
         """
         x, ctx = self.embed(
-            tokens, positions=positions, segment_ids=segment_ids, num_iter=num_iter, impl=impl,
-            solver=solver,
+            tokens, positions=positions, segment_ids=segment_ids, lengths=lengths,
+            num_iter=num_iter, impl=impl, solver=solver,
         )  # fmt: skip
         for layer in self.blocks(x, ctx):
             x = layer.x
@@ -343,12 +360,13 @@ class HybridLM(nnx.Module):
           x [B, T, d], the embeddings with the valid tokens of each row first, and what the layers
           are told about them; `restore(x, ctx.place)` of `hmf_jax.padding` undoes the order.
         """
-        check_tokens(tokens, positions, segment_ids, lengths, state, self.mesh)
+        check_tokens(tokens, positions, segment_ids, lengths, self.mesh)
+        self.config.check_num_iter(num_iter)
         _check_solver(solver, self.config)
         float_dtype(self.dtype)  # parameters may have been cast to anything
-        if isinstance(num_iter, int) and num_iter < 0:
-            raise ValueError(f"num_iter={num_iter} must be 0 or more.")
         B, T = tokens.shape
+        if state is not None:
+            check_state(self, state, B)
         place, lengths = None, None if lengths is None else jnp.asarray(lengths, jnp.int32)
         if segment_ids is not None:
             valid = segment_ids != 0
@@ -357,6 +375,9 @@ class HybridLM(nnx.Module):
                 place = valid_first(valid)
                 tokens, segment_ids = arrange(tokens, place), arrange(segment_ids, place)
                 positions = None if positions is None else arrange(positions, place)
+        if state is not None:
+            check_room(self, state, T if lengths is None else lengths)
+        after = None if state is None else _next_position(state, positions, lengths, T)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
             if state is not None:
@@ -375,6 +396,7 @@ class HybridLM(nnx.Module):
             fresh=state is not None and state.fresh,
             impl=impl,
             mesh=self.mesh,
+            position=after,
             solver=solver,
         )
         # The table is split along d over sp x fsdp; the compiler moves one axis at a time well.
@@ -412,6 +434,18 @@ def _check_solver(solver: str, config: HybridConfig) -> None:
 def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelState | None:
     if state is None:
         return None
-    new = T if ctx.lengths is None else ctx.lengths
-    seen = dict(length=state.length + new, position=state.position + new)
-    return dataclasses.replace(state, layers=tuple(layers), **seen, fresh=False)
+    length = state.length + (T if ctx.lengths is None else ctx.lengths)
+    assert ctx.position is not None
+    return ModelState(tuple(layers), length, ctx.position, state.capacity)
+
+
+def _next_position(
+    state: ModelState, positions: Array | None, lengths: Array | None, T: int
+) -> Array:
+    """[B]: one more than the last position of each row, whose valid tokens come first."""
+    if positions is None:
+        return state.position + (T if lengths is None else lengths)
+    if lengths is None:
+        return positions[:, -1].astype(jnp.int32) + 1
+    last = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(lengths > 0, last.astype(jnp.int32) + 1, state.position)

@@ -182,8 +182,13 @@ def test_prints_in_a_few_lines(model: HybridLM) -> None:
     model.source = "/models/a"
     text = repr(model)
     assert text == str(model) and len(text.splitlines()) <= 8
-    for said in ("float32, loaded from /models/a", "1 layers: *", "1 x *    full attention",
-                 f"{model.num_parameters():,} parameters", "one sequence of 512 tokens"):  # fmt: skip
+    for said in (
+        "float32, loaded from /models/a",
+        "1 layers: *",
+        "1 x *    full attention",
+        f"{model.num_parameters():,} parameters",
+        "one sequence of 512 tokens",
+    ):
         assert said in text
     mesh = place(model, model.config, mesh_of(dict(tp=2)))
     assert "on a mesh of tp=2" in repr(mesh)
@@ -243,9 +248,9 @@ class TestNamesOfOtherLibraries:
 
     def test_what_the_errors_name_exists(self) -> None:
         text = " ".join([*TORCH_METHODS.values(), *ELSEWHERE.values()])
-        for place in set(re.findall(r"hmf_jax(?:\.\w+)+", text)):
+        for path in set(re.findall(r"hmf_jax(?:\.\w+)+", text)):
             value = importlib.import_module("hmf_jax")
-            for name in place.split(".")[1:]:
+            for name in path.split(".")[1:]:
                 if not hasattr(value, name):
                     importlib.import_module(f"{value.__name__}.{name}")
                 value = getattr(value, name)

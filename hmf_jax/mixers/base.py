@@ -36,6 +36,7 @@ class Context:
       impl: static; implementation of the operators ("auto" or a name that they all know).
       solver: static; whose steps num_iter counts, see `hmf_jax.pallas_kernels.gka`.
       mesh: static; the device mesh, or None.
+      position: [B] int32, what the state's `position` is after this call; None without a state.
     """
 
     rope: tuple[Array, Array]
@@ -48,6 +49,7 @@ class Context:
     impl: str = dataclasses.field(metadata={"static": True})
     mesh: Mesh | None = dataclasses.field(metadata={"static": True})
     solver: str = dataclasses.field(default="chebyshev", metadata={"static": True})
+    position: Array | None = None
 
     @property
     def options(self) -> dict:

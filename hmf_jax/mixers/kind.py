@@ -55,6 +55,7 @@ class Section:
         what it reads from the top level. Default: the value of `key`.
       read: the section as stored -> the same under the names of the fields.
       write: the settings -> keys to write besides the fields, or in place of them.
+      patch: another key of the top level; what it holds is put over this section.
     """
 
     attribute: str
@@ -67,6 +68,7 @@ class Section:
     take: Callable[[dict[str, Any]], Any] | None = None
     read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda stored: stored
     write: Callable[[Any], Mapping[str, Any]] = lambda settings: {}
+    patch: str | None = None
 
 
 Start = Callable[[Sections], Mapping[str, str]]

@@ -29,7 +29,7 @@ from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.mixers.kind import BASE, GATE, Kind, Section, Sections
 from hmf_jax.mixers.linear import ShortConv
 from hmf_jax.mixers.parts import Parts
-from hmf_jax.options import Backbone
+from hmf_jax.options import Backbone, check_bool, check_fields
 from hmf_jax.pallas_kernels import ssd, ssd_step
 
 CONV_SIZE = 4
@@ -41,6 +41,9 @@ class Mamba2Config:
 
     use_qk_norm: bool = True
     use_pos_emb: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, {}, "mamba2_config.")
 
 
 @jax.tree_util.register_dataclass
@@ -238,7 +241,8 @@ _POS_EMB = ("use_pos_emb", "use_pos_embed", "use_rotary_emb")
 
 def _read(stored: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(stored)
-    found = {n: bool(out.pop(n)) for n in _POS_EMB if out.get(n) is not None}
+    given = {n: out.pop(n) for n in _POS_EMB if n in out}
+    found = {n: check_bool(f"mamba2_config.{n}", v) for n, v in given.items() if v is not None}
     if len(set(found.values())) > 1:
         raise ValueError(f"mamba2_config contradicts itself: {found}; make them equal")
     if found:
