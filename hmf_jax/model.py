@@ -27,7 +27,7 @@ from hmf_jax.layers import (
     rope_table,
     without_dtype,
 )
-from hmf_jax.mixers import Context, kinds_within
+from hmf_jax.mixers import Context
 from hmf_jax.mixers.base import abstract_zeros, zeros
 from hmf_jax.moved import TORCH_METHODS
 from hmf_jax.options import check_int
@@ -362,7 +362,8 @@ class HybridLM(nnx.Module):
         """
         check_tokens(tokens, positions, segment_ids, lengths, self.mesh)
         self.config.check_num_iter(num_iter)
-        _check_solver(solver, self.config)
+        if solver != "chebyshev" and not self.config.solves:  # the operator knows the names
+            raise ValueError(f"{solver=}: the model has no layers with a solver (GKA).")
         float_dtype(self.dtype)  # parameters may have been cast to anything
         B, T = tokens.shape
         if state is not None:
@@ -421,14 +422,6 @@ class HybridLM(nnx.Module):
         else:
             logits = self.lm_head(x)
         return constrain(logits, self.mesh, "batch", "tokens", "vocab")
-
-
-def _check_solver(solver: str, config: HybridConfig) -> None:
-    """Raises ValueError for another solver where no layer has any; the operator knows the names."""
-    if solver != "chebyshev":
-        kinds = kinds_within(config.student_kinds, config.sections)
-        if not any(kind.solves for kind in kinds):
-            raise ValueError(f"solver={solver!r}: the model has no layers with a solver (GKA).")
 
 
 def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelState | None:

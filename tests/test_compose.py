@@ -263,7 +263,7 @@ def test_on_a_mesh() -> None:
         (dict(chunks=2, ssm="mean"), "choose one of soup, fuse, zero"),
         (dict(chunks=2, kv="full", prefix=[1]), "start with the prefix"),
         (dict(chunks=2, prefix=[64]), "prefix holds token id 64, outside the vocabulary of 64"),
-        (dict(chunks=2, prefix="You are"), "prefix must be a flat list of token ids.$"),
+        (dict(chunks=2, prefix="You are"), "prefix is text; use generate_text, or encode it to token ids.$"),
         (dict(chunks=2, context=[]), "context is empty"),
         (dict(chunks=2, context=None), "context must be a flat list"),
         (dict(chunks=2, context=CONTEXT[None]), "context must be a flat list"),
