@@ -25,6 +25,7 @@ from hmf_jax.layers import (
     linear,
     one_row_twice,
     rope_table,
+    untabulated,
     without_dtype,
 )
 from hmf_jax.mixers import Context
@@ -340,6 +341,7 @@ class HybridLM(nnx.Module):
             seen.append((layer.mixed, x))
         return self._head(x), _advance(state, layers, ctx, tokens.shape[1]), seen
 
+    @untabulated
     def embed(
         self,
         tokens: Array,
@@ -405,6 +407,7 @@ class HybridLM(nnx.Module):
         x = constrain(x, self.mesh, "batch", None, "tokens")
         return constrain(x, self.mesh, "batch", "tokens", None), ctx
 
+    @untabulated
     def blocks(
         self, x: Array, ctx: Context, state: ModelState | None = None
     ) -> Iterator[LayerOutput]:

@@ -224,6 +224,18 @@ class TestFlax:
         with pytest.raises(ValueError, match="no_such"):
             nnx.view(model, no_such=True)
 
+    @pytest.mark.parametrize("kinds", [("GKA",), pytest.param(ALL, marks=pytest.mark.slow)])
+    def test_tabulate(self, kinds: tuple[str, ...]) -> None:
+        """Blocks, mixers and projections have their rows, and the model works afterwards."""
+        model = build(tiny_config(kinds), jnp.float32)
+        plain = dict(width=200, force_terminal=False)
+        text = nnx.tabulate(model, TOKENS, console_kwargs=plain)
+        rows = {line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")}
+        layers = [f"layers/{i}" for i in range(len(kinds))]
+        wanted = {"embed_tokens", "norm", *layers, *(f"{layer}/mixer" for layer in layers)}
+        assert wanted <= rows and f"{model.num_parameters():,}" in text
+        assert jax.eval_shape(lambda m: m(TOKENS)[0], model).shape == (*TOKENS.shape, 64)
+
     def test_display(self, model: HybridLM, capsys) -> None:
         nnx.display(model)
         assert "full attention" in capsys.readouterr().out
