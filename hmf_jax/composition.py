@@ -114,7 +114,7 @@ def compose(
             f"{config.max_position_embeddings}, {capacity=} leaves no room or goes beyond: "
             f"choose one up to {held + room}, or more chunks."
         )
-    options = dict(prefill_chunk=prefill_chunk, num_iter=num_iter, impl=impl, solver=solver)
+    options: Any = dict(prefill_chunk=prefill_chunk, num_iter=num_iter, impl=impl, solver=solver)
     before = np.cumsum([0, *map(len, parts)]) if sequential else np.zeros(len(parts) + 1, int)
     at = [_positions(P, n, before[i]) for i, n in enumerate(lengths)]
     state = _feed(model, rows, at, _bucket(longest), **options)
@@ -131,8 +131,9 @@ def _ids(name: str, tokens: Tokens | None, config: HybridConfig) -> list[int]:
     """The tokens as a list of ints; a prefix may be empty or None."""
     if name == "prefix" and (tokens is None or np.size(tokens) == 0):
         return []
+    prompts: Any = [tokens]
     try:
-        return check_prompts([tokens], config.vocab_size)[0]
+        return check_prompts(prompts, config.vocab_size)[0]
     except ValueError as e:
         said = str(e).replace("Prompt 0", name).split(" Put a single")[0]
         ragged = not said.startswith(name)  # numpy's words
@@ -235,7 +236,7 @@ def _merge(
       counts: [N], total, position: [1] int32, tokens of the rows and of the new one, the position
         of its next token.
     """
-    parts = Parts(*place, counts, total, ssm)
+    parts = Parts(place[0], place[1], counts, total, ssm)
     wholes = [None] * len(state.layers) if whole is None else whole.layers
     layers = tuple(
         KINDS[symbol].compose(parts, config.sections, layer, full)

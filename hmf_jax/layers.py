@@ -32,11 +32,13 @@ def one_row_twice(f: Callable[[Array], Array], x: Array) -> Array:
     return f(jnp.broadcast_to(x, (1, 2, *x.shape[2:])))[:, :1]
 
 
-def in_dtype_of_first(arrays: tuple[Array | None, ...], **options: Any) -> tuple[Any, ...]:
+def in_dtype_of_first[T: tuple[Any, ...]](
+    arrays: T, /, *, dtype: Any = None, inexact: bool = True
+) -> T:
     """The `promote_dtype` of NNX layers that compute in their input's dtype, whatever their
     parameters have: (input, kernel, bias), or the table of embeddings alone."""
-    first: Any = arrays[0]
-    return tuple(None if x is None else x.astype(first.dtype) for x in arrays)
+    found: Any = tuple(None if x is None else x.astype(arrays[0].dtype) for x in arrays)
+    return found
 
 
 class _Untabulated:
