@@ -107,12 +107,18 @@ def compose(
     held = len(kept)
     start = longest if kv != "full" and not sequential else P + len(context)
     room = config.max_position_embeddings - start
+    if room < 1:
+        raise ValueError(
+            f"The parts, of up to {longest} tokens with their prefix, end at position {start}, and "
+            f"max_position_embeddings={config.max_position_embeddings}: use more chunks, or a "
+            "shorter prefix."
+        )
     capacity = min(_bucket(held + ROOM), held + room) if capacity is None else capacity
     if not held < capacity <= held + room:
         raise ValueError(
             f"After {held} tokens, at position {start} of max_position_embeddings="
             f"{config.max_position_embeddings}, {capacity=} leaves no room or goes beyond: "
-            f"choose one up to {held + room}, or more chunks."
+            f"choose one from {held + 1} to {held + room}."
         )
     options: Any = dict(prefill_chunk=prefill_chunk, num_iter=num_iter, impl=impl, solver=solver)
     before = np.cumsum([0, *map(len, parts)]) if sequential else np.zeros(len(parts) + 1, int)

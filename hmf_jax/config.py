@@ -78,8 +78,8 @@ class HybridConfig(Backbone):
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     family: str = "qwen3"
-    extra: str = "{}"
-    stock: str | None = None
+    extra: str = dataclasses.field(default="{}", repr=False)
+    stock: str | None = dataclasses.field(default=None, repr=False)
 
     def __init__(
         self,

@@ -313,5 +313,5 @@ def test_a_context_longer_than_the_model_has_positions() -> None:
     assert np.isfinite(logits_after(model, state)).all()
     others: list[dict[str, Any]] = [dict(chunks=1), dict(chunks=4, sequential=True)]
     for options in [*others, dict(chunks=4, kv="full")]:
-        with pytest.raises(ValueError, match="or more chunks"):
+        with pytest.raises(ValueError, match="use more chunks"):
             compose(model, CONTEXT, **options)
