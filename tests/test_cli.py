@@ -140,6 +140,7 @@ def test_errors_are_one_clear_line(checkpoint, tmp_path):
     assert "config.json" in error_of("info", tmp_path)
     assert "nothing to compare with" in error_of("verify", checkpoint)
     assert "num_iter=-1" in error_of("generate", checkpoint, "Hi", "--num-iter", -1)
+    assert "leave num_iter out" in error_of("generate", checkpoint, "Hi", "--num-iter", 5)
     assert "temperature=-1" in error_of("generate", checkpoint, "Hi", "--temperature", -1)
     assert "is empty" in error_of("generate", checkpoint, "")
     assert "no room in a capacity" in error_of("generate", checkpoint, "Hi" * 9, "--capacity", 8)

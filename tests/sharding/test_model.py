@@ -71,9 +71,9 @@ def collectives(kinds, mesh, T=1, **changes) -> tuple[collections.Counter, str]:
     """
     config = tiny_config(kinds, **{**HEADS, **changes})
     model = place(random_model(config, jnp.float32), config, mesh)
-    state = dataclasses.replace(model.init_state(4, 32), fresh=T > 1)
-    step = jax.jit(lambda m, t, s: m(t, state=s))
-    text = step.lower(model, jnp.zeros((4, T), jnp.int32), state).compile().as_text()
+    step = jax.jit(lambda m, t, s: m(t, state=dataclasses.replace(s, fresh=T > 1)))
+    args = model, jnp.zeros((4, T), jnp.int32), model.init_state(4, 32)
+    text = step.lower(*args).compile().as_text()
     names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     assert text is not None
     found = collections.Counter()
