@@ -78,8 +78,8 @@ class HybridConfig(Backbone):
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     family: str = "qwen3"
-    extra: str = "{}"
-    stock: str | None = None
+    extra: str = dataclasses.field(default="{}", repr=False)
+    stock: str | None = dataclasses.field(default=None, repr=False)
 
     def __init__(
         self,
@@ -160,6 +160,12 @@ class HybridConfig(Backbone):
         base = all(symbol in KINDS and KINDS[symbol].layer_type for symbol in self.layer_kinds)
         return self.stock is not None and base
 
+    @property
+    def solves(self) -> bool:
+        """Whether there are layers that iterate: GKA, also inside B'MOJO-F, or as a teacher."""
+        kinds = {kind for symbol in self.layer_kinds for kind in split_symbol(symbol) if kind}
+        return any(kind.solves for kind in kinds_within(kinds, self.sections))
+
     def check_num_iter(self, value: Any) -> None:
         """Looks at a number of solver iterations that a call gives in place of the config's.
 
@@ -175,9 +181,7 @@ class HybridConfig(Backbone):
             if not whole or given.min() < 0 or given.max() > MOST_ITERATIONS:
                 limits = f">= 0 and <= {MOST_ITERATIONS}"
                 raise ValueError(f"num_iter={shown(value)} must be a whole number {limits}")
-        kinds = {kind for symbol in self.layer_kinds for kind in split_symbol(symbol) if kind}
-        types = [kind.section.type for kind in kinds_within(kinds, self.sections) if kind.section]
-        if not any(field.name == "num_iter" for t in types for field in dataclasses.fields(t)):
+        if not self.solves:
             raise ValueError("this model has no GKA layers: leave num_iter out")
 
     @classmethod

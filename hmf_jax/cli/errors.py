@@ -100,6 +100,15 @@ def progress() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
+def talk(quiet: bool) -> dict[str, Any]:
+    """How a training run reports, as its arguments: a bar on a terminal, lines where there is
+    none."""
+    if quiet:
+        return {"progress": False, "report": lambda text: None, "lines": False}
+    bar, terminal = progress(), sys.stdout is not None and sys.stdout.isatty()
+    return {"progress": bar, "report": typer.echo, "lines": not (bar and terminal)}
+
+
 def _prepare() -> None:
     """Makes the process's streams and signals such that a command need not think of them."""
     for number in range(3):  # a closed one would become the next file that is opened
@@ -145,12 +154,3 @@ def _nobody_reads(e: Exception) -> bool:
 def _drop() -> None:
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def talk(quiet: bool) -> dict[str, Any]:
-    """How a training run reports, as its arguments: a bar on a terminal, lines where there is
-    none."""
-    if quiet:
-        return {"progress": False, "report": lambda text: None, "lines": False}
-    bar = progress()
-    return {"progress": bar, "report": typer.echo, "lines": not (bar and sys.stdout.isatty())}

@@ -25,13 +25,12 @@ def convert(
     ] = False,
 ) -> None:
     """Convert a model from Hugging Face to Orbax format, or back. Numbers stay bit-identical."""
-    from hmf_jax.loading import convert_directory
+    from hmf_jax.loading import convert_directory, resolve
 
-    stored = to is None and any(Path(source).glob("*.safetensors"))
-    if max_shard_size is not None and (to is Format.orbax or stored):
-        raise ValueError("--max-shard-size is for Hugging Face format, this writes Orbax.")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another directory or pass --overwrite.")
+    if max_shard_size is not None:
+        stored = to is None and any(resolve(source, progress=progress()).glob("*.safetensors"))
+        if stored or to is Format.orbax:
+            raise ValueError("--max-shard-size is for Hugging Face format, this writes Orbax.")
     written = convert_directory(
         source,
         target,

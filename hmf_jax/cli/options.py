@@ -25,7 +25,14 @@ Model = Annotated[
         "such as org/name, which is downloaded."
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Longest answer, in tokens. Default: what the model's generation_config.json says, "
+        "else 128, in a chat 1024.",
+        min=1,
+    ),
+]
 Temperature = Annotated[
     float | None,
     typer.Option(

@@ -31,6 +31,8 @@ from hmf_jax.pallas_kernels.recurrent import check, check_heads, check_padding, 
 
 __all__ = ["gka", "gka_step"]
 
+MOST_STEPS = 1000  # far beyond what float64 can use
+
 
 def gka(
     q: jax.Array,
@@ -71,8 +73,8 @@ def gka(
       alpha: [B, T, H] blend of query and solution, in [0, 1]; None = 1.
       g: [B, T, H] log-decay per token, <= 0, best float32; None = no decay.
       beta: [B, T, H] factor on k and on v; None = 1.
-      num_iter: Chebyshev steps >= 0, for all rows or per row [B]; may be traced. 0 leaves the query
-        as it is (alpha is ignored), h_kk is still updated.
+      num_iter: solver steps from 0 to 1000, for all rows or per row [B]; may be traced. 0 leaves the
+        query as it is (alpha is ignored), h_kk is still updated.
       ridge: lambda over the Frobenius norm of H, >= 0.
       scale: factor on the output; None = D**-0.5.
       decay_kk: whether H decays; U always does.
@@ -289,6 +291,6 @@ def _per_row(num_iter: int | jax.Array | np.ndarray, batch: int) -> jax.Array | 
             f"gka: num_iter is {steps.dtype}{list(steps.shape)}, expected an integer or integers "
             f"of shape {(batch,)}."
         )
-    if isinstance(steps, np.ndarray) and (steps < 0).any():
-        raise ValueError(f"gka: num_iter={num_iter}, expected integers >= 0.")
+    if isinstance(steps, np.ndarray) and ((steps < 0) | (steps > MOST_STEPS)).any():
+        raise ValueError(f"gka: num_iter={num_iter}, expected integers from 0 to {MOST_STEPS}.")
     return xp.broadcast_to(steps.astype(np.int32), (batch,))
