@@ -112,7 +112,7 @@ def test_convert_there_and_back(checkpoint, tmp_path):
         assert load_tokenizer(path).chat_template
         assert (path / "generation_config.json").is_file()
     assert "not a directory" in error_of("convert", tmp_path / "nothing", tmp_path / "x")
-    assert "pass --overwrite" in error_of("convert", checkpoint, tmp_path / "orbax")
+    assert "--overwrite" in error_of("convert", checkpoint, tmp_path / "orbax")
     run("convert", checkpoint, tmp_path / "orbax", "--overwrite")
 
 
@@ -353,6 +353,7 @@ def echo(*arguments, **options):
 
 def test_a_reader_that_has_gone():
     process = echo(10**6, stdout=subprocess.PIPE)
+    assert process.stdout is not None
     process.stdout.close()
     assert process.communicate()[1] == "" and process.returncode == 1
 
@@ -376,7 +377,7 @@ def test_an_output_without_these_characters():
 )
 def test_signals(signum, code, says):
     process = echo(1, "--wait", stdout=subprocess.DEVNULL)
-    assert process.stderr.readline() == "ready\n"
+    assert process.stderr is not None and process.stderr.readline() == "ready\n"
     process.send_signal(signum)
     assert process.communicate()[1] == says and process.returncode == code
 
