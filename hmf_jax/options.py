@@ -94,12 +94,8 @@ def check_number(
 
     Raises ValueError for anything else.
     """
-    if (
-        not _is(value, numbers.Real)
-        or not -math.inf < value < math.inf
-        or value < low
-        or (above and value == low)
-    ):
+    finite = _is(value, numbers.Real) and -math.inf < value < math.inf
+    if not finite or value < low or (above and value == low):
         least = f"{'>' if above else '>='} {low:g}"
         raise ValueError(f"{name} must be a finite number {least}, got {shown(value)}")
     if high is not None and value > high:
