@@ -305,7 +305,7 @@ def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless `value` is a whole number, at least `least`, that fits into int32."""
+    """Raises ValueError unless `value` is a whole number, `least` or more, that fits into int32."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number >= {least}.")
     if value >= 2**31:
