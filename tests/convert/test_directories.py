@@ -147,7 +147,9 @@ def test_a_failed_save_changes_nothing(tmp_path, target):
     assert os.listdir(tmp_path) == ["model"]
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write everywhere"
+)
 def test_a_parent_without_permission(tmp_path):
     (tmp_path / "parent").mkdir(mode=0o555)
     with pytest.raises(PermissionError, match="no permission to write in"):
@@ -155,8 +157,12 @@ def test_a_parent_without_permission(tmp_path):
 
 
 def test_leftovers_are_cleaned_by_the_next_save_only(tmp_path, target):
-    dead = tmp_path / ".hmf-jax-save-0123456789abcdef"
+    dead = tmp_path / f".hmf-jax-save-{directories._host()}-0123456789abcdef"
     fill(dead, "half")
+    distant, forgotten = (tmp_path / f".hmf-jax-save-{c * 8}-0123456789abcdef" for c in "01")
+    fill(distant, "of another machine, which may still write")
+    fill(forgotten, "of another machine, long ago")
+    os.utime(forgotten, (0, 0))
     mine = tmp_path / ".hmf-jax-save-notes"
     mine.mkdir()
     with lock(target), pytest.raises(FileExistsError), replacing(target):
@@ -165,8 +171,8 @@ def test_leftovers_are_cleaned_by_the_next_save_only(tmp_path, target):
     with replacing(tmp_path / "other") as tmp:
         fill(tmp, "new")
         save(target)  # does not touch what another save is writing
-        assert tmp.exists() and not dead.exists()
-    assert {p.name for p in tmp_path.iterdir()} == {"model", "other", mine.name}
+        assert tmp.exists() and not dead.exists() and not forgotten.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "other", mine.name, distant.name}
 
 
 # Kills itself at the n-th call that touches the file system, for every n; prints what was visible.
