@@ -160,8 +160,9 @@ def _check_existing(directory: Path, overwrite: bool, model_types: Collection[st
             )
     if os.path.ismount(directory):
         raise OSError(f"{directory} is a mount point; choose a directory inside it")
-    if Path.cwd().is_relative_to(directory.resolve()):
-        raise OSError(f"{directory} is the working directory; work in another one to replace it")
+    with contextlib.suppress(FileNotFoundError):  # the working directory may be gone
+        if Path.cwd().is_relative_to(directory.resolve()):
+            raise OSError(f"{directory} is the working directory; change to another one first")
 
 
 @contextlib.contextmanager
