@@ -46,6 +46,7 @@ def load_tokenizer(directory: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), config=PreTrainedConfig(), trust_remote_code=False, local_files_only=True
         )
+        tokenizer("Settings of a wrong type are noticed when it is used.")
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # also what the Rust library panics with
