@@ -14,7 +14,6 @@ import jax
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine.buffers import SMALLEST_CAPACITY, SMALLEST_CHUNK, power_of_two
-from hmf_jax.engine.defaults import of_directory
 from hmf_jax.engine.engine import Engine
 from hmf_jax.engine.request import (
     Output,
@@ -30,6 +29,7 @@ from hmf_jax.engine.request import (
 from hmf_jax.engine.scheduler import Finished, New
 from hmf_jax.engine.scores import score_prompts
 from hmf_jax.engine.settings import Processor
+from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingSettings
 from hmf_jax.state import ModelState
@@ -39,7 +39,7 @@ def generate(
     model: HybridLM,
     prompts: Prompts,
     *,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: int | Sequence[int] | None = None,
     sampling: Sampling = None,
     eos_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     num_iter: int | Sequence[int] | None = None,
@@ -69,7 +69,8 @@ def generate(
     Args:
       model: the model.
       prompts: token ids of each prompt; lengths may differ. Or an array [B, T].
-      max_new_tokens: most new tokens, one number or one per prompt.
+      max_new_tokens: most new tokens, one number or one per prompt; None = what
+        generation_config.json says, else 128.
       sampling: how to choose tokens, one setting or one per prompt: `SamplingParams`, taken as it
         is, or a dict, {"temperature": 0.7, "top_p": 0.9}, which is read like `settings`. A prompt's
         random bits depend on its own seed and positions only, not on the rest of the batch.
@@ -113,7 +114,7 @@ def generate(
     asked = requests(
         model.config, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids,
         num_iter=num_iter, min_new_tokens=min_new_tokens, top_logprobs=most, settings=settings,
-        defaults=of_directory(model.config, model.source),
+        defaults=generation_defaults(model),
     )  # fmt: skip
     check_top(model.config, of_prompt)
     engine, ids = start(
@@ -150,7 +151,7 @@ def stream(
     prompts: Prompts,
     *,
     tokens_per_dispatch: int = 8,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: int | Sequence[int] | None = None,
     sampling: Sampling = None,
     eos_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     num_iter: int | Sequence[int] | None = None,
@@ -174,7 +175,7 @@ def stream(
     asked = requests(
         model.config, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids,
         num_iter=num_iter, min_new_tokens=min_new_tokens, settings=settings,
-        defaults=of_directory(model.config, model.source),
+        defaults=generation_defaults(model),
     )  # fmt: skip
     engine, ids = start(
         model, asked, capacity=capacity, prefill_chunk=prefill_chunk, processor=processor,
