@@ -37,18 +37,21 @@ class GenerationDefaults:
     """What is used where the caller of `generate` says nothing.
 
     Attributes:
-      sampling: greedy unless the file says do_sample.
-      settings: the same by name, as the file has them (for `SamplingParams.of`).
+      settings: how to choose tokens, by name, as `SamplingParams.of` takes them.
       eos_ids: end tokens of the file and of the config together.
       max_new_tokens: most new tokens; None: not given.
       max_length: most tokens, prompt included, where max_new_tokens is not given; or None.
     """
 
-    sampling: SamplingParams = SamplingParams()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     eos_ids: tuple[int, ...] = ()
     max_new_tokens: int | None = None
     max_length: int | None = None
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The settings; greedy unless the file says do_sample."""
+        return SamplingParams.of({}, self.settings)
 
     def limit(self, prompt: int, otherwise: int) -> int:
         """Most new tokens after a prompt of so many tokens; `otherwise` if nothing is given.
@@ -94,17 +97,15 @@ def generation_defaults(
     ends = [] if config is None else _ids(config.eos_token_id)
     vocab_size = None if config is None else config.vocab_size
     own = _end_ids(stored, where, vocab_size)
-    settings = _sampling(stored, where)
     return GenerationDefaults(
-        SamplingParams.of({}, settings),
+        _settings(stored, where),
         tuple(dict.fromkeys([*own, *ends])),
         _whole(stored, "max_new_tokens", where, 1),
         _whole(stored, "max_length", where, 1),
-        settings,
     )
 
 
-def _sampling(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _settings(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The settings; they are checked also where they are not used."""
     sample = stored.get("do_sample", False)
     if not isinstance(sample, bool):

@@ -18,6 +18,7 @@ GREEDY = SamplingParams()
 MAX_NEW_TOKENS = 128  # where neither the caller nor generation_config.json says how many
 FinishReason = Literal["eos", "length", "capacity", "stop", "error"]
 Tokens = Sequence[int] | np.ndarray | jax.Array
+Whole = int | Sequence[int] | np.ndarray | jax.Array  # one number, or one per prompt
 Prompts = Sequence[Tokens] | np.ndarray | jax.Array  # an array: [B, T]
 # None: what holds where nothing is said.
 Sampling = SamplingParams | Mapping[str, Any] | Sequence[SamplingParams | Mapping[str, Any]] | None
@@ -114,11 +115,11 @@ def requests(
     config: HybridConfig,
     prompts: Prompts,
     *,
-    max_new_tokens: int | Sequence[int] | None = None,
+    max_new_tokens: Whole | None = None,
     sampling: Sampling = None,
     eos_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    num_iter: int | Sequence[int] | None = None,
-    min_new_tokens: int | Sequence[int] = 0,
+    num_iter: Whole | None = None,
+    min_new_tokens: Whole = 0,
     top_logprobs: int = 0,
     settings: Mapping[str, Any] | None = None,
     defaults: GenerationDefaults | None = None,

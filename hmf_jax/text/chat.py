@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
-from hmf_jax.engine import Engine, Request, capacity_for
-from hmf_jax.engine.request import check_prompts, sampling_of
+from hmf_jax.engine import Engine, Finished, Request, capacity_for, check_prompts
+from hmf_jax.engine.request import sampling_of, tell_errors
 from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
-from hmf_jax.sampling import SamplingParams
+from hmf_jax.sampling import SamplingParams, SamplingSettings
 from hmf_jax.text.detokenizer import TextStream, check_stop
 from hmf_jax.text.generate import Reply, run
 from hmf_jax.text.messages import Message, Said, check_messages, check_tools, said
@@ -50,8 +50,8 @@ class ChatSession:
       thinking: `enable_thinking` for the chat template; None leaves it to the template. With False,
         tags of thinking in a reply are text.
       num_iter: Chebyshev iterations of GKA layers; None = the config's.
-      sampling: how to choose tokens, `SamplingParams` or a dict (see `SamplingParams.of`); None =
-        what generation_config.json says, else greedy.
+      sampling, settings: how to choose tokens, as in `hmf_jax.generate`; None = what
+        generation_config.json says, else greedy.
       stop: strings that end a reply (and are not part of it).
       max_new_tokens: most tokens per reply, thinking included; None = what generation_config.json
         says, else 1024.
@@ -84,6 +84,7 @@ class ChatSession:
         max_new_tokens: int | None = None,
         capacity: int | None = None,
         prefill_chunk: int = 2048,
+        **settings: Unpack[SamplingSettings],
     ) -> None:
         self.model, self.tokenizer = model, tokenizer_of(model, tokenizer)
         self.tools = check_tools(tools)
@@ -93,7 +94,7 @@ class ChatSession:
             raise ValueError("pass system, or messages that begin with a system message, not both")
         directory = directory_of(model, self.tokenizer)
         self._defaults = generation_defaults(model, directory)
-        (self.sampling,) = sampling_of(sampling, {}, self._defaults.settings, 1)
+        (self.sampling,) = sampling_of(sampling, settings, self._defaults.settings, 1)
         self.stop_ids = stop_ids(model.config, self.tokenizer, directory)
         if not self.stop_ids:
             warnings.warn(
@@ -172,6 +173,7 @@ class ChatSession:
         Raises:
           ConversationFull: the conversation does not fit into the capacity.
           ValueError: a message that cannot be, or that the chat template refuses.
+          FloatingPointError: the model's logits are NaN or infinite.
           RuntimeError: this thread has not exhausted or closed an earlier stream of the session.
 
         After an error the conversation is what it was before.
@@ -198,11 +200,12 @@ class ChatSession:
                 thinking=self.thinking is not False,
                 tools=bool(self.tools),
             )
-            reasons: dict[int, str] = {}
+            ended: dict[int, Finished] = {}
             whole, intact = True, True
             try:
-                for (piece,) in run(engine, {id: text}, reasons, steps):
+                for (piece,) in run(engine, {id: text}, ended, steps):
                     yield from parts.push(piece, text.places)
+                tell_errors({id: e.error for id, e in ended.items() if e.error}, 1)
                 yield from parts.finish()
             except BaseException as e:
                 # Closed by the caller: keep the state. Anything else, a keyboard interrupt for
@@ -216,9 +219,9 @@ class ChatSession:
                     engine.abort(id)
                     while intact and engine.busy:
                         engine.step()
-                    reason = reasons.get(id, "stop")
+                    reason = ended[id].reason if id in ended else "stop"
                     self._end(messages, parts, text, reason, len(request.prompt))
-                    self._engine = engine if intact and reason != "error" else None
+                    self._engine = engine if intact else None
             assert self.last is not None
             return self.last
 
@@ -238,7 +241,7 @@ class ChatSession:
             text.tokens,
             text.logprobs,
             parts.tool_calls,
-            read,
+            prefilled=read,
         )
         self._messages = [*messages, answer]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 from hmf_jax.engine import Engine, Finished, New, requests, start
@@ -29,6 +29,7 @@ class Reply:
       logprobs: one per token, under the model's own distribution.
       tool_calls: [{"type": "function", "function": {"name": str, "arguments": dict}}, ...], if the
         session has tools.
+      error: why there is nothing after these tokens, if finish_reason is "error".
       prefilled: tokens that the model had to read for it; a session keeps what it has read.
     """
 
@@ -38,6 +39,7 @@ class Reply:
     tokens: list[int]
     logprobs: list[float]
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
     prefilled: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
@@ -65,17 +67,17 @@ def generate_text(
       tokenizer: its Hugging Face tokenizer; None loads the one in the model's directory.
       stop: strings that end a text (and are not part of it).
       max_new_tokens: None = what generation_config.json says, else 128.
-      sampling, settings: how to choose tokens (temperature=0.7, ...), see `hmf_jax.generate`; None
-        = what generation_config.json says, else greedy.
+      sampling, settings: how to choose tokens; None = what generation_config.json says, else
+        greedy.
       num_iter, capacity, prefill_chunk: see `hmf_jax.generate`.
 
     Returns:
-      One `Reply` per prompt, in order.
+      One `Reply` per prompt, in order. As in `hmf_jax.generate`, one whose logits are NaN or
+      infinite has finish_reason "error", and a RuntimeWarning names it.
 
     Raises:
       ValueError: an empty prompt, one that does not fit, or a setting out of range.
-      FloatingPointError: there is one prompt, and its logits are NaN or infinite. (Of several, a
-        warning names those that failed.)
+      FloatingPointError: there is one prompt only, and its logits are NaN or infinite.
     """
     engine, texts, lengths = _begin(
         model,
@@ -89,13 +91,18 @@ def generate_text(
         prefill_chunk=prefill_chunk,
         **settings,
     )
-    reasons: dict[int, str] = {}
-    for _ in run(engine, texts, reasons, 32):
+    ended: dict[int, Finished] = {}
+    for _ in run(engine, texts, ended, 32):
         pass
+    errors = {i: f"Prompt {i}, {e.error}" for i, id in enumerate(texts) if (e := ended[id]).error}
+    tell_errors(errors, len(texts))
     return [
-        Reply(text.text, None, reasons[id], text.tokens, text.logprobs, prefilled=read)
-        for (id, text), read in zip(texts.items(), lengths, strict=True)
-    ]
+        Reply(
+            text.text, None, ended[id].reason, text.tokens, text.logprobs, error=errors.get(i),
+            prefilled=lengths[i],
+        )
+        for i, (id, text) in enumerate(texts.items())
+    ]  # fmt: skip
 
 
 def stream_text(
@@ -108,7 +115,15 @@ def stream_text(
 ) -> Iterator[str]:
     """Like `generate_text` for one prompt: yields its continuation in pieces."""
     engine, texts, _ = _begin(model, [prompt], tokenizer, stop, **settings)
-    return (piece for (piece,) in run(engine, texts, {}, 8) if piece)
+
+    def pieces() -> Iterator[str]:
+        ended: dict[int, Finished] = {}
+        for (piece,) in run(engine, texts, ended, 8):
+            if piece:
+                yield piece
+        tell_errors({id: e.error for id, e in ended.items() if e.error}, 1)
+
+    return pieces()
 
 
 def _begin(
@@ -118,7 +133,7 @@ def _begin(
     stop: str | Sequence[str] | None,
     *,
     max_new_tokens: int | Sequence[int] | None = None,
-    sampling: Any = None,
+    sampling: Sampling = None,
     num_iter: int | Sequence[int] | None = None,
     capacity: int | None = None,
     prefill_chunk: int = 2048,
@@ -150,21 +165,16 @@ def _begin(
 
 
 def run(
-    engine: Engine, texts: Mapping[int, TextStream], reasons: dict[int, str], steps: int
+    engine: Engine, texts: Mapping[int, TextStream], ended: dict[int, Finished], steps: int
 ) -> Iterator[list[str]]:
     """Runs an engine until its requests are done; yields the new text of each after every step.
 
     Args:
       engine: has these requests and no others.
       texts: by request; a stop string that one finds ends its request.
-      reasons: gets the finish reason of each request.
+      ended: gets how each request has ended.
       steps: tokens per row that one call of the device makes.
-
-    Raises:
-      FloatingPointError: there is one request, and its logits are NaN or infinite. (Of several, a
-        warning names those that failed, after the last step.)
     """
-    errors: dict[int, str] = {}
     while engine.busy:
         pieces = dict.fromkeys(texts, "")
         for event in engine.step(steps):
@@ -176,9 +186,5 @@ def run(
             elif isinstance(event, Finished):
                 text = texts[event.id]
                 pieces[event.id] += text.finish()
-                reasons[event.id] = "stop" if text.stopped else event.reason
-                if event.error is not None:
-                    row = list(texts).index(event.id)
-                    errors[row] = f"row {row}, {event.error}"
+                ended[event.id] = replace(event, reason="stop") if text.stopped else event
         yield list(pieces.values())
-    tell_errors(errors, len(texts))
