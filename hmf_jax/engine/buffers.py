@@ -50,6 +50,7 @@ class Buffers:
       prefill_chunk: prompts are fed in pieces of this many tokens.
       state: what the rows hold at first (a copy is made), instead of nothing.
       processor: changes the logits of all rows, see `hmf_jax.engine.settings`.
+      solver: of GKA layers.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Buffers:
         prefill_chunk: int,
         state: ModelState | None = None,
         processor: Processor | None = None,
+        solver: str = "chebyshev",
     ) -> None:
         self.size, self.capacity, self.chunk = size, capacity, prefill_chunk
         self._own = None if model.config.gka is None else model.config.gka.num_iter
@@ -81,7 +83,7 @@ class Buffers:
         self._asked: list[Request] = [_NOBODY] * size
         self._starts = [0] * size
         self._settings = self._stack(self._asked)
-        self._processor = processor
+        self._processor, self._solver = processor, solver
         self._generated: jax.Array | None = None  # kept apart from the rows: few programs need it
 
     def enqueue(
@@ -149,6 +151,7 @@ class Buffers:
             np.int32(min(steps, MOST_STEPS)),
             self._settings,
             **self._options,
+            solver=self._solver,
         )
         self._keep(rows)
         return Ticket(range(self.size), *out)
@@ -207,9 +210,10 @@ class Buffers:
         settings: Settings,
         fresh: bool,
     ) -> tuple[Rows, jax.Array]:
-        """Feeds prompts in pieces, which end at the marks. `fresh`: no row holds anything yet.
+        """Feeds prompts in pieces, which end at the marks.
 
-        `fed`: for the places in `rows` that get something, the row of the engine that it is for.
+        `fed`: for the places in `rows` that get something, the row of the engine that it is for;
+        `fresh`: no row holds anything yet.
         """
         size = len(logits)
         done = dict.fromkeys(fed, 0)
@@ -221,8 +225,9 @@ class Buffers:
                 tokens[at, : len(piece)], lengths[at] = piece, len(piece)
                 done[at] += len(piece)
             rows, logits = programs.prefill.on(layout)(
-                self._packed, rows, logits, tokens, lengths, settings.num_iter, fresh=fresh
-            )
+                self._packed, rows, logits, tokens, lengths, settings.num_iter, fresh=fresh,
+                solver=self._solver,
+            )  # fmt: skip
             fresh = False
             for at in pieces:
                 place = self._starts[fed[at]] + done[at]

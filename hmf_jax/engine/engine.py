@@ -13,7 +13,7 @@ from hmf_jax.engine.programs import ERROR, MOST_STEPS
 from hmf_jax.engine.request import Request, check_prompts, check_request, check_room, check_whole
 from hmf_jax.engine.scheduler import Event, New, Result, Scheduler, Started
 from hmf_jax.engine.settings import Processor
-from hmf_jax.model import HybridLM
+from hmf_jax.model import HybridLM, check_solver
 from hmf_jax.padding import check_state
 from hmf_jax.state import ModelState
 
@@ -41,7 +41,7 @@ class Engine:
         one by one, so that their activations take no more memory than those of one chunk.
       state: what the rows hold at first, one row each (a copy is made); `held` are the ids to
         continue them by: `Request(prompt, after=engine.held[row])`.
-      processor: changes the logits of all rows, see `hmf_jax.generate`.
+      processor, solver: see `hmf_jax.generate`; for all requests.
       clock: seconds, for `Started.waited`.
 
     Raises:
@@ -59,6 +59,7 @@ class Engine:
         together: bool = False,
         state: ModelState | None = None,
         processor: Processor | None = None,
+        solver: str = "chebyshev",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (
@@ -69,6 +70,7 @@ class Engine:
             check_whole(name, value, 1)
         if state is not None:
             check_state(model, state, len(state.length))
+        check_solver(solver, model.config)
         if processor is not None and not callable(processor):
             raise ValueError(f"processor={processor!r} must be a function of logits and context.")
         if state is not None and (len(state.length), state.capacity) != (rows, capacity):
@@ -86,8 +88,9 @@ class Engine:
             prefill_chunk=prefill_chunk,
             state=state,
             processor=processor,
+            solver=solver,
         )
-        self._chunk, self._broken = prefill_chunk, ""
+        self._chunk, self._solver, self._broken = prefill_chunk, solver, ""
         self._ids = itertools.count()
         held = [] if state is None else [next(self._ids) for _ in range(rows)]
         lengths = [] if state is None else state.length.tolist()
@@ -127,14 +130,13 @@ class Engine:
 
         Raises:
           ValueError: a prompt that is empty, not made of token ids or too long; `after` a request
-            that is not held; `back_to` or `marks` that its row does not have;
-            num_iter without GKA layers.
+            that is not held; `back_to` or `marks` that its row does not have; num_iter without GKA
+            layers.
           RuntimeError: an earlier `step` raised an exception.
         """
         self._check_intact()
         check_request(self.model.config, request)
         (prompt,) = check_prompts([request.prompt], self.model.config.vocab_size)
-        self.model.config.check_num_iter(request.num_iter)
         before = (None if request.after is None else self._rows.get(request.after)) or _Row()
         held = before.held if request.back_to is None else request.back_to
         if request.back_to is not None and held not in before.marks:
@@ -255,6 +257,7 @@ class Engine:
                 model,
                 row.tokens if row.newest is None else [*row.tokens, row.newest],
                 num_iter=request.num_iter,
+                solver=self._solver,
                 chunk=self._chunk,
                 capacity=self.capacity,
             )

@@ -127,8 +127,8 @@ class Kind:
     fuses: bool = False
     sees: Callable[[Sections, int], int] = lambda sections, length: 0
     uses: Callable[[Sections, str], int] = lambda sections, parameter: 1
-    appends: tuple[str, ...] = ()
     solves: bool = False
+    appends: tuple[str, ...] = ()
     layer_type: str | None = None
     base_keys: Callable[[Sections], Mapping[str, Any]] = lambda sections: {}
 
