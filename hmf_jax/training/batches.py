@@ -149,7 +149,9 @@ class Batches:
             self._data = data.repeat(epochs)
         else:
             self._shard = _STREAM_RUN
-            self._order = dict(epochs=epochs, shuffle=shuffle, seed=seed, part=(index, count))
+            self._order: dict[str, Any] = dict(
+                epochs=epochs, shuffle=shuffle, seed=seed, part=(index, count)
+            )
         self._reading = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=max(128, threads)
         )

@@ -123,13 +123,12 @@ def format_of(row: Any, column: str | Mapping[str, str] | None = None) -> str:
 def unused(row: Any, column: str | Mapping[str, str] | None = None) -> list[str]:
     """Columns of a row that are not read, and keys of its messages that only a template may use."""
     there, kind = rename(row, column), format_of(row, column)
-    if isinstance(column, str):
-        known, chat = {column, *FORMATS["messages"]}, there.get(column)
-    else:
-        known, chat = {kind, *FORMATS[kind]}, there.get(kind)
+    name = column if isinstance(column, str) else kind
+    known, chat = {name, *FORMATS[kind]}, there[name]
+    messages = chat if isinstance(chat, list) else []
     keys = {
         f"messages.{k}": None
-        for m in (chat if _is_list(chat) else ())
+        for m in messages
         if isinstance(m, Mapping)
         for k, v in m.items()
         if v is not None and k not in _MESSAGE_KEYS
@@ -147,7 +146,7 @@ def read_row(row: Any, column: str | Mapping[str, str] | None = None) -> Example
         value = there[column]
         if kind == "text":
             return Example(_text(value, column))
-        return _chat(_list(value, column), there)
+        return _chat(_list(value, column), there, bare_tools=kind == "conversations")
     if kind == "text":
         return Example(_text(there["text"], "text"))
     if kind == "instruction":

@@ -263,7 +263,7 @@ def load_lora(
         elif halves["A"] is None:
             absent += [name] if config.names(name) else []
         else:
-            A, B = (np.float32(read(f"{name}.lora_{half}.weight")) for half in "AB")
+            A, B = (read(f"{name}.lora_{half}.weight").astype(np.float32) for half in "AB")
             if not (np.isfinite(A).all() and np.isfinite(B).all()):
                 problems.append(f"{name}: holds NaN or infinity")
             own = [path for path in blocks if path in saved]

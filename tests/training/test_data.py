@@ -670,7 +670,8 @@ def test_a_state_of_other_settings_is_refused():
     for source, more in ((texts(40)[::-1], {}), (texts(40), {"template_options": {"a": 1}})):
         with pytest.raises(ValueError, match="fingerprint .* -> "):
             batches(source, seed=1, **more).set_state(state)
-    for damaged in ({}, [], {**state, "settings": {}}):
+    damaged_states: list[Any] = [{}, [], {**state, "settings": {}}]
+    for damaged in damaged_states:
         with pytest.raises(ValueError, match="no state|settings"):
             batches(texts(40), seed=1).set_state(damaged)
     batches(texts(40), seed=1, epochs=3, on_bad="error").set_state(state)
