@@ -30,6 +30,7 @@ from hmf_jax import table
 from hmf_jax.config import HybridConfig
 from hmf_jax.convert.directories import check_target
 from hmf_jax.convert.safetensors_io import Checkpoint
+from hmf_jax.families import model_types
 from hmf_jax.layers import exact
 from hmf_jax.loading import from_pretrained, resolve, save_pretrained
 from hmf_jax.mixers import (
@@ -197,7 +198,7 @@ def check_output(output: str | Path, overwrite: bool, base: str | Path | None = 
             )
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists; choose another directory or overwrite it")
-    return check_target(output, overwrite)
+    return check_target(output, overwrite, model_types=model_types())
 
 
 def read_stage0(file: str | Path) -> dict[str, Any]:
