@@ -24,7 +24,13 @@ from hmf_jax.training.formats import (
     read_row,
     unused,
 )
-from hmf_jax.training.sources import MAX_ROW_BYTES, Rows, open_rows, shuffled
+from hmf_jax.training.sources import (
+    MAX_ROW_BYTES,
+    Rows,
+    open_rows,
+    shuffled,
+    without_nulls,
+)
 
 Column = str | Mapping[str, str] | None
 # What rows and templates can do wrong: no JSON, no UTF-8, other types, too deeply nested.
@@ -62,7 +68,8 @@ class Documents:
       tokenizer: a fast Hugging Face tokenizer.
       column: None: the format is known by the columns, see docs/training.md. The name of a column:
         only that one is trained, as a text, or as a chat if it holds messages. A mapping renames
-        columns, for example {"prompt": "question", "completion": "answer"}.
+        columns, for example {"prompt": "question", "completion": "answer"}; where a row has columns
+        of two formats, those in the mapping decide.
       template_options: further variables of the chat template.
       max_row_bytes: the longest row, in bytes of its line or its text. Longer ones are malformed:
         tokenizers need some 200 times as much memory.
@@ -205,7 +212,10 @@ class Stream:
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
         first = None
-        for i, row in enumerate(self._source):
+        rows = (
+            map(without_nulls, self._source) if hasattr(self._source, "features") else self._source
+        )
+        for i, row in enumerate(rows):
             first = first or _format(row, self._column, f"row {i}")
             yield row, first, f"row {i}"
 

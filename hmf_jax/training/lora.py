@@ -248,7 +248,10 @@ def load_lora(
     files = directory / CONFIG, directory / WEIGHTS
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{directory} holds no adapters: there is no {file.name}")
+            pickled = "; pickled .bin files are not read" if any(directory.glob("*.bin")) else ""
+            raise FileNotFoundError(
+                f"{directory} holds no adapters: there is no {file.name}{pickled}"
+            )
     if quantize is not None:
         _check_quantize(quantize)
     config = AdapterConfig.read(files[0])

@@ -329,6 +329,9 @@ def test_lists_and_packed_files(tmp_path, monkeypatch):
 def test_directories_and_patterns(tmp_path):
     for name in ("b", "a", ".hidden"):
         write_lines(tmp_path / f"{name}.jsonl", {"text": name})
+    (tmp_path / "odd").mkdir()
+    odd = write_lines(tmp_path / "odd" / "\x1b[31m.jsonl", {"text": 1})
+    assert "\x1b" not in Documents(odd, TOKENIZER)[0].where + Documents(odd, TOKENIZER).describe()
     (tmp_path / "README.md").write_text("")
     for source in (tmp_path, str(tmp_path / "?.jsonl"), [tmp_path / "a*", tmp_path / "b.jsonl"]):
         documents = Documents(source, TOKENIZER)
