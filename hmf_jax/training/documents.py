@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from hmf_jax.options import check_int
+from hmf_jax.text.template import render
 from hmf_jax.training.encode import encode_chat, encode_completion, encode_text
 from hmf_jax.training.formats import (
     COLUMNS,
@@ -263,6 +264,7 @@ def _encoder(
             raise ValueError(f"column maps {wrong}; it can map {', '.join(sorted(known))}")
     check_int("max_row_bytes", max_row_bytes, 1)
     tokenizer("a")  # settles the tokenizer's options before several threads use it
+    _check_template(tokenizer, options or {})
 
     def encode(example: Example) -> tuple[list[int], list[bool]]:
         if example.messages is not None:
@@ -294,6 +296,18 @@ def _encoder(
         return Document(np.asarray(tokens, np.int32), np.asarray(targets, bool), None, where)
 
     return document
+
+
+def _check_template(tokenizer: Any, options: dict[str, Any]) -> None:
+    """Raises ValueError if the chat template does not come to an end, or fills the memory."""
+    if tokenizer.chat_template is None:
+        return
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        render(tokenizer, chat, **options)
+    except ValueError as e:
+        if e.__cause__ is None:  # else it refuses this chat, which says nothing of the rows
+            raise
 
 
 def _type_name(value: Any) -> str:

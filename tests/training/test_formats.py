@@ -281,6 +281,15 @@ def test_templates_that_leave_something_out(monkeypatch, template, messages, too
         encode_chat(TOKENIZER, messages, tools)
 
 
+def test_templates_that_do_not_end(monkeypatch):
+    monkeypatch.setattr("hmf_jax.text.template.SECONDS", 0.2)
+    loops = "{% for i in range(99999) %}" * 3 + "x" + "{% endfor %}" * 3
+    for template, why in ((loops, "takes too long"), ("{{ 'a' * 10**9 }}", "template")):
+        monkeypatch.setattr(TOKENIZER, "chat_template", template)
+        with pytest.raises(ValueError, match=why):
+            Documents([{"messages": [U, A]}], TOKENIZER)
+
+
 GENERATION = """\
 {%- for m in messages %}{{ m.role }}: {% if m.role == 'assistant' -%}
 {%- generation -%}{{ m.content }}<|im_end|>{%- endgeneration -%}
