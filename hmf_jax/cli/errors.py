@@ -57,9 +57,11 @@ class Program(TyperGroup):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **options)
         _prepare()
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+        before, warnings.formatwarning = warnings.formatwarning, _warning
+        try:
             sys.exit(self._run(*args, **options))
+        finally:
+            warnings.formatwarning = before
 
     def _run(self, *args: Any, **options: Any) -> int:
         try:
@@ -81,9 +83,16 @@ class Program(TyperGroup):
 
 def say(text: str) -> None:
     """One line on stderr, whatever is in the text."""
-    line = re.sub(r"\s*[\r\n]\s*", " ", text.strip())
     with contextlib.suppress(OSError):  # nobody reads that either
-        typer.echo(f"hmf-jax: {printable(line, 4000)}", err=True)
+        typer.echo(_line(text), err=True)
+
+
+def _line(text: str) -> str:
+    return "hmf-jax: " + printable(re.sub(r"\s*[\r\n]\s*", " ", text.strip()), 4000)
+
+
+def _warning(message: Any, *_: Any, **__: Any) -> str:
+    return _line(f"warning: {message}") + "\n"
 
 
 def progress() -> bool:

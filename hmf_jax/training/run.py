@@ -52,8 +52,8 @@ from hmf_jax.training.signals import stopping_at_once
 from hmf_jax.training.step import Loss, TrainState, make_train_step
 
 # Fields that are passed on as they are, to `Batches` and to `make_train_step`.
-_DATA = ("column", "template_options", "packing", "overlong", "on_bad", "padding_side")
-_DATA += ("shuffle", "seed")
+_DATA = ("column", "template_options", "max_row_bytes", "packing", "overlong", "on_bad")
+_DATA += ("padding_side", "shuffle", "seed")
 _STEP = ("accumulate", "remat", "max_grad_norm", "num_iter", "impl", "chunk_size")
 
 
@@ -90,6 +90,7 @@ def fine_tune(
     report = report if first else lambda text: None
     progress = progress and first
     report(run.describe())
+    report(describe_source(run.seen))
     run.abstract_state()  # finds patterns that select nothing before anything is loaded or written
     output = Path(config.output).expanduser()
     checkpoints = Checkpoints(
@@ -425,6 +426,11 @@ def _loggers(config: TrainConfig, output: Path) -> list[Any]:
     if config.wandb is not None:
         loggers.append(logging.WandbBackend(config.wandb, name=output.name))
     return loggers
+
+
+def describe_source(batches: Batches) -> str:
+    """Where the rows come from, and what is left out of them."""
+    return "data     " + batches.describe().replace("\n", "\n         ")
 
 
 def describe_data(batches: Batches) -> str:
