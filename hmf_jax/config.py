@@ -241,11 +241,12 @@ class HybridConfig(Backbone):
         sections = take_sections(rest, backbone, len(values["layer_kinds"]), notes)
         kept = {section.key for section in all_sections()} | {"rope_parameters"}
         families.check_rest({k: v for k, v in rest.items() if k not in kept}, notes)
+        known = _constants(family) if hybrid else {}  # written in any case
         config = cls(
             **values,
             sections=sections,
             family=family.name,
-            extra=_text(rest),
+            extra=_text({k: v for k, v in rest.items() if k not in known or v != known[k]}),
             stock=None if hybrid else _text(data),
         )
         return config, notes
@@ -293,7 +294,7 @@ class HybridConfig(Backbone):
             for kind in kinds:
                 out |= kind.base_keys(self.sections) if kind else {}
         else:
-            out |= family.constants
+            out |= _constants(family)
             out["model_type"], out["architectures"] = family.hybrid, [family.architectures[0]]
             out["layer_types"] = list(self.layer_kinds)
             out["hybrid_override_pattern"] = self.hybrid_override_pattern
@@ -339,7 +340,7 @@ class HybridConfig(Backbone):
         ignored = [path for path in _unread(new) - _unread(self) if {path, path[:1]} & set(paths)]
         for path in ignored:
             if not families.is_known(path[0]):
-                raise ValueError(overrides.unknown(path, _known_keys(new)))
+                raise ValueError(overrides.unknown(path, _known_keys(self)))
         hybrid = new.stock is None
         for key in families.WINDOW_KEYS:
             if (key,) in paths and data[key] and (hybrid or set(new.layer_kinds) == {BASE}):
@@ -364,6 +365,11 @@ class HybridConfig(Backbone):
 
 
 _OWN = ("layer_kinds", "sections", "family", "extra", "stock", "attention_bias", *TOKENS)
+
+
+def _constants(family: families.Family) -> dict[str, Any]:
+    """What every hybrid of the family is written with."""
+    return {"dtype": "bfloat16", **family.constants}
 
 
 def _check_token(name: str, value: Any) -> int | None:

@@ -31,7 +31,7 @@ from hmf_jax.layers import (
 from hmf_jax.mixers import Context
 from hmf_jax.mixers.base import abstract_zeros, zeros
 from hmf_jax.moved import TORCH_METHODS
-from hmf_jax.options import check_int
+from hmf_jax.options import check_choice, check_int
 from hmf_jax.packed import Origin
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
 from hmf_jax.padding import (
@@ -364,8 +364,7 @@ class HybridLM(nnx.Module):
         """
         check_tokens(tokens, positions, segment_ids, lengths, self.mesh)
         self.config.check_num_iter(num_iter)
-        if solver != "chebyshev" and not self.config.solves:  # the operator knows the names
-            raise ValueError(f"{solver=}: the model has no layers with a solver (GKA).")
+        check_solver(solver, self.config)
         float_dtype(self.dtype)  # parameters may have been cast to anything
         B, T = tokens.shape
         if state is not None:
@@ -425,6 +424,13 @@ class HybridLM(nnx.Module):
         else:
             logits = self.lm_head(x)
         return constrain(logits, self.mesh, "batch", "tokens", "vocab")
+
+
+def check_solver(solver: str, config: HybridConfig) -> None:
+    """Raises ValueError for an unknown solver, or another one where no layer has any."""
+    check_choice("solver", solver, ("chebyshev", "cg"))
+    if solver != "chebyshev" and not config.solves:
+        raise ValueError(f"solver={solver!r}: the model has no layers with a solver (GKA).")
 
 
 def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelState | None:

@@ -217,7 +217,7 @@ def test_weights_of_one_and_of_equal_parts() -> None:
 
 def test_generation_continues_a_composed_state() -> None:
     """Greedy tokens are those of a loop by hand; the state can be used again."""
-    model = build(tiny_config(("GKA", "*", "BMF")), jnp.float32)
+    model = build(tiny_config(("GKA", "*", "SWA")), jnp.float32)
     state = compose(model, CONTEXT, 3, prefix=PREFIX, capacity=64)
     first, again = (
         model.generate([QUERY.tolist()], state=state, max_new_tokens=9, eos_ids=())[0].tokens
@@ -243,7 +243,7 @@ def test_generation_continues_a_composed_state() -> None:
 
 
 def test_on_a_mesh() -> None:
-    config = tiny_config(("GKA", "*", "BMF"))
+    config = tiny_config(("GKA", "*", "SWA"))
     model, mesh = build(config, jnp.float32), mesh_of(dict(tp=2))
     one, two = (
         logits_after(m, compose(m, CONTEXT, 3, prefix=PREFIX, capacity=64))

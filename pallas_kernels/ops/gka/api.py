@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from hmf_jax.pallas_kernels import sharded
 from hmf_jax.pallas_kernels.compat import is_traced
-from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.dispatch import check_whole, finite, resolve
 from hmf_jax.pallas_kernels.ops.gka import mosaic, mosaic_decode, triton, triton_decode
 from hmf_jax.pallas_kernels.ops.gka.chunked import gka_chunked
 from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options, Token
@@ -102,8 +102,7 @@ def gka(
     """
     inputs = _inputs(q, k, v, alpha, g, beta, num_iter, initial_state, segment_ids, lengths)
     _check_solver(solver, ridge)
-    if chunk_size < 1:
-        raise ValueError(f"gka: chunk_size={chunk_size}, expected a number of tokens >= 1.")
+    check_whole("gka", "chunk_size", chunk_size)
     options = Options(float(ridge), _scale(scale, q), decay_kk, bp_lambda)
     impls = {
         "mosaic": mosaic.gka_mosaic,
@@ -160,6 +159,7 @@ def gka_step(
       o: [B, H, D], dtype of v, and the new state; under jit with a donated state, "mosaic" and
       "triton" update it in place.
     """
+    _check_solver(solver, ridge)
     B, H, _ = _check_token(q, k, v, slots, state, mesh)
     token = _token(q, k, v, alpha, g, beta, num_iter, slots, state)
     usable = {
@@ -274,12 +274,12 @@ def _check_solver(solver: str, ridge: float) -> None:
         raise ValueError(f"gka: solver={solver!r} is unknown; choose chebyshev or cg.")
     if solver == "cg" and ridge == 0:
         raise ValueError("gka: solver='cg' needs ridge > 0: H alone may be singular.")
-    if ridge < 0:
+    if finite("gka", "ridge", ridge, 0.0) < 0:
         raise ValueError(f"gka: ridge={ridge}, expected a number >= 0.")
 
 
 def _scale(scale: float | None, q: jax.Array) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    return finite("gka", "scale", scale, q.shape[-1] ** -0.5)
 
 
 def _per_row(num_iter: int | jax.Array | np.ndarray, batch: int) -> jax.Array | np.ndarray:
