@@ -31,6 +31,7 @@ from benchmarks.rows import environment
 from hmf_jax import table
 from hmf_jax.config import HybridConfig
 from hmf_jax.convert import jax_to_hf
+from hmf_jax.convert.directories import replacing
 from hmf_jax.convert.rows import Entry, by_tensor, tensor_shape
 from hmf_jax.convert.safetensors_io import DTYPES, Pending, dtype_name, write
 from hmf_jax.model import HybridLM
@@ -151,7 +152,7 @@ def write_checkpoint(config: HybridConfig, directory: Path) -> None:
         return Pending(name, dtype, tensor_shape(blocks), make)
 
     tensors = [tensor(*item) for item in by_tensor(entries).items()]
-    with jax_to_hf.replacing(directory, overwrite=False) as tmp:
+    with replacing(directory) as tmp:
         write(tmp, tensors)
         jax_to_hf.write_config(tmp, config.to_dict(), "BF16")
 

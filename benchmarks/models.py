@@ -179,7 +179,7 @@ class Bench:
         greedy = [SamplingParams()] * rows
         return programs.stack_settings(own, greedy, [[]] * rows, [self.s.num_iter] * rows)
 
-    def _abstract_rows(self, capacity: int, fresh: bool) -> tuple[programs.Rows, Any]:
+    def _abstract_rows(self, capacity: int) -> tuple[programs.Rows, Any]:
         """Rows that hold nothing and their logits, without arrays."""
         state = abstract_state(self.model, self.s.batch, capacity)
         split = state.length.sharding
@@ -189,8 +189,7 @@ class Bench:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
 
         number = of(shape[:1], jnp.int32)
-        state = dataclasses.replace(state, fresh=fresh)
-        rows = programs.Rows(state, of(shape, jnp.bool_), number, number, number)
+        rows = programs.Rows(state, of(shape, jnp.bool_), number, number, number, number)
         return rows, of(shape, self.s.dtype)
 
     def _prefill_program(self, capacity: int):
@@ -204,13 +203,11 @@ class Bench:
         for i, size in enumerate(sizes):  # before anything that takes memory
             if (size, i == 0) not in compiled:
                 part = np.zeros((s.batch, size), np.int32)
-                rows, logits = self._abstract_rows(capacity, fresh=i == 0)
+                rows, logits = self._abstract_rows(capacity)
                 lengths = np.full(s.batch, size, np.int32)
-                compiled[size, i == 0] = (
-                    programs.prefill.on(layout)
-                    .lower(packed, rows, logits, part, lengths, settings.num_iter, impl=impl)
-                    .compile()
-                )
+                args = packed, rows, logits, part, lengths, settings.num_iter
+                lowered = programs.prefill.on(layout).lower(*args, fresh=i == 0, impl=impl)
+                compiled[size, i == 0] = lowered.compile()
         starts, left = np.ones(s.batch, bool), np.full(s.batch, s.steps, np.int32)
 
         def prefill(packed: PackedModel, tokens: np.ndarray) -> tuple[Array, programs.Rows]:
@@ -253,7 +250,7 @@ class Bench:
         s, packed = self.s, PackedModel.of(self.model)
         size = s.batch, s.length + s.steps
         layout = programs.Layout.of(packed, *size)
-        rows, _ = self._abstract_rows(size[1], fresh=False)
+        rows, _ = self._abstract_rows(size[1])
         nobody, settings = np.zeros(s.batch, bool), self._settings()
         args = nobody, np.int32(s.steps - 1), settings
         program = programs.decode.on(layout).lower(packed, rows, *args, impl=s.impl).compile()
@@ -262,10 +259,10 @@ class Bench:
         def zeros(x: jax.ShapeDtypeStruct) -> Array:
             return jnp.zeros(x.shape, x.dtype, device=x.sharding)
 
-        rest = {n: zeros(getattr(rows, n)) for n in ("seen", "token", "reason", "left")}
+        rest = {n: zeros(getattr(rows, n)) for n in ("seen", "token", "reason", "left", "made")}
         rest["token"] = jax.device_put(np.asarray(s.tokens(None)[0][:, 0]), rows.token.sharding)
 
-        @functools.partial(jax.jit, donate_argnums=0, out_shardings=layout and layout.rows(False))
+        @functools.partial(jax.jit, donate_argnums=0, out_shardings=layout and layout.rows)
         def again(rows: programs.Rows) -> programs.Rows:
             """Every timed call starts at `length`: the buffers hold room for one call."""
             held = jnp.full(s.batch, s.length, jnp.int32)
@@ -380,7 +377,6 @@ def random_state(model: HybridLM, batch: int, capacity: int) -> ModelState:
 
     Keys, values and states are between -1 and 1, H of GKA is the identity.
     """
-    fresh = abstract_state(model, batch, capacity)
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
     def make(shape: tuple[int, ...], dtype: Any, split: Any, eye: bool) -> Array:
@@ -400,8 +396,7 @@ def random_state(model: HybridLM, batch: int, capacity: int) -> ModelState:
             return jnp.zeros(x.shape, x.dtype, device=x.sharding)
         return make(x.shape, x.dtype, x.sharding, jax.tree_util.keystr(path).endswith("h_kk"))
 
-    state = jax.tree_util.tree_map_with_path(fill, fresh)
-    return dataclasses.replace(state, fresh=False)
+    return jax.tree_util.tree_map_with_path(fill, abstract_state(model, batch, capacity))
 
 
 def step_bytes(state: ModelState, length: int) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
+from hmf_jax.convert.reading import printable, summary
 from hmf_jax.convert.rows import Entry, by_tensor, tensor_shape
 from hmf_jax.convert.safetensors_io import DTYPES, Checkpoint
 
@@ -52,15 +53,19 @@ def load(
 
     Raises:
       FileNotFoundError: no or incomplete weight files.
-      ValueError: damaged files; or the list of all tensors that are missing, unexpected,
+      ValueError: damaged files; or a list of the tensors that are missing, unexpected,
         wrong-shaped, of an unreadable dtype or not finite.
     """
-    checkpoint = Checkpoint(directory)
     _check_abstract(entries, abstract)
+    checkpoint, renamed = check(directory, entries, aliases=aliases, copies=copies)
     tensors = by_tensor(entries)
-    renamed, problems = _check(checkpoint, tensors, aliases or {}, copies or {})
+    problems = [
+        f"wrong value: {name} differs from {original} although tie_word_embeddings is true; set it "
+        "to false in config.json"
+        for name, original in (copies or {}).items()
+        if name in checkpoint.tensors and not _equal(checkpoint, name, original)
+    ]
     if problems:
-        problems += [_not_finite(n) for n in _scan(checkpoint, tensors, renamed)]
         raise ValueError(_message(directory, problems))
 
     params: dict[str, jax.Array] = {}
@@ -97,20 +102,24 @@ def load(
     return {e.path: params[e.path] for e in entries}
 
 
-def _check(
-    checkpoint: Checkpoint,
-    tensors: Mapping[str, Sequence[Entry]],
-    aliases: Mapping[str, str],
-    copies: Mapping[str, str],
-) -> tuple[dict[str, str], list[str]]:
-    """Compares the checkpoint's headers with what is needed.
+def check(
+    directory: str | Path,
+    entries: Sequence[Entry],
+    *,
+    aliases: Mapping[str, str] | None = None,
+    copies: Mapping[str, str] | None = None,
+) -> tuple[Checkpoint, dict[str, str]]:
+    """Compares the headers of a checkpoint with what is needed, before anything is made for it.
+
+    Arguments and errors as in `load`.
 
     Returns:
-      canonical name -> name in this checkpoint, where they differ; and one line per problem.
+      the checkpoint; and canonical tensor name -> name in this checkpoint, where they differ.
     """
+    checkpoint, tensors = Checkpoint(directory), by_tensor(entries)
     # Old checkpoints store these buffers, which the config already determines.
     found = {n for n in checkpoint.tensors if not n.endswith("rotary_emb.inv_freq")}
-    renamed = _renamed(found, aliases)
+    renamed = _renamed(found, aliases or {})
     used = {renamed.get(n, n) for n in tensors}
     problems = []
     for name, blocks in tensors.items():
@@ -119,21 +128,17 @@ def _check(
         if info is None:
             problems.append(f"missing: {name} {list(shape)}")
         elif info.shape != shape:
-            problems.append(f"wrong shape: {name} is {list(info.shape)}, must be {list(shape)}")
+            found_shape = printable(list(info.shape))
+            problems.append(f"wrong shape: {name} is {found_shape}, must be {list(shape)}")
         elif info.dtype not in DTYPES:
             problems.append(f"wrong dtype: {name} is {info.dtype}; dequantize it to BF16 or F32")
-    unexpected = sorted(found - used)
-    for name in [n for n in unexpected if n in copies]:
-        unexpected.remove(name)
-        if not problems and not _equal(checkpoint, name, copies[name]):
-            problems.append(
-                f"wrong value: {name} differs from {copies[name]} although "
-                "tie_word_embeddings is true; set it to false in config.json"
-            )
-    for name in unexpected:
+    for name in sorted(found - used - set(copies or {})):
         hint = " (teacher of a fused stage-1 layer? unfuse first)" if ".self_attn." in name else ""
-        problems.append(f"unexpected: {name}{hint}")
-    return renamed, problems
+        problems.append(f"unexpected: {printable(name)}{hint}")
+    if problems:
+        problems += [_not_finite(n) for n in _scan(checkpoint, tensors, renamed)]
+        raise ValueError(_message(directory, problems))
+    return checkpoint, renamed
 
 
 def stored_dtypes(
@@ -242,5 +247,5 @@ def _not_finite(name: str) -> str:
 
 
 def _message(directory: str | Path, problems: list[str]) -> str:
-    lines = "\n  ".join(problems)
-    return f"{directory}: {len(problems)} tensors do not fit the config:\n  {lines}"
+    count = "1 tensor does" if len(problems) == 1 else f"{len(problems)} tensors do"
+    return summary(f"{directory}: {count} not fit the config:", problems)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from hmf_jax.convert.directories import COMPANIONS, replacing
+from hmf_jax.convert.reading import inside, summary
 from hmf_jax.convert.rows import Entry, by_tensor, tensor_shape
-from hmf_jax.convert.safetensors_io import DTYPES, Pending, dtype_name, write
-
-# What travels with a model besides its weights and config.
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates",
-    "generation_config.json",
-)
+from hmf_jax.convert.safetensors_io import DTYPES, Pending, dtype_name, parse_size, write
 
 
 def save(
@@ -42,12 +30,13 @@ def save(
     companions: str | Path | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    model_types: Collection[str] | None = None,
     progress: bool = True,
 ) -> None:
     """Writes config.json, safetensors and tokenizer files; all of them or nothing.
 
     Args:
-      directory: target; created by renaming a finished temporary directory next to it.
+      directory: target; it, or what it held before, is complete at every moment.
       config: the object of config.json.
       entries: the tensors to write, and the parameters that they are made of.
       params: parameter path -> array.
@@ -55,13 +44,16 @@ def save(
         came from; tensors it does not name keep the dtype they are held in.
       companions: directory whose tokenizer, chat template and generation_config.json are copied.
       max_shard_size: "5GB", "500MiB" or bytes.
-      overwrite: replace a directory that already holds a model.
+      overwrite: replace a model that is already there; other files beside it are kept.
+      model_types: which directories hold a model, see `directories.holds_model`.
       progress: show a bar with bytes and remaining time.
 
     Raises:
       FileExistsError: the directory is not empty (and `overwrite` cannot help or is off).
+      OSError: it cannot be written, see `directories.check_target`.
       ValueError: parameters that are missing, unexpected, wrong-shaped or not finite, by name.
     """
+    parse_size(max_shard_size)
     wanted = {e.path: e.parameter_shape for e in entries}
     problems = [f"missing: {p}" for p in wanted if p not in params]
     adapters = "  (an adapter: hmf_jax.training.merge_lora adds it to the weights first)"
@@ -83,20 +75,20 @@ def save(
         make = functools.partial(_assemble, name, blocks, params, DTYPES[dtype], bad)
         pending.append(Pending(name, dtype, tensor_shape(blocks), make))
     if problems:
-        raise ValueError(f"nothing written to {directory}:\n  " + "\n  ".join(problems))
+        raise ValueError(summary(f"nothing written to {directory}:", problems))
 
-    with replacing(directory, overwrite) as tmp:
-        total = sum(t.nbytes for t in pending)
+    files = {} if companions is None else companions_of(companions)
+    total = sum(t.nbytes for t in pending)
+    with replacing(directory, overwrite, model_types=model_types, space=total) as tmp:
         with tqdm(
             total=total, unit="B", unit_scale=True, desc="writing weights", disable=not progress
         ) as bar:
             write(tmp, pending, max_shard_size, bar.update)
         if bad:
-            lines = "\n  ".join(f"not finite: {n} holds NaN or infinity" for n in bad)
-            raise ValueError(f"nothing written to {directory}:\n  {lines}")
+            lines = [f"not finite: {n} holds NaN or infinity" for n in bad]
+            raise ValueError(summary(f"nothing written to {directory}:", lines))
         write_config(tmp, config, pending[0].dtype)
-        if companions is not None:
-            copy_companions(companions, tmp)
+        copy_companions(files, tmp)
 
 
 def write_config(directory: Path, config: Mapping[str, Any], dtype: str) -> None:
@@ -106,53 +98,24 @@ def write_config(directory: Path, config: Mapping[str, Any], dtype: str) -> None
     (directory / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_companions(source: str | Path, target: Path) -> None:
-    """Copies tokenizer files, chat templates and generation_config.json, where there are any."""
-    for pattern in _COMPANIONS:
-        for path in sorted(Path(source).glob(pattern)):
-            if path.is_dir():
-                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(path, target / path.name)
+def companions_of(source: str | Path) -> dict[str, Path]:
+    """Name -> file, of tokenizer files, chat templates and generation_config.json.
 
-
-@contextlib.contextmanager
-def replacing(directory: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory that takes the place of `directory` if the block succeeds.
-
-    Raises FileExistsError if there is something in the way: a file, or a directory that is not
-    empty and that either holds no model or must not be overwritten.
+    Raises ValueError for symbolic links that lead out of the directory: what they lead to was never
+    part of the model.
     """
-    directory = Path(directory).absolute()
-    if directory.exists():
-        if not directory.is_dir():
-            raise FileExistsError(f"{directory} is a file; choose another output directory")
-        if any(directory.iterdir()):
-            if not (directory / "config.json").is_file():
-                raise FileExistsError(
-                    f"{directory} is not empty and holds no model; choose another"
-                )
-            if not overwrite:
-                raise FileExistsError(
-                    f"{directory} is not empty; choose another directory or pass overwrite=True"
-                )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    tag = uuid.uuid4().hex[:8]
-    tmp, old = (directory.with_name(f".{directory.name}.{what}-{tag}") for what in ("tmp", "old"))
-    tmp.mkdir()
-    try:
-        yield tmp
-        if directory.exists():
-            directory.rename(old)
-        try:
-            tmp.rename(directory)
-        except OSError:
-            if old.exists():
-                old.rename(directory)
-            raise
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    source = Path(source)
+    found = [path for pattern in COMPANIONS for path in sorted(source.glob(pattern))]
+    files = [f for path in found for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    names = [f.relative_to(source).as_posix() for f in files if f.is_file()]
+    return {name: inside(source, name) for name in names}
+
+
+def copy_companions(files: Mapping[str, Path], target: Path) -> None:
+    """Copies what `companions_of` found."""
+    for name, file in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / name)
 
 
 def tensors(entries: Sequence[Entry], params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from hmf_jax.convert.reading import inside, listed, parse_json, printable, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: dict[str, np.dtype] = {
@@ -25,8 +28,15 @@ DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
-_SIZES = {"F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "I8": 1, "U8": 1, "I16": 2, "U16": 2}
-_SIZES |= {"I32": 4, "U32": 4, "I64": 8, "U64": 8} | {k: v.itemsize for k, v in DTYPES.items()}
+# Bits per element of all dtypes of the format; those of DTYPES are the ones that can be loaded.
+_BITS = {"BOOL": 8, "I8": 8, "U8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64}
+_BITS |= {"U64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8}
+_BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64} | {
+    name: 8 * dtype.itemsize for name, dtype in DTYPES.items()
+}
+_HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+_HEADER_MARKS = 5_000_000  # brackets and commas: enough for 500,000 tensors, read in 1 GB
+_INDEX_LIMIT, _MAX_FILES = 1 << 25, 10_000
 
 
 def dtype_name(dtype: Any) -> str:
@@ -50,67 +60,156 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one file; ValueError if the file is truncated or not safetensors."""
+    """The tensors of one file, whose bytes must cover the file without gaps or overlap.
+
+    Raises ValueError, one line that names the file, for anything that is not so.
+    """
     size = file.stat().st_size
     with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
+        begin = f.read(8)
+        if begin == b"version ":
+            raise ValueError(
+                f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in the "
+                "repository it comes from"
+            )
+        length = int.from_bytes(begin, "little")
         if size < 8 or 8 + length > size:
             raise ValueError(
                 f"{file} is truncated or not a safetensors file (its header does not fit into "
                 f"{size} bytes); download it again"
             )
-        try:
-            header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            tensors = {
-                name: TensorInfo(
-                    file,
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    8 + length + entry["data_offsets"][0],
-                    entry["data_offsets"][1] - entry["data_offsets"][0],
-                )
-                for name, entry in header.items()
-            }
-        except (ValueError, LookupError, TypeError, AttributeError) as e:
-            raise ValueError(f"{file} has no valid safetensors header; download it again") from e
-    end = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
+        if length > _HEADER_LIMIT:
+            raise ValueError(f"{file} has a header of {length:,} bytes; {_HEADER_LIMIT:,} may be")
+        raw = f.read(length)
+    if sum(raw.count(mark) for mark in (b"{", b"[", b",")) > _HEADER_MARKS:
+        raise ValueError(f"{file} has a header of far too many entries")
+    if raw[:1] != b"{":
+        raise ValueError(f"{file} has no valid safetensors header; download it again")
+    header = parse_json(raw, f"{file} has no valid safetensors header: it")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError(f"{file}: __metadata__ must be an object of strings")
+    tensors = {name: _tensor_info(file, name, entry) for name, entry in header.items()}
+    _check_coverage(file, tensors, size - 8 - length)
+    shift = 8 + length
+    return {n: dataclasses.replace(t, offset=t.offset + shift) for n, t in tensors.items()}
+
+
+def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
+    """One entry of a header, its offset still that within the data."""
+    where = f"{file}: {printable(name)}"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} must be a JSON object")
+    dtype, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if dtype not in list(_BITS):
+        raise ValueError(f"{where} has the unknown dtype {printable(dtype)}")
+    if not _are_sizes(shape):
+        raise ValueError(f"{where} has the shape {printable(shape)}, must be a list of integers")
+    if not _are_sizes(ends) or len(ends) != 2 or ends[0] > ends[1]:
+        raise ValueError(f"{where} has data_offsets {printable(ends)}, must be [begin, end]")
+    nbytes = ends[1] - ends[0]
+    if 8 * nbytes != math.prod(shape) * _BITS[dtype]:
+        raise ValueError(f"{where} has {nbytes} bytes, not {dtype}{printable(shape)}")
+    return TensorInfo(file, dtype, tuple(shape), ends[0], nbytes)
+
+
+def _are_sizes(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) <= 32
+        and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
+    )
+
+
+def _check_coverage(file: Path, tensors: Mapping[str, TensorInfo], size: int) -> None:
+    """Raises ValueError unless the tensors lie one after the other and fill `size` bytes."""
+    end, before = 0, ""
+    for name, t in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if t.offset < end:
+            raise ValueError(
+                f"{file}: {printable(before)} and {printable(name)} share bytes; download it again"
+            )
+        if t.offset > end:
+            raise ValueError(
+                f"{file}: {t.offset - end:,} bytes before {printable(name)} belong to no tensor; "
+                "download it again"
+            )
+        end, before = t.offset + t.nbytes, name
     if end > size:
         raise ValueError(
-            f"{file} is truncated: it should have {end:,} bytes and has {size:,}; download it again"
+            f"{file} is truncated: it should have {end - size:,} bytes more; download it again"
         )
-    for name, t in tensors.items():
-        if t.dtype in _SIZES and t.nbytes != math.prod(t.shape) * _SIZES[t.dtype]:
-            raise ValueError(f"{file}: {name} has {t.nbytes} bytes, not {t.dtype}{list(t.shape)}")
-    return tensors
+    if end < size:
+        raise ValueError(
+            f"{file}: the last {size - end:,} bytes belong to no tensor; download it again"
+        )
 
 
 def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """Weight files of a model directory, and the index (tensor name -> file name), if any."""
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE], {}
-    if (directory / INDEX).is_file():
-        try:
-            index = dict(json.loads((directory / INDEX).read_text())["weight_map"])
-        except (ValueError, LookupError, TypeError) as e:
-            raise ValueError(f"{directory / INDEX} is not a valid index; download it again") from e
+    single, index_file = os.path.lexists(directory / SINGLE), directory / INDEX
+    index = _read_index(index_file) if index_file.is_file() else {}
+    if index:
         names = sorted(set(index.values()))
+        if single and SINGLE not in names:
+            raise ValueError(
+                f"{directory} holds both {SINGLE} and {INDEX}: remove the one that is old"
+            )
+    elif single:
+        names = [SINGLE]
     else:
-        index, names = {}, sorted(p.name for p in directory.glob("model*.safetensors"))
-        counts = [re.search(r"-of-(\d+)\.safetensors$", n) for n in names]
-        total = int(counts[0][1]) if counts and counts[0] else len(names)
+        names = sorted(p.name for p in directory.glob("model*.safetensors"))
+        counts = {re.sub(r"^.*-of-(\d+)\.safetensors$|.*", r"\1", n) for n in names}
+        if len(counts) > 1:
+            raise ValueError(
+                f"{directory} holds weight files that do not belong together and no {INDEX}: "
+                f"{printable(', '.join(names))}"
+            )
+        total = int(counts.pop() or len(names)) if counts else 0
         if len(names) != total:
             raise FileNotFoundError(
                 f"{directory} has {len(names)} of {total} weight files; download the rest"
             )
-    missing = [n for n in names if not (directory / n).is_file()]
+    missing = [printable(n) for n in names if not (directory / n).is_file()]
     if missing or not names:
-        what = ", ".join(missing) if missing else "model*.safetensors files"
-        raise FileNotFoundError(
-            f"{directory} lacks {what}; download the missing weights (pickled .bin files are not "
-            "read: convert them to safetensors)"
+        raise FileNotFoundError(_missing(directory, missing))
+    return [inside(directory, name) for name in names], index
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    """The weight_map of an index."""
+    index = read_json(file, limit=_INDEX_LIMIT).get("weight_map")
+    if (
+        not isinstance(index, dict)
+        or not index
+        or not all(isinstance(name, str) and name for name in index.values())
+    ):
+        raise ValueError(
+            f"{file} is not a valid index (weight_map must say the file of each tensor); download "
+            "it again"
         )
-    return [directory / n for n in names], index
+    if len(names := set(index.values())) > _MAX_FILES:
+        raise ValueError(f"{file} names {len(names):,} weight files; {_MAX_FILES:,} may be")
+    for name in names:
+        inside(file.parent, name)
+    return index
+
+
+def _missing(directory: Path, files: list[str]) -> str:
+    """What to do about weights that are not there."""
+    if files:
+        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+        return f"{directory} lacks {', '.join(files[:5])}{more}; download the missing weights"
+    found = {p.suffix for p in directory.iterdir()}
+    what = f"{directory} lacks model*.safetensors files"
+    if ".gguf" in found:
+        return f"{what}: GGUF files are not read; download the repository it was made from"
+    if found & {".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5"}:
+        return (
+            f"{what}: pickled .bin and other files are not read; convert them to safetensors (in "
+            "transformers: save_pretrained)"
+        )
+    return f"{what}; download the missing weights"
 
 
 class Checkpoint:
@@ -126,16 +225,20 @@ class Checkpoint:
         path = Path(path)
         files, index = ([path], {}) if path.is_file() else _files(path)
         self.tensors: dict[str, TensorInfo] = {}
-        twice, misplaced = [], []
+        twice: list[str] = []
         for file in files:
             header = read_header(file)
-            twice += sorted(set(header) & set(self.tensors))
-            misplaced += [n for n, f in index.items() if f == file.name and n not in header]
+            twice += sorted(header.keys() & self.tensors.keys())
             self.tensors |= header
         if twice:
-            raise ValueError(f"{path}: stored in more than one shard: {', '.join(twice)}")
+            raise ValueError(f"{path}: stored in more than one shard: {listed(twice)}")
+        misplaced = [
+            name
+            for name, file in index.items()
+            if name not in self.tensors or self.tensors[name].file != path / file
+        ]
         if misplaced:
-            raise ValueError(f"{path}: not in the shard the index names: {', '.join(misplaced)}")
+            raise ValueError(f"{path}: not in the shard the index names: {listed(misplaced)}")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows start:stop of a floating tensor, in its stored dtype; the caller owns the memory.
@@ -184,11 +287,16 @@ class Pending:
 
 def parse_size(size: int | str) -> int:
     """Bytes of "5GB", "500MB" (powers of 1000), "2GiB" (powers of 1024), or of a number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
-    if match is None or not float(match[1]) > 0:
-        raise ValueError(f"max_shard_size {size!r} is not a size; write e.g. '5GB' or '500MiB'")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    text = str(size) if isinstance(size, int | str) else ""
+    pattern = r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT]?)(i?)B?\s*"
+    match = re.fullmatch(pattern, text, re.IGNORECASE)
+    base = 1024 if match and match[3] else 1000
+    found = match and int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if not found:
+        raise ValueError(
+            f"max_shard_size {printable(repr(size))} is not a size; write e.g. '5GB' or '500MiB'"
+        )
+    return found
 
 
 def plan_shards(tensors: Sequence[Pending], max_shard_size: int | str) -> list[list[Pending]]:

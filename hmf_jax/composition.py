@@ -9,6 +9,7 @@ positions of the parts overlap. Source: PICASO, arXiv 2502.17605.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -146,12 +147,13 @@ def _feed(
     state, packed = model.init_state(len(rows), capacity or size), PackedModel.of(model)
     for start in range(0, size, prefill_chunk):
         piece = [x[:, start : start + prefill_chunk] for x in (tokens, at, valid)]
-        state = _prefill(packed, state, *piece, **options)
+        state = _prefill(packed, state, *piece, fresh=start == 0, **options)
     return state
 
 
-@partial(jax.jit, donate_argnames="state", static_argnames=("num_iter", "impl"))
-def _prefill(packed, state, tokens, positions, valid, num_iter, impl):
+@partial(jax.jit, donate_argnames="state", static_argnames=("fresh", "num_iter", "impl"))
+def _prefill(packed, state, tokens, positions, valid, fresh, num_iter, impl):
+    state = dataclasses.replace(state, fresh=fresh)
     _, state = packed.model()(
         tokens, positions=positions, segment_ids=valid, state=state,
         num_iter=num_iter, last_only=True, impl=impl,
@@ -179,4 +181,4 @@ def _merge(
         KINDS[symbol].compose(parts, config.sections, layer, full)
         for symbol, layer, full in zip(config.student_kinds, state.layers, wholes, strict=True)
     )
-    return ModelState(layers, total, at, capacity, fresh=False)
+    return ModelState(layers, total, at, capacity)

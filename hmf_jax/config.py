@@ -14,18 +14,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hmf_jax import families, presets
-from hmf_jax.families import FAMILIES, KNOWN_MODEL_TYPES
+import jax
+import numpy as np
+
+from hmf_jax import families, overrides, presets
+from hmf_jax.convert.reading import read_json
+from hmf_jax.families import FAMILIES, KNOWN_MODEL_TYPES, TOKENS
 from hmf_jax.mixers import (
+    BASE,
     KINDS,
-    Section,
     Sections,
+    all_sections,
     check_symbols,
     fused_symbols,
+    kinds_within,
     sections_of,
     split_symbol,
 )
-from hmf_jax.options import Backbone, RopeConfig
+from hmf_jax.options import (
+    MOST_ITERATIONS,
+    SCALINGS,
+    Backbone,
+    RopeConfig,
+    check_choice,
+    check_int,
+    names,
+    nearest,
+    shown,
+)
+from hmf_jax.sections import check_sections, stored_section, take_sections
 
 __all__ = ["KNOWN_MODEL_TYPES", "HybridConfig", "RopeConfig", "split_symbol", "streams"]
 
@@ -78,29 +95,37 @@ class HybridConfig(Backbone):
         attention_bias: bool | None = None,
         **options: Any,
     ) -> None:
-        names = [kind.section.attribute for kind in KINDS.values() if kind.section]
-        given = {name: options.pop(name) for name in names if name in options}
+        kinds = [section.attribute for section in all_sections()]
+        given = {name: options.pop(name) for name in kinds if name in options}
         if attention_bias is not None:
             options |= {"qkv_bias": attention_bias, "o_bias": attention_bias}
+        fields = [field.name for field in dataclasses.fields(Backbone)]
+        if foreign := [name for name in options if name not in fields]:
+            hint = nearest(foreign[0], [*fields, *kinds, *_OWN])
+            raise TypeError(f"HybridConfig has no option {foreign[0]!r}{hint}")
         super().__init__(**options)
+        if isinstance(layer_kinds, str):
+            raise ValueError(f"layer_kinds must be a tuple of symbols, got {shown(layer_kinds)}")
+        layer_kinds = tuple(layer_kinds)
         check_symbols(layer_kinds)
         needed = {kind for symbol in layer_kinds for kind in split_symbol(symbol) if kind}
+        check_choice("family", family, FAMILIES)
         own = {
             "layer_kinds": layer_kinds,
-            "sections": sections_of(needed, {**(sections or {}), **given}),
-            "pad_token_id": pad_token_id,
-            "bos_token_id": bos_token_id,
-            "eos_token_id": eos_token_id,
+            "sections": sections_of(needed, check_sections({**(sections or {}), **given})),
+            "pad_token_id": _check_token("pad_token_id", pad_token_id),
+            "bos_token_id": _check_token("bos_token_id", bos_token_id),
+            "eos_token_id": _check_tokens("eos_token_id", eos_token_id),
             "family": family,
-            "extra": extra,
-            "stock": stock,
+            "extra": _check_text("extra", extra),
+            "stock": None if stock is None else _check_text("stock", stock),
         }
         for name, value in own.items():
             object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         """The settings of a kind of layer, or None."""
-        if any(kind.section and kind.section.attribute == name for kind in KINDS.values()):
+        if any(section.attribute == name for section in all_sections()):
             return self.sections.get(name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -135,6 +160,26 @@ class HybridConfig(Backbone):
         base = all(symbol in KINDS and KINDS[symbol].layer_type for symbol in self.layer_kinds)
         return self.stock is not None and base
 
+    def check_num_iter(self, value: Any) -> None:
+        """Looks at a number of solver iterations that a call gives in place of the config's.
+
+        Raises ValueError unless it is None, or the model has layers that iterate (GKA, also inside
+        B'MOJO-F) and the number, or each one of an array of them, is from 0 to 1000. What is known
+        only when a program runs is not looked at.
+        """
+        if value is None:
+            return
+        if not isinstance(value, jax.core.Tracer):
+            given = np.asarray(value)
+            whole = given.dtype.kind in "iu" and given.ndim < 2 and given.size > 0
+            if not whole or given.min() < 0 or given.max() > MOST_ITERATIONS:
+                limits = f">= 0 and <= {MOST_ITERATIONS}"
+                raise ValueError(f"num_iter={shown(value)} must be a whole number {limits}")
+        kinds = {kind for symbol in self.layer_kinds for kind in split_symbol(symbol) if kind}
+        types = [kind.section.type for kind in kinds_within(kinds, self.sections) if kind.section]
+        if not any(field.name == "num_iter" for t in types for field in dataclasses.fields(t)):
+            raise ValueError("this model has no GKA layers: leave num_iter out")
+
     @classmethod
     def from_json(cls, path: str | Path) -> HybridConfig:
         """Reads `path`, a config.json or a directory that holds one.
@@ -148,16 +193,13 @@ class HybridConfig(Backbone):
                 f"{file} does not exist; pass a Hugging Face model directory (with config.json and "
                 "*.safetensors) or a config.json"
             )
+        data = read_json(file, limit=1 << 22)
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as e:  # broken JSON or not UTF-8
-            raise ValueError(f"{file} is not valid JSON ({e}); download it again") from e
-        if not isinstance(data, dict):
-            raise ValueError(f"{file} must hold a JSON object, found {type(data).__name__}")
-        try:
-            return cls.from_dict(data)
+            config, notes = cls._read(data)
         except ValueError as e:
             raise ValueError(f"{file}: {e}") from e
+        _warn(notes, file)
+        return config
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HybridConfig:
@@ -167,6 +209,16 @@ class HybridConfig(Backbone):
         dicts with or without geometry, every alias of the inner B'MOJO-F mixer, and merges
         `gka_overrides` into `gka_config`.
         """
+        config, notes = cls._read(data)
+        _warn(notes)
+        return config
+
+    @classmethod
+    def _read(cls, data: Mapping[str, Any]) -> tuple[HybridConfig, list[str]]:
+        """`from_dict`, and a line for everything in `data` that has no effect."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"config.json must be a JSON object, got {shown(data)}")
+        notes: list[str] = []
         rest = dict(data)
         family, hybrid = families.take_family(rest)
         rest = {**family.defaults, **rest}
@@ -175,26 +227,24 @@ class HybridConfig(Backbone):
                 "quantized checkpoints are not supported; dequantize the weights to bfloat16 and "
                 "remove quantization_config"
             )
-        if any(k.startswith("linear_num_") for k in rest):
-            raise ValueError(
-                "linear_num_*_heads belongs to Qwen3-Next style models, which are not supported yet"
-            )
         if (act := rest.pop("hidden_act", "silu")) not in ("silu", "swish"):
-            raise ValueError(f"hidden_act {act!r} is not supported, only 'silu' is")
-        values = families.take_backbone(rest, family)
-        for name in _TOKENS:
-            value = rest.pop(name, None)
-            values[name] = tuple(value) if isinstance(value, list) else value
-        values["layer_kinds"] = families.take_layers(rest, family, hybrid)
+            raise ValueError(f"hidden_act {shown(act)} is not supported, only 'silu' is")
+        values = families.take_backbone(rest, family, notes)
+        values["layer_kinds"] = families.take_layers(rest, family, hybrid, notes)
         options = [field.name for field in dataclasses.fields(Backbone)]
         backbone = Backbone(**{k: v for k, v in values.items() if k in options})
-        return cls(
+        values |= families.take_tokens(rest, backbone.vocab_size, notes)
+        sections = take_sections(rest, backbone, len(values["layer_kinds"]), notes)
+        kept = {section.key for section in all_sections()} | {"rope_parameters"}
+        families.check_rest({k: v for k, v in rest.items() if k not in kept}, notes)
+        config = cls(
             **values,
-            sections=_take_sections(rest, backbone),
+            sections=sections,
             family=family.name,
-            extra=json.dumps(rest, sort_keys=True),
-            stock=None if hybrid else json.dumps(dict(data), sort_keys=True),
+            extra=_text(rest),
+            stock=None if hybrid else _text(data),
         )
+        return config, notes
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json object that the original loads.
@@ -208,15 +258,19 @@ class HybridConfig(Backbone):
         read, legacy = json.loads(self.stock or "{}"), families.LEGACY_ROPE
         if "torch_dtype" in read and "dtype" not in read:
             del out["dtype"]
-        if HybridConfig.from_dict(read)._keys() != self._keys():
+        if not self._as_read(read):
             # One value may imply another: only what means nothing here stays as it was read.
             read = {k: v for k, v in read.items() if k not in out and k not in legacy}
         elif "rope_parameters" not in read and any(k in read for k in legacy):
             del out["rope_parameters"]
         return dict(sorted({**out, **read}.items()))
 
-    def _keys(self) -> dict[str, Any]:
-        """config.json with every key under its present name."""
+    def _as_read(self, read: Mapping[str, Any]) -> bool:
+        """Whether nothing has changed since a base model was read from this config.json."""
+        return HybridConfig._read(read)[0]._keys() == self._keys()
+
+    def _keys(self, *, copies: bool = True) -> dict[str, Any]:
+        """config.json with every key under its present name; `copies`: see `Section`."""
         family, kinds = FAMILIES[self.family], [KINDS.get(symbol) for symbol in self.layer_kinds]
         out: dict[str, Any] = {
             **families.backbone_keys(self, family),
@@ -224,10 +278,11 @@ class HybridConfig(Backbone):
             "hidden_act": "silu",
             "num_hidden_layers": self.num_hidden_layers,
         }
-        for name in _TOKENS:
+        for name in TOKENS:
             value = getattr(self, name)
             out[name] = list(value) if isinstance(value, tuple) else value
         extra = json.loads(self.extra)
+        out["rope_parameters"] |= extra.pop("rope_parameters", {})
         if self.is_stock:
             out["model_type"], out["architectures"] = family.stock[0], [family.architectures[1]]
             out["layer_types"] = [kind.layer_type for kind in kinds if kind]
@@ -238,29 +293,56 @@ class HybridConfig(Backbone):
             out["model_type"], out["architectures"] = family.hybrid, [family.architectures[0]]
             out["layer_types"] = list(self.layer_kinds)
             out["hybrid_override_pattern"] = self.hybrid_override_pattern
-            for kind in KINDS.values():
-                if kind.section and kind.section.attribute in self.sections:
-                    key = kind.section.key
-                    out[key] = {**extra.pop(key, {}), **_stored(kind.section, self)}
+            for section in all_sections():
+                if section.attribute in self.sections:
+                    settings = self.sections[section.attribute]
+                    stored = stored_section(
+                        section, settings, self, self.num_hidden_layers, copies=copies
+                    )
+                    out[section.key] = {**extra.pop(section.key, {}), **stored}
         return dict(sorted({**out, **extra}.items()))
 
     def override(self, changes: Mapping[str, Any]) -> HybridConfig:
         """A copy with config.json keys changed; dots reach into dicts ("gka_config.num_iter").
 
-        The bare key `rope_theta` means the same as `rope_parameters.rope_theta`.
+        It is what config.json would be read as with these values written into it. Where a setting
+        has several names there, each of them changes it (`rope_theta` is
+        `rope_parameters.rope_theta`, `rope_scaling` is `rope_parameters`, `gka_overrides.num_iter`
+        is `gka_config.num_iter`), and new `rope_parameters` without a base keep the base.
+
+        Raises ValueError for keys that nothing reads, for changes that contradict each other or
+        have no effect, and for values that cannot form a model.
         """
+        if not isinstance(changes, Mapping):
+            raise ValueError(f"config_overrides must be a dict of keys, got {shown(changes)}")
         if not changes:
             return self
-        data = self._keys()
-        for path, value in changes.items():
-            path = "rope_parameters.rope_theta" if path == "rope_theta" else path
-            *parents, leaf = path.split(".")
-            node = data
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[leaf] = value
-        new = HybridConfig.from_dict(data)
-        return new if new.stock is None else dataclasses.replace(new, stock=self.stock)
+        if changed := {"dtype", "torch_dtype"} & changes.keys():
+            raise ValueError(
+                f"{changed.pop()} of config.json has no effect: pass dtype= when the model is made"
+            )
+        read = json.loads(self.stock or "{}")
+        if not self.is_stock:
+            data = self._keys(copies=False)
+        else:
+            data = read if self._as_read(read) else self.to_dict()
+        before = HybridConfig._read(data)[1]
+        data, paths = overrides.edit(data, changes)
+        if not self.is_stock and ("layer_types",) in paths:
+            if ("hybrid_override_pattern",) not in paths:  # which would come first
+                del data["hybrid_override_pattern"]
+        new, notes = HybridConfig._read(data)
+        ignored = [path for path in _unread(new) - _unread(self) if {path, path[:1]} & set(paths)]
+        for path in ignored:
+            if not families.is_known(path[0]):
+                raise ValueError(overrides.unknown(path, _known_keys(new)))
+        hybrid = new.stock is None
+        for key in families.WINDOW_KEYS:
+            if (key,) in paths and data[key] and (hybrid or set(new.layer_kinds) == {BASE}):
+                where = "swa_config.window_size" if hybrid else " and ".join(families.WINDOW_KEYS)
+                raise ValueError(f"{key} alone has no effect: give {where}")
+        _warn([note for note in notes if note not in before])
+        return new
 
     @classmethod
     def preset(
@@ -277,61 +359,66 @@ class HybridConfig(Backbone):
         return cls(**presets.preset(name, mixer, overrides))
 
 
-_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-_QUIET = {"cache_aprods", "use_qk_norm"}  # unknown keys of sections that nobody needs to hear of
+_OWN = ("layer_kinds", "sections", "family", "extra", "stock", "attention_bias", *TOKENS)
 
 
-def _take_sections(top: dict[str, Any], backbone: Backbone) -> Sections:
-    """The settings of all kinds. Unknown keys of a section stay at the top level, under its key."""
-    found = {}
-    for kind in KINDS.values():
-        if kind.section is not None:
-            section = kind.section
-            stored = section.take(top) if section.take else top.pop(section.key, None)
-            if stored is not None:
-                found[section.attribute] = _take_section(section, stored, backbone, top)
-    return Sections(found)
+def _check_token(name: str, value: Any) -> int | None:
+    # Released files also say -1 for "none".
+    return None if value is None else check_int(name, value, -1, 2**31 - 1)
 
 
-def _take_section(section: Section, stored: Any, backbone: Backbone, top: dict[str, Any]) -> Any:
-    key, geometry = section.key, section.geometry(backbone)
-    if not isinstance(stored, Mapping):
-        raise ValueError(f"{key} must be a JSON object, got {stored!r}")
-    values, unknown = {}, {}
-    names = {f.name for f in dataclasses.fields(section.type)}
-    copies = {
-        name
-        for kind in KINDS.values()
-        if kind.section is not None
-        for name in kind.section.derived(backbone, 1)
-    }
-    for name, value in section.read(stored).items():
-        if name in names:
-            values[name] = value
-        elif name in geometry:
-            if isinstance(value, Mapping):  # a partial ssm_cfg is checked as far as it goes
-                wrong = any(value[k] != geometry[name].get(k, value[k]) for k in value)
-            else:
-                wrong = value is not None and value != geometry[name]
-            if wrong:
-                raise ValueError(
-                    f"{key}.{name} is {value!r} but the top level of the config gives "
-                    f"{geometry[name]!r}; correct one of them"
-                )
-        elif name not in copies:
-            unknown[name] = value
-    if unknown:
-        if not set(unknown) <= _QUIET:
-            warnings.warn(f"{key}: ignoring unknown keys {sorted(unknown)}", stacklevel=5)
-        top[key] = unknown
-    return section.type(**values)
+def _check_tokens(name: str, value: Any) -> int | tuple[int, ...] | None:
+    if isinstance(value, list | tuple):
+        return tuple(check_int(name, token, -1, 2**31 - 1) for token in value)
+    return _check_token(name, value)
 
 
-def _stored(section: Section, config: HybridConfig) -> dict[str, Any]:
-    """A section of config.json: the copies of the backbone's options, and the settings."""
-    settings = config.sections[section.attribute]
-    copies = {**section.geometry(config), **section.derived(config, config.num_hidden_layers)}
-    return {**copies, **dataclasses.asdict(settings), **section.write(settings)}
+def _check_text(name: str, value: Any) -> str:
+    try:
+        if isinstance(value, str) and isinstance(json.loads(value), dict):
+            return value
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError(f"{name} must be a JSON object as text, got {shown(value)}")
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    """JSON text. Raises ValueError for what cannot be written as such."""
+
+    def is_json(value: Any) -> bool:
+        try:
+            return bool(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError, RecursionError):
+            return False
+
+    if wrong := [k for k, v in data.items() if not isinstance(k, str) or not is_json(v)]:
+        raise ValueError(f"{names(wrong)} of config.json is not a JSON value")
+    return json.dumps(dict(data), sort_keys=True)
+
+
+def _warn(notes: Sequence[str], file: str | Path = "config.json") -> None:
+    for note in notes:
+        warnings.warn(f"{file}: {note}", skip_file_prefixes=(str(Path(__file__).parent),))
+
+
+def _unread(config: HybridConfig) -> set[tuple[str, ...]]:
+    """The keys of config.json that nothing has read, as paths."""
+    found: set[tuple[str, ...]] = set()
+    inside = {section.key for section in all_sections()} | {"rope_parameters"}
+    for key, value in json.loads(config.extra).items():
+        found |= {(key, leaf) for leaf in value} if key in inside else {(key,)}
+    return found
+
+
+def _known_keys(config: HybridConfig) -> list[str]:
+    """The keys of config.json that are read, with dots into objects."""
+    rope = [f"rope_parameters.{name}" for name in ("rope_type", *SCALINGS["yarn"])]
+    settings = [
+        f"{section.key}.{field.name}"
+        for section in all_sections()
+        for field in dataclasses.fields(section.type)
+    ]
+    return [*config._keys(), *families.LEGACY_ROPE, *rope, *settings]
 
 
 def __getattr__(name: str) -> Any:
@@ -343,7 +430,7 @@ def __getattr__(name: str) -> Any:
         return fused_symbols()
     if name == "SUPPORTED_MODEL_TYPES":
         return families.model_types()
-    for kind in KINDS.values():
-        if kind.section is not None and kind.section.type.__name__ == name:
-            return kind.section.type
+    for section in all_sections():
+        if section.type.__name__ == name:
+            return section.type
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,11 +25,23 @@ from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.memory import describe, memory_table
 from hmf_jax.model import HybridLM
 
-# The ChatML layout of Qwen models, with their thinking switch.
+# The ChatML layout of Qwen models, with their thinking switch, and tools as JSON.
 CHAT_TEMPLATE = """\
+{%- if tools -%}
+<|im_start|>system
+<tools>
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor -%}
+</tools><|im_end|>
+{% endif -%}
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
+{{ message.content }}
+{%- for call in message.tool_calls or [] -%}
+{{ "\\n" if message.content or not loop.first }}<tool_call>
+{{ call.function | tojson }}
+</tool_call>
+{%- endfor %}<|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt -%}
 <|im_start|>assistant

@@ -31,6 +31,19 @@ def one_row_twice(f: Callable[[Array], Array], x: Array) -> Array:
     return f(jnp.broadcast_to(x, (1, 2, *x.shape[2:])))[:, :1]
 
 
+def in_dtype_of_first(arrays: tuple[Array | None, ...], **options: Any) -> tuple[Any, ...]:
+    """The `promote_dtype` of NNX layers that compute in their input's dtype, whatever their
+    parameters have: (input, kernel, bias), or the table of embeddings alone."""
+    first: Any = arrays[0]
+    return tuple(None if x is None else x.astype(first.dtype) for x in arrays)
+
+
+def without_dtype[L: nnx.Linear | nnx.Embed](layer: L) -> L:
+    """The layer without the dtypes it was made with: its arrays say theirs, casts change them."""
+    vars(layer).update(dtype=None, param_dtype=None)
+    return layer
+
+
 def _dot_general(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
     return one_row_twice(lambda x: jax.lax.dot_general(x, kernel, *args, **options), x)
 
@@ -45,18 +58,19 @@ def linear(
     bias: bool = False,
 ) -> nnx.Linear:
     """`nnx.Linear` with kernel [n_in, n_out] ~ N(0, initializer_range) and named dimensions."""
-    return nnx.Linear(
+    layer = nnx.Linear(
         n_in,
         n_out,
         use_bias=bias,
-        dtype=dtype,
         param_dtype=dtype,
         kernel_init=nnx.initializers.normal(config.initializer_range),
         dot_general=_dot_general,
+        promote_dtype=in_dtype_of_first,
         rngs=rngs,
         kernel_metadata={"dims": dims},
         bias_metadata={"dims": dims[1:]},
     )
+    return without_dtype(layer)
 
 
 def exact_dtype(dtype):
@@ -111,8 +125,8 @@ def merge_heads(x: Array) -> Array:
 
 def log_decay(A_log: Array, x: Array, dt_bias: Array) -> tuple[Array, Array]:
     """Step size softplus(x + dt_bias) and log-decay -exp(A_log) * step, both float32 [B, T, H]."""
-    step = jax.nn.softplus(exact(x) + dt_bias)
-    return step, -jnp.exp(A_log) * step
+    step = jax.nn.softplus(exact(x) + exact(dt_bias))
+    return step, -jnp.exp(exact(A_log)) * step
 
 
 def decay_params(heads: int, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:

@@ -1,14 +1,17 @@
 """Loading and saving models: Hugging Face repositories and directories, and Orbax directories.
 
 An Orbax directory of ours holds `config.json`, `params/` (sharded arrays, restorable on any mesh),
-`stored_dtypes.json` (dtypes of the checkpoint it came from) and the tokenizer files.
+`stored_dtypes.json` (dtypes of the checkpoint it came from), the tokenizer files, and
+`checksums.sha256` of all these, which is compared when the directory is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +20,28 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from flax import nnx, traverse_util
+from flax import nnx
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm as hub_tqdm
 from jax.sharding import Mesh
 
 from hmf_jax import table
 from hmf_jax.config import HybridConfig
-from hmf_jax.convert import hf_to_jax, jax_to_hf
-from hmf_jax.convert.safetensors_io import DTYPES, dtype_name
+from hmf_jax.convert import hf_to_jax, jax_to_hf, orbax_io
+from hmf_jax.convert.directories import (
+    DTYPES_FILE,
+    check_checksums,
+    check_target,
+    is_orbax,
+    printable,
+    read_json,
+    recover,
+    replacing,
+    write_checksums,
+)
+from hmf_jax.convert.reading import first_line
+from hmf_jax.convert.safetensors_io import DTYPES, dtype_name, parse_size
+from hmf_jax.families import model_types
 from hmf_jax.model import HybridLM
 from hmf_jax.parameters import abstract_params, flat_params, with_params
 from hmf_jax.sharding import for_model
@@ -43,7 +58,6 @@ __all__ = [
 ]
 
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*", "vocab.*", "merges.*"]
-_PARAMS, _DTYPES = "params", "stored_dtypes.json"
 
 
 def from_pretrained(
@@ -65,26 +79,40 @@ def from_pretrained(
         device.
       dtype: dtype of parameters and activations; None or "auto" keeps each tensor's stored dtype
         and computes in that of the embeddings. A_log, dt_bias and D are float32 in any case.
-      num_iter: Chebyshev iterations of GKA layers, in place of the config's.
+      num_iter: Chebyshev iterations of GKA layers, in place of the config's; at most 1000.
       config_overrides: other values for keys of config.json, see `HybridConfig.override`.
-      revision: branch, tag or commit of a repository.
+      revision: branch, tag or commit of a repository; not with a directory.
       progress: show download and loading bars.
 
     Raises:
       FileNotFoundError: no such directory or repository, no config.json, or missing weight files.
-      ValueError: an unsupported config, damaged files, or the list of all tensors that are missing,
-        unexpected, wrong-shaped or not finite.
+      ConnectionError: the download stopped; the next call continues it.
+      ValueError: an unsupported config or argument, files of another format, damaged files, or a
+        list of the tensors that are missing, unexpected, wrong-shaped or not finite.
     """
+    automatic = dtype is None or (isinstance(dtype, str) and dtype == "auto")
+    dtype = None if automatic else _floating(dtype)
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, see hmf_jax.make_mesh; got {mesh!r}")
     directory = resolve(repo_or_dir, revision=revision, progress=progress)
+    _check_format(directory)
     config = HybridConfig.from_json(directory).override(config_overrides or {})
     if num_iter is not None:
-        if config.gka is None:
-            raise ValueError(f"{directory} has no GKA layers: leave num_iter out")
+        config.check_num_iter(num_iter)
+        assert config.gka is not None
         gka = dataclasses.replace(config.gka, num_iter=num_iter)
         config = dataclasses.replace(config, gka=gka)
     mesh = for_model(mesh, config)
+    entries = table.entries(config)
+    rules = {"aliases": table.aliases(config), "copies": table.copies(config)}
+    # Before the model is made, which takes long for a config that asks for too much.
+    if is_orbax(directory):
+        check_checksums(directory)
+        orbax_io.check(directory, {e.path: e.parameter_shape for e in entries})
+    else:
+        hf_to_jax.check(directory, entries, **rules)
     stored = None
-    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+    if automatic:
         stored = _held_dtypes(directory, config)
         dtype = stored["embed_tokens.embedding"]
     model = nnx.eval_shape(lambda: HybridLM(config, dtype=dtype, mesh=mesh))
@@ -94,17 +122,10 @@ def from_pretrained(
             path: jax.ShapeDtypeStruct(a.shape, stored[path], sharding=a.sharding)
             for path, a in abstract.items()
         }
-    if _is_orbax(directory):
-        params = _restore(directory, abstract)
+    if is_orbax(directory):
+        params = orbax_io.restore(directory, abstract)
     else:
-        params = hf_to_jax.load(
-            directory,
-            table.entries(config),
-            abstract,
-            aliases=table.aliases(config),
-            copies=table.copies(config),
-            progress=progress,
-        )
+        params = hf_to_jax.load(directory, entries, abstract, progress=progress, **rules)
     model = with_params(model, params)
     model.source = str(directory)
     return model
@@ -126,29 +147,35 @@ def save_pretrained(
 
     Args:
       model: the model.
-      directory: appears only once it is complete.
+      directory: the old content or the new is there at every moment, never a part.
       source: the local directory the model came from (default: the one it was loaded from): its
         tokenizer files are copied and its tensors' dtypes are kept, so that loading (in the stored
         dtype) and saving gives the same bytes. Without one, or where it holds a model of other
-        layers (that this one was primed from), tensors keep the dtype they are held in.
+        layers (that this one was primed from), and after `HybridLM.astype`, tensors keep the dtype
+        they are held in.
       max_shard_size: largest weight file, e.g. "5GB", "500MiB" or a number of bytes.
-      overwrite: replace a directory that already holds a model.
+      overwrite: replace a model that is already there (it may be the one that was loaded). Files
+        that are no part of a model (README.md, notes, folders) stay.
       progress: show a bar.
 
     Raises:
-      FileExistsError: the directory is not empty.
+      FileExistsError: the directory is not empty and holds no model, or `overwrite` is off.
+      FileNotFoundError: `source` is not a directory.
+      OSError: the directory cannot be written: permissions, space.
       ValueError: parameters that are not finite, by name; nothing is written.
     """
-    source = source or model.source
+    check_target(directory, overwrite, model_types=model_types())
+    source = _source(model, source)
     jax_to_hf.save(
         directory,
         model.config.to_dict(),
         table.entries(model.config),
         flat_params(model),
-        dtypes=_stored_dtypes(source, model.config),
+        dtypes=None if model.origin.recast else _stored_dtypes(source, model.config),
         companions=source,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        model_types=model_types(),
         progress=progress,
     )
 
@@ -162,21 +189,23 @@ def save_orbax(
 ) -> None:
     """Writes an Orbax directory; `from_pretrained` restores it on any mesh. `source`, `overwrite`
     and errors as in `save_pretrained`."""
-    source = source or model.source
+    check_target(directory, overwrite, model_types=model_types())
+    source = _source(model, source)
     params = flat_params(model)
     bad = [p for p, x in params.items() if not jnp.isfinite(x).all()]
     if bad:
         raise ValueError(f"nothing written to {directory}; not finite: {', '.join(bad)}")
-    stored = _stored_dtypes(source, model.config)
-    with jax_to_hf.replacing(directory, overwrite) as tmp:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(tmp / _PARAMS, traverse_util.unflatten_dict(params, sep="."))
+    stored = None if model.origin.recast else _stored_dtypes(source, model.config)
+    files = {} if source is None else jax_to_hf.companions_of(source)
+    space = sum(x.nbytes for x in params.values())
+    with replacing(directory, overwrite, model_types=model_types(), space=space) as tmp:
+        orbax_io.write(tmp, params)
         embedding = dtype_name(params["embed_tokens.embedding"].dtype)
         jax_to_hf.write_config(tmp, model.config.to_dict(), embedding)
         if stored is not None:
-            (tmp / _DTYPES).write_text(json.dumps(stored, indent=0) + "\n")
-        if source is not None:
-            jax_to_hf.copy_companions(source, tmp)
+            (tmp / DTYPES_FILE).write_text(json.dumps(stored, indent=0) + "\n")
+        jax_to_hf.copy_companions(files, tmp)
+        write_checksums(tmp)
 
 
 def convert_directory(
@@ -199,8 +228,13 @@ def convert_directory(
     Returns:
       the format written.
 
-    Raises: what `from_pretrained` and `save_pretrained` raise.
+    Raises: what `from_pretrained` and `save_pretrained` raise; what can be known before, before
+      the model is loaded.
     """
+    if to not in (None, "orbax", "hf"):
+        raise ValueError(f"to must be 'orbax', 'hf' or None, got {to!r}")
+    parse_size(max_shard_size)
+    check_target(target, overwrite, model_types=model_types())
     directory = resolve(source, progress=progress)
     if to is None:
         to = "orbax" if any(directory.glob("*.safetensors")) else "hf"
@@ -217,12 +251,23 @@ def convert_directory(
 def resolve(repo_or_dir: str | Path, *, revision: str | None = None, progress: bool = True) -> Path:
     """The local directory of a model: `repo_or_dir` itself, or the cached download of a repository.
 
-    Raises FileNotFoundError, saying what was tried, if there is neither.
+    Raises FileNotFoundError, saying what was tried, if there is neither, and ValueError for a
+    revision of a directory.
     """
-    path = Path(repo_or_dir).expanduser()
-    if path.is_dir():
-        return path
     name = str(repo_or_dir)
+    if not name or "\0" in name:
+        raise FileNotFoundError(f"{name!r} is not the name of a directory or repository")
+    path = Path(repo_or_dir).expanduser()
+    recover(path)
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} is for repositories, and {path} is a directory here: leave "
+                "it out, or check the revision out there"
+            )
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise PermissionError(f"no permission to read {path}")
+        return path
     if path.exists():
         raise FileNotFoundError(f"{path} is a file; pass the directory that holds it")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
@@ -245,13 +290,66 @@ def resolve(repo_or_dir: str | Path, *, revision: str | None = None, progress: b
         ) from e
     except (HfHubHTTPError, HFValidationError) as e:
         raise FileNotFoundError(
-            f"cannot download {name}: no such directory here, and huggingface.co says: {e}. Check "
-            "the name and revision; for private or gated models run `hf auth login` first"
+            f"cannot download {name}: no such directory here, and huggingface.co says: "
+            f"{first_line(e)}. Check the name and revision; for private or gated models run "
+            "`hf auth login` first"
+        ) from e
+    except Exception as e:  # of the HTTP client, which is the hub's own choice
+        raise ConnectionError(
+            f"the download of {name} stopped ({first_line(e)}); try again, it continues where it "
+            "stopped"
         ) from e
 
 
-def _is_orbax(directory: Path) -> bool:
-    return (directory / _PARAMS).is_dir()
+def _floating(dtype: Any) -> np.dtype:
+    """The dtype to load a model in."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found not in DTYPES.values():
+        raise ValueError(
+            "dtype must be bfloat16, float16, float32 or float64, or None or 'auto' for the stored "
+            f"one; got {printable(repr(dtype))}"
+        )
+    if found == DTYPES["F64"] and not jax.config.jax_enable_x64:
+        raise ValueError("dtype float64 needs jax.config.update('jax_enable_x64', True)")
+    return found
+
+
+def _check_format(directory: Path) -> None:
+    """Raises ValueError, which says what to do, for directories of something else than a model."""
+    if (directory / "config.json").exists():
+        return
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(
+            f"{directory} holds LoRA adapters, not a model: load their base model, then "
+            "hmf_jax.training.load_lora(model, directory)"
+        )
+    if any(directory.glob("*.gguf")):
+        raise ValueError(
+            f"{directory} holds a GGUF file, which is not read: download the repository that it "
+            "was made from (config.json and safetensors)"
+        )
+    for inner in ("model", "final", "checkpoint"):
+        if (directory / inner / "config.json").is_file():
+            raise FileNotFoundError(f"{directory} holds no config.json; {directory / inner} does")
+
+
+def _source(model: HybridLM, source: str | Path | None) -> str | Path | None:
+    """The directory that tokenizer files and dtypes are taken from."""
+    if source is not None:
+        if not Path(source).is_dir():
+            raise FileNotFoundError(f"source={source} is not a directory")
+        return source
+    if model.source is not None and not Path(model.source).is_dir():
+        warnings.warn(
+            f"{model.source}, which the model was loaded from, is gone: no tokenizer files are "
+            "written with it",
+            stacklevel=3,
+        )
+        return None
+    return model.source
 
 
 def _stored_dtypes(source: str | Path | None, config: HybridConfig) -> dict[str, str] | None:
@@ -261,9 +359,12 @@ def _stored_dtypes(source: str | Path | None, config: HybridConfig) -> dict[str,
     directory = Path(source)
     if _is_of_another_model(directory, config):
         return None
-    if _is_orbax(directory):
-        file = directory / _DTYPES
-        return json.loads(file.read_text()) if file.is_file() else None
+    if is_orbax(directory):
+        file = directory / DTYPES_FILE
+        stored = read_json(file) if file.is_file() else None
+        if stored is not None and not all(dtype in list(DTYPES) for dtype in stored.values()):
+            raise ValueError(f"{file} must map names to {', '.join(DTYPES)}")
+        return stored
     if not directory.is_dir() or not any(directory.glob("model*.safetensors")):
         return None
     return _checkpoint_dtypes(directory, config)
@@ -284,8 +385,8 @@ def _is_of_another_model(directory: Path, config: HybridConfig) -> bool:
 
 def _held_dtypes(directory: Path, config: HybridConfig) -> dict[str, np.dtype]:
     """Parameter path -> dtype to hold it in when the stored dtypes are to be kept."""
-    if _is_orbax(directory):
-        found = {path: np.dtype(a.dtype) for path, a in _orbax_metadata(directory).items()}
+    if is_orbax(directory):
+        found = {path: np.dtype(dtype) for path, dtype in orbax_io.dtypes(directory).items()}
     else:
         stored = _checkpoint_dtypes(directory, config)
         found = {
@@ -298,38 +399,6 @@ def _held_dtypes(directory: Path, config: HybridConfig) -> dict[str, np.dtype]:
     return {
         path: float32 if path in always or d == DTYPES["F64"] else d for path, d in found.items()
     }
-
-
-def _orbax_metadata(directory: Path) -> dict[str, Any]:
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.metadata((directory / _PARAMS).absolute()).item_metadata.tree
-    return traverse_util.flatten_dict(tree, sep=".")
-
-
-def _restore(directory: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Parameters of an Orbax directory, each straight onto its shards."""
-    found = {path: tuple(a.shape) for path, a in _orbax_metadata(directory).items()}
-    problems = [f"missing: {p}" for p in abstract if p not in found]
-    problems += [f"unexpected: {p}" for p in found if p not in abstract]
-    problems += [
-        f"wrong shape: {p} is {list(found[p])}, must be {list(a.shape)}"
-        for p, a in abstract.items()
-        if p in found and found[p] != a.shape
-    ]
-    if problems:
-        lines = "\n  ".join(problems)
-        raise ValueError(f"{directory}: parameters do not fit the config:\n  {lines}")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {
-        p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or device)
-        for p, a in abstract.items()
-    }
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree: Any = checkpointer.restore(
-            (directory / _PARAMS).absolute(), traverse_util.unflatten_dict(target, sep=".")
-        )
-    flat: Any = traverse_util.flatten_dict(tree, sep=".")
-    return flat
 
 
 class _Silent(hub_tqdm):

@@ -180,6 +180,28 @@ def describe(config: HybridConfig) -> str:
     return "\n".join(lines)
 
 
+def describe_model(model: HybridLM) -> str:
+    """What a model prints as: `describe`, with what its arrays really are and take."""
+    leaves = jax.tree.leaves(model)
+    if not leaves or not all(hasattr(x, "dtype") for x in leaves):  # a tree of shardings
+        kinds = sorted({type(x).__name__ for x in leaves})
+        return f"HybridLM({len(leaves)} leaves, no arrays: {', '.join(kinds)})"
+    size = size_text(sum(x.size * x.dtype.itemsize for x in leaves))
+    place = f", loaded from {model.source}" if model.source else ""
+    mesh = {} if model.mesh is None else {k: n for k, n in model.mesh.shape.items() if n > 1}
+    split = f" on a mesh of {' x '.join(f'{k}={n}' for k, n in mesh.items())}" if mesh else ""
+    lines = [
+        f"HybridLM in {model.dtype}{split}{place}",
+        *describe(model.config).splitlines()[:-1],
+        f"{model.num_parameters():,} parameters, {size}",
+    ]
+    if mesh.get("sp", 1) == 1:  # states live on other meshes only
+        context = min(32768, model.config.max_position_embeddings)
+        state = model.abstract_state(1, context).nbytes()
+        lines.append(f"state of one sequence of {context} tokens: {size_text(state)}")
+    return "\n".join(lines)
+
+
 def size_text(size: float) -> str:
     """Bytes for people, in powers of 1024."""
     for unit in ("B", "KiB", "MiB"):

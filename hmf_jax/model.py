@@ -8,21 +8,40 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from hmf_jax.block import Block, LayerOutput, run_block
 from hmf_jax.config import HybridConfig
-from hmf_jax.layers import RMSNorm, linear, one_row_twice, rope_table
-from hmf_jax.mixers import Context
+from hmf_jax.layers import (
+    RMSNorm,
+    in_dtype_of_first,
+    linear,
+    one_row_twice,
+    rope_table,
+    without_dtype,
+)
+from hmf_jax.mixers import Context, kinds_within
 from hmf_jax.mixers.base import abstract_zeros, zeros
+from hmf_jax.moved import TORCH_METHODS
+from hmf_jax.packed import Origin
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
-from hmf_jax.padding import arrange, check_tokens, restore, valid_first
-from hmf_jax.parameters import shardings, split
+from hmf_jax.options import check_int
+from hmf_jax.padding import (
+    arrange,
+    check_room,
+    check_state,
+    check_tokens,
+    restore,
+    valid_first,
+)
+from hmf_jax.parameters import abstract_params, cast, float_dtype, shardings, split
 from hmf_jax.sharding import constrain, for_model
 from hmf_jax.state import ModelState
 
@@ -41,6 +60,10 @@ class HybridLM(nnx.Module):
       mesh: device mesh (see `hmf_jax.make_mesh`), or None. The random parameters of a layer are
         made on one device and then split; no more than one layer is ever whole.
       rngs: their seeds; the same ones on every mesh.
+
+    Attributes:
+      config, mesh: as given, the mesh with the axes that a model runs on.
+      origin: see `source`; also whether `astype` made it, which is then saved in its new dtype.
     """
 
     def __init__(
@@ -51,34 +74,130 @@ class HybridLM(nnx.Module):
         mesh: Mesh | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        rngs = nnx.Rngs(0) if rngs is None else rngs
+        if not isinstance(config, HybridConfig):
+            raise TypeError(
+                f"config must be a HybridConfig, such as HybridConfig.preset('tiny'), not {config!r}."
+            )
+        rngs, dtype = nnx.Rngs(0) if rngs is None else rngs, float_dtype(dtype)
         d, V = config.hidden_size, config.vocab_size
-        self.config, self.dtype = config, jnp.dtype(dtype)
-        self.mesh = for_model(mesh, config)
+        self.config, self.mesh = config, for_model(mesh, config)
         embed = nnx.Embed(
             V,
             d,
-            dtype=dtype,
             param_dtype=dtype,
+            promote_dtype=in_dtype_of_first,
             embedding_init=nnx.initializers.normal(config.initializer_range),
             rngs=rngs,
             embedding_metadata={"dims": ("vocab", "embed")},
         )
-        self.embed_tokens = split(embed, self.mesh)
+        self.embed_tokens = split(without_dtype(embed), self.mesh)
         layers = (Block(symbol, config, dtype=dtype, rngs=rngs) for symbol in config.layer_kinds)
         self.layers: Sequence[Block] = nnx.List([split(layer, self.mesh) for layer in layers])
         self.norm = split(RMSNorm(d, config.rms_norm_eps, dtype), self.mesh)
         head = ("embed", "vocab"), config, dtype, rngs
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else split(linear(d, V, *head), self.mesh)
-        self.source: str | None = None  # the directory it was loaded from; has the tokenizer
+        self.origin = nnx.data(Origin())
 
     @classmethod
     def init(
         cls, config: HybridConfig, *, dtype=jnp.bfloat16, mesh: Mesh | None = None, seed: int = 0
     ) -> HybridLM:
         """A model with random parameters."""
+        check_int("seed", seed, 0)
         return cls(config, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(seed))
+
+    @classmethod
+    def from_pretrained(cls, repo_or_dir: str | Path, **options: Any) -> HybridLM:
+        """`hmf_jax.from_pretrained`: the model of a directory or Hugging Face repository."""
+        import hmf_jax  # loading is built on models, not the other way around
+
+        return hmf_jax.from_pretrained(repo_or_dir, **options)
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
+        """`hmf_jax.save_pretrained` of this model."""
+        import hmf_jax
+
+        hmf_jax.save_pretrained(self, directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """`hmf_jax.push_to_hub` of this model: uploads it and returns its address."""
+        import hmf_jax
+
+        return hmf_jax.push_to_hub(self, repo_id, **options)
+
+    @property
+    def source(self) -> str | None:
+        """The directory it was loaded from, which has the tokenizer; None if that is not known.
+
+        `jax.tree.map`, `astype`, `jax.device_put` and `nnx.jit` keep it. A model that `jax.jit`
+        returns has none: the program may have been compiled for a model of another directory.
+        """
+        return self.origin.source
+
+    @source.setter
+    def source(self, directory: str | Path | None) -> None:
+        known = None if directory is None else str(directory)
+        self.origin = dataclasses.replace(self.origin, source=known, lost=False)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What it computes in: the dtype of the embeddings, whatever the other parameters have."""
+        return np.dtype(self.embed_tokens.embedding.dtype)
+
+    def astype(self, dtype: Any) -> Self:
+        """A new model with its parameters in this dtype, which is what it computes in.
+
+        A_log, dt_bias and D stay float32, and so do the matrices of adapters. The new model is
+        saved in the new dtype.
+
+        Args:
+          dtype: bfloat16, float16, float32 or, with jax_enable_x64, float64; as `jnp.bfloat16`,
+            "bfloat16" or `np.dtype`.
+
+        Raises:
+          ValueError: any other dtype.
+        """
+        dtype = float_dtype(dtype)
+        plain = nnx.eval_shape(lambda: HybridLM(self.config, dtype=dtype, mesh=self.mesh))
+        model = cast(self, {path: a.dtype for path, a in abstract_params(plain, None).items()})
+        model.origin = dataclasses.replace(self.origin, recast=True)
+        return model
+
+    def num_parameters(self, *, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters are, those of adapters included.
+
+        Args:
+          exclude_embeddings: without the embeddings and, where it is a matrix of its own, the head.
+        """
+        count = sum(x.size for x in jax.tree.leaves(self))
+        if exclude_embeddings:
+            count -= sum(x.size for x in jax.tree.leaves((self.embed_tokens, self.lm_head)))
+        return count
+
+    def train(self, **attributes: Any) -> Self:
+        """The model itself: nothing in it (such as dropout) differs between training and use."""
+        super().train(**attributes)
+        return self
+
+    def eval(self, **attributes: Any) -> Self:
+        """The model itself, see `train`."""
+        super().eval(**attributes)
+        return self
+
+    def __repr__(self) -> str:
+        """Layers, sizes and memory in a few lines; `nnx.display` shows every parameter."""
+        import hmf_jax
+
+        return hmf_jax.memory.describe_model(self)
+
+    __str__ = __repr__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """For what is not there; says what to write in place of a method of PyTorch's."""
+        instead = TORCH_METHODS.get(name)
+        hint = "" if instead is None else f": {instead}"
+        raise AttributeError(f"HybridLM has no attribute {name!r}{hint}", name=name, obj=self)
 
     def shardings(self) -> Any:
         """A pytree like the model with the sharding of each parameter (None without a mesh)."""
@@ -86,6 +205,10 @@ class HybridLM(nnx.Module):
 
     def init_state(self, batch: int, capacity: int) -> ModelState:
         """An empty state for `batch` rows of at most `capacity` tokens each.
+
+        It can be the carry of `jax.lax.scan`, `fori_loop` and `while_loop`. A first prefill is
+        quickest where the state is made, outside of jit or in the same program: see
+        `ModelState.fresh`.
 
         Memory: full attention layers take capacity entries per row, all other kinds a size that
         does not depend on capacity.
@@ -101,7 +224,7 @@ class HybridLM(nnx.Module):
             block.mixer.init_state(batch, capacity, self.dtype, self.mesh) for block in self.layers
         )
         length, position = (zeros((batch,), (None,), jnp.int32, self.mesh) for _ in range(2))
-        return ModelState(layers, length, position, capacity)
+        return ModelState(layers, length, position, capacity, fresh=True)
 
     def abstract_state(self, batch: int, capacity: int) -> ModelState:
         """`init_state` as `jax.ShapeDtypeStruct`s with shardings (without a mesh: None)."""
@@ -119,31 +242,39 @@ class HybridLM(nnx.Module):
         num_iter: Array | int | None = None,
         last_only: bool = False,
         impl: str = "auto",
+        solver: str = "chebyshev",
     ) -> tuple[Array, ModelState | None]:
         """Logits of the next token after each token.
 
         Args:
           tokens: [B, T] integers. With a state they continue its rows; T may be anything.
           positions: [B, T] rotary positions; default: the index of each token in its document.
+            With a state the default goes on after its rows' last position, given or not.
           segment_ids: [B, T]; 0 marks padding (anywhere; it leaves no trace), other numbers mark
             packed documents, which do not see each other. With a state every non-zero number means
             "valid": packing is for whole sequences.
           lengths: [B]; the first lengths[b] tokens of row b are valid, the others padding. Instead
             of segment_ids, and cheaper: no token has to be moved.
-          state: from `init_state` or an earlier call; a row must not outgrow its capacity (tokens
-            beyond it are lost to full attention layers, so check before you call).
-          num_iter: Chebyshev iterations of GKA layers, a number or one per row [B]; 0 = plain gated
+          state: from `init_state` or an earlier call; a row must not outgrow its capacity: tokens
+            beyond it are lost to full attention layers. Outside of jit that is an error.
+          num_iter: solver iterations of GKA layers, a number or one per row [B]; 0 = plain gated
             linear attention. Default: the config's. Changing it does not recompile.
           last_only: logits for the last valid token of each row only.
           impl: operator implementation, see `hmf_jax.pallas_kernels.dispatch`.
+          solver: of GKA layers: "chebyshev", or "cg", conjugate gradients, which need fewer
+            iterations (docs/num_iter.md) and which no GPU kernel has.
 
         Returns:
           logits [B, T, V] in the model's dtype ([B, 1, V] with last_only), unspecified at padding;
           the new state, or None without one.
+
+        Raises:
+          ValueError: shapes or dtypes that do not fit each other; a state of another model, dtype
+            or batch, or without room for these tokens.
         """
         x, ctx = self.embed(
             tokens, positions=positions, segment_ids=segment_ids, lengths=lengths, state=state,
-            num_iter=num_iter, impl=impl,
+            num_iter=num_iter, impl=impl, solver=solver,
         )  # fmt: skip
         layers = []
         for layer in self.blocks(x, ctx, state):
@@ -162,16 +293,19 @@ class HybridLM(nnx.Module):
         *,
         positions: Array | None = None,
         segment_ids: Array | None = None,
+        lengths: Array | None = None,
         num_iter: Array | int | None = None,
         impl: str = "auto",
+        solver: str = "chebyshev",
     ) -> Array:
         """What the logits are made of: [B, T, d] after the final norm (arguments of `__call__`).
 
         `hidden(tokens) @ head_kernel()` are the logits; a training loss makes them in pieces.
         """
         x, ctx = self.embed(
-            tokens, positions=positions, segment_ids=segment_ids, num_iter=num_iter, impl=impl
-        )
+            tokens, positions=positions, segment_ids=segment_ids, lengths=lengths,
+            num_iter=num_iter, impl=impl, solver=solver,
+        )  # fmt: skip
         for layer in self.blocks(x, ctx):
             x = layer.x
         return self.norm(restore(x, ctx.place))
@@ -194,9 +328,10 @@ class HybridLM(nnx.Module):
         state: ModelState | None = None,
         num_iter: Array | int | None = None,
         impl: str = "auto",
+        solver: str = "chebyshev",
     ) -> tuple[Array, ModelState | None, list[tuple[Array, Array]]]:
         """`__call__`, and of each layer the output of its mixer and its own, [B, T, d]."""
-        x, ctx = self.embed(tokens, state=state, num_iter=num_iter, impl=impl)
+        x, ctx = self.embed(tokens, state=state, num_iter=num_iter, impl=impl, solver=solver)
         layers, seen = [], []
         for layer in self.blocks(x, ctx, state):
             x = layer.x
@@ -214,6 +349,7 @@ class HybridLM(nnx.Module):
         state: ModelState | None = None,
         num_iter: Array | int | None = None,
         impl: str = "auto",
+        solver: str = "chebyshev",
     ) -> tuple[Array, Context]:
         """Where a forward pass begins, for loops over layers of one's own (see `blocks`).
 
@@ -223,10 +359,13 @@ class HybridLM(nnx.Module):
           x [B, T, d], the embeddings with the valid tokens of each row first, and what the layers
           are told about them; `restore(x, ctx.place)` of `hmf_jax.padding` undoes the order.
         """
-        check_tokens(tokens, positions, segment_ids, lengths, state, self.mesh)
-        if isinstance(num_iter, int) and num_iter < 0:
-            raise ValueError(f"num_iter={num_iter} must be 0 or more.")
+        check_tokens(tokens, positions, segment_ids, lengths, self.mesh)
+        self.config.check_num_iter(num_iter)
+        _check_solver(solver, self.config)
+        float_dtype(self.dtype)  # parameters may have been cast to anything
         B, T = tokens.shape
+        if state is not None:
+            check_state(self, state, B)
         place, lengths = None, None if lengths is None else jnp.asarray(lengths, jnp.int32)
         if segment_ids is not None:
             valid = segment_ids != 0
@@ -235,6 +374,9 @@ class HybridLM(nnx.Module):
                 place = valid_first(valid)
                 tokens, segment_ids = arrange(tokens, place), arrange(segment_ids, place)
                 positions = None if positions is None else arrange(positions, place)
+        if state is not None:
+            check_room(self, state, T if lengths is None else lengths)
+        after = None if state is None else _next_position(state, positions, lengths, T)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
             if state is not None:
@@ -253,6 +395,8 @@ class HybridLM(nnx.Module):
             fresh=state is not None and state.fresh,
             impl=impl,
             mesh=self.mesh,
+            position=after,
+            solver=solver,
         )
         # The table is split along d over sp x fsdp; the compiler moves one axis at a time well.
         x = one_row_twice(self.embed_tokens, tokens)
@@ -278,9 +422,29 @@ class HybridLM(nnx.Module):
         return constrain(logits, self.mesh, "batch", "tokens", "vocab")
 
 
+def _check_solver(solver: str, config: HybridConfig) -> None:
+    """Raises ValueError for another solver where no layer has any; the operator knows the names."""
+    if solver != "chebyshev":
+        kinds = kinds_within(config.student_kinds, config.sections)
+        if not any(kind.solves for kind in kinds):
+            raise ValueError(f"solver={solver!r}: the model has no layers with a solver (GKA).")
+
+
 def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelState | None:
     if state is None:
         return None
-    new = T if ctx.lengths is None else ctx.lengths
-    seen = dict(length=state.length + new, position=state.position + new)
-    return dataclasses.replace(state, layers=tuple(layers), **seen, fresh=False)
+    length = state.length + (T if ctx.lengths is None else ctx.lengths)
+    assert ctx.position is not None
+    return ModelState(tuple(layers), length, ctx.position, state.capacity)
+
+
+def _next_position(
+    state: ModelState, positions: Array | None, lengths: Array | None, T: int
+) -> Array:
+    """[B]: one more than the last position of each row, whose valid tokens come first."""
+    if positions is None:
+        return state.position + (T if lengths is None else lengths)
+    if lengths is None:
+        return positions[:, -1].astype(jnp.int32) + 1
+    last = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(lengths > 0, last.astype(jnp.int32) + 1, state.position)

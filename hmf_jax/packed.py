@@ -1,11 +1,14 @@
-"""A model as programs are called with it over and over: a list of arrays."""
+"""A model as programs see it: a list of arrays, and nothing of where these are from."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
+
+from hmf_jax.pallas_kernels.compat import tracing
 
 if TYPE_CHECKING:
     from hmf_jax.model import HybridLM
@@ -35,8 +38,10 @@ class PackedModel:
         return cls(arrays, cls._structures.setdefault(structure, structure))
 
     def model(self) -> HybridLM:
-        """The model again; within a program at no cost."""
-        return jax.tree.unflatten(self.structure.treedef, self.arrays)
+        """The model again, without its source; within a program at no cost."""
+        model = jax.tree.unflatten(self.structure.treedef, self.arrays)
+        model.origin = Origin()  # equal structures are one object, whatever their sources
+        return model
 
     def tree_flatten(self):
         return self.arrays, self.structure
@@ -44,6 +49,38 @@ class PackedModel:
     @classmethod
     def tree_unflatten(cls, structure: _Structure, arrays: Sequence[Any]) -> PackedModel:
         return cls(arrays, structure)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a model is from: a leaf-less part of its tree, which follows it through `jax.tree.map`.
+
+    All are equal, so that models of several directories share programs and can be mapped together.
+    A program would therefore return that of the model it was compiled with: it returns none.
+
+    Attributes:
+      source: the directory that the model was loaded from, or None.
+      recast: whether `HybridLM.astype` made it.
+      lost: whether the model came out of a program, such as `jax.jit`, that cannot know its source.
+    """
+
+    source: str | None = None
+    recast: bool = False
+    lost: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin)
+
+    def __hash__(self) -> int:
+        return hash(Origin)
+
+    def tree_flatten(self) -> tuple[tuple[()], Self]:
+        return (), type(self)(lost=True) if tracing() else self
+
+    @classmethod
+    def tree_unflatten(cls, aux: Self, children: Any) -> Self:
+        return aux
 
 
 class _Structure:

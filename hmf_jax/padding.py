@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from hmf_jax.mixers import KINDS
 from hmf_jax.state import ModelState
+
+if TYPE_CHECKING:
+    from hmf_jax.model import HybridLM
 
 Array = jax.Array
 
@@ -45,7 +50,6 @@ def check_tokens(
     positions: Any,
     segment_ids: Any,
     lengths: Any,
-    state: ModelState | None,
     mesh: Mesh | None,
 ) -> None:
     """Raises ValueError unless these are the tokens of one call of a model, see `HybridLM`."""
@@ -63,8 +67,64 @@ def check_tokens(
         raise ValueError("lengths and segment_ids both say what is padding; pass one of them.")
     if lengths is not None and lengths.shape != (B,):
         raise ValueError(f"lengths has shape {lengths.shape}, but there are {B} rows.")
-    if state is not None and state.length.shape != (B,):
+
+
+def check_state(model: HybridLM, state: Any, batch: int) -> None:
+    """Raises ValueError unless this is a state of this model for so many rows."""
+    if not isinstance(state, ModelState):
+        raise ValueError(f"state is a {type(state).__name__}, not one from init_state.")
+    if state.length.shape != (batch,):
         raise ValueError(
-            f"The state holds {state.length.shape[0]} rows, but tokens have {B}; "
-            f"make one with init_state({B}, capacity)."
+            f"The state holds {state.length.shape[0]} rows, but tokens have {batch}; "
+            f"make one with init_state({batch}, capacity)."
         )
+    # Looked up, because a model may be called again and again outside of jit.
+    key = model.config, model.dtype, batch, state.capacity
+    if key not in _layers:
+        wanted = model.abstract_state(batch, state.capacity)
+        _layers[key] = [_described(layer) for layer in wanted.layers]
+    found = [_described(layer) for layer in state.layers]
+    if found == _layers[key]:
+        return
+    hint = f"make one with this model's init_state({batch}, {state.capacity})"
+    if len(found) != len(_layers[key]):
+        raise ValueError(
+            f"The state has {len(found)} layers, but the model {len(_layers[key])}; {hint}."
+        )
+    pairs = enumerate(zip(found, _layers[key], strict=True))
+    i, (got, wanted) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+    raise ValueError(f"The state's layer {i} is {got}, but the model's is {wanted}; {hint}.")
+
+
+def check_room(model: HybridLM, state: ModelState, new: Array | int) -> None:
+    """Raises ValueError if `new` tokens of each row, [B] or T, do not fit into the state.
+
+    Only layers that keep every token lose some; what is traced cannot be looked at.
+    """
+    if not any(KINDS[symbol].grows for symbol in model.config.student_kinds):
+        return
+    held = state.length
+    if isinstance(new, int) and new > state.capacity:
+        held = np.zeros(1, np.int32)  # so many are too many for any row
+    arrays = [x for x in (held, new) if isinstance(x, jax.Array)]
+    if any(isinstance(x, jax.core.Tracer) or not x.is_fully_addressable for x in arrays):
+        return
+    total = np.asarray(held) + np.asarray(new)
+    if (row := int(total.argmax())) >= 0 and total[row] > state.capacity:
+        raise ValueError(
+            f"Row {row} would hold {total[row]} tokens, but the state's capacity is "
+            f"{state.capacity}; make a larger one with init_state(batch, capacity)."
+        )
+
+
+_layers: dict[Any, list[str]] = {}
+
+
+def _described(layer: Any) -> str:
+    """ "GKAState(h_kk=float32[2, 4, 16, 16], ...)"."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(layer)
+    arrays = (
+        f"{jax.tree_util.keystr(path, simple=True, separator='.')}={x.dtype}{list(x.shape)}"
+        for path, x in leaves
+    )
+    return f"{type(layer).__name__}({', '.join(arrays)})"

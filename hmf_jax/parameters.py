@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -60,14 +62,54 @@ def with_params[M: nnx.Module](module: M, params: Mapping[str, Any]) -> M:
     """A copy of the module that holds these arrays (the abstract twin of a model becomes real).
 
     Args:
-      module: its own arrays are not looked at.
-      params: path -> array; paths that the module does not have are ignored.
+      module: only the shapes of its own arrays are looked at.
+      params: path -> floating-point array, of any dtype.
 
     Raises:
-      KeyError: a path of the module is missing.
+      KeyError: paths of the module are missing.
+      ValueError: other paths, shapes or types, by name.
     """
-    leaves = [params[path] for path in variables(module)]
+    own = flat_params(module)
+    if missing := own.keys() - params.keys():
+        raise KeyError(f"missing parameters: {', '.join(sorted(missing))}")
+    problems = [f"{path} is no parameter of the module" for path in params.keys() - own.keys()]
+    for path, old in own.items():
+        new = params[path]
+        if not jnp.issubdtype(getattr(new, "dtype", None), jnp.floating):
+            problems.append(f"{path} must be a floating-point array, got {_kind(new)}")
+        elif new.shape != old.shape:
+            problems.append(f"{path} has shape {list(new.shape)}, must be {list(old.shape)}")
+    if problems:
+        raise ValueError("; ".join(sorted(problems)))
+    return jax.tree.unflatten(jax.tree.structure(module), [params[path] for path in own])
+
+
+def cast[M: nnx.Module](module: M, dtypes: Mapping[str, Any]) -> M:
+    """A copy of the module with parameters in these dtypes (path -> dtype); others keep theirs."""
+    leaves = [x.astype(dtypes.get(path, x.dtype)) for path, x in flat_params(module).items()]
     return jax.tree.unflatten(jax.tree.structure(module), leaves)
+
+
+def float_dtype(dtype: Any) -> np.dtype:
+    """The dtype of a model, from any of its spellings: `jnp.bfloat16`, "bfloat16", `np.dtype`.
+
+    Raises:
+      ValueError: it is none that a model computes in.
+    """
+    known = "bfloat16, float16 or float32"
+    try:
+        found = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in ("bfloat16", "float16", "float32", "float64"):
+        raise ValueError(f"dtype={dtype!r} is none that models compute in; choose {known}.")
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise ValueError(f"dtype=float64 needs jax_enable_x64; or choose {known}.")
+    return found
+
+
+def _kind(x: Any) -> str:
+    return str(x.dtype) if hasattr(x, "dtype") else type(x).__name__
 
 
 def _is_variable(x: Any) -> bool:

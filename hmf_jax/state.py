@@ -8,6 +8,7 @@ None of them counts tokens: `ModelState.length` does, once per row.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Self
 
 import jax
@@ -18,7 +19,12 @@ from hmf_jax.moved import moved
 Array = jax.Array
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("layers", "length", "position"),
+    meta_fields=("capacity",),
+    drop_fields=("fresh",),
+)
 @dataclasses.dataclass(frozen=True)
 class ModelState:
     """State of a whole model for a batch of rows.
@@ -27,16 +33,20 @@ class ModelState:
       layers: one state per layer.
       length: [B] int32, tokens that each row holds.
       position: [B] int32, rotary position of each row's next token; its length, unless it was
-        composed (`hmf_jax.compose`).
+        composed (`hmf_jax.compose`) or positions were given (then the last given one + 1).
       capacity: most tokens a row may hold (static); attention layers allocate this many entries.
-      fresh: static; True until the first call, which may then use plain causal attention kernels.
+      fresh: whether no row holds a token, so that the next call may use plain causal attention
+        kernels. A hint, and not part of the pytree: what comes out of a transformation (an argument
+        of a jitted function, a loop's carry) is not fresh, which is always right. So a state has
+        one type from `init_state` on. Programs that know better say
+        `dataclasses.replace(state, fresh=True)`.
     """
 
     layers: tuple[Any, ...]
     length: Array
     position: Array
-    capacity: int = dataclasses.field(metadata={"static": True})
-    fresh: bool = dataclasses.field(default=True, metadata={"static": True})
+    capacity: int
+    fresh: bool = False
 
     def reset(self, rows: Array) -> Self:
         """Empty the rows where the [B] bool `rows` is True."""
@@ -49,6 +59,14 @@ class ModelState:
     def gather(self, rows: Array) -> Self:
         """Rows [N] of this state, in this order, as a new state of batch N."""
         return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
+
+    def __repr__(self) -> str:
+        """Sizes in one line; the layers' arrays are in `layers`."""
+        rows = self.length.shape[0] if hasattr(self.length, "shape") else self.length
+        return (
+            f"ModelState({len(self.layers)} layers, rows={rows}, capacity={self.capacity}, "
+            f"fresh={self.fresh})"
+        )
 
     def nbytes(self) -> int:
         """Bytes of all arrays."""

@@ -24,6 +24,13 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, Tracer)
 
 
+def tracing() -> bool:
+    """Whether JAX is tracing a function just now (`jax.jit`, `jax.grad`, `jax.vmap`, ...)."""
+    from jax._src.core import trace_state_clean
+
+    return not trace_state_clean()
+
+
 def compute_capability() -> str:
     """Compute capability of the first device, such as "9.0"; "" where it has none."""
     return str(getattr(jax.devices()[0], "compute_capability", ""))

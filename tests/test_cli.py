@@ -11,16 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import hmf_jax
-from hmf_jax import embedded, engine
+from hmf_jax import demo, embedded, engine
 from hmf_jax.cli import app
+from hmf_jax.cli.errors import guarded
 from hmf_jax.config import HybridConfig
 from hmf_jax.demo import write_checkpoint
 from hmf_jax.loading import from_pretrained
-from hmf_jax.memory import memory_table, size_text, state_memory
+from hmf_jax.memory import memory_table
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.text import ChatSession, generate_text, load_tokenizer
 from tests.goldens import golden
@@ -133,33 +135,12 @@ def test_info_of_directories_files_and_shapes(checkpoint, tmp_path):
     assert "built-in shapes" in error_of("info", checkpoint, "--mixer", "GKA")
 
 
-def test_memory_is_that_of_real_states():
-    config = HybridConfig.preset("tiny")
-    from hmf_jax.model import HybridLM
-
-    for context, memory in state_memory(config, (64, 96)).items():
-        state = HybridLM(config).init_state(1, context)
-        real = state.nbytes() - state.length.nbytes - state.position.nbytes
-        assert memory.total == real
-        heads, dim = config.num_key_value_heads, config.head_dim
-        assert memory.attention == 2 * 2 * context * heads * dim  # K and V, bfloat16, one layer
-    # The arithmetic of the 8B shape: 4 KiB per token and attention layer, 18 of 36 layers.
-    gka = state_memory(HybridConfig.preset("8b"), (131072,))[131072]
-    assert gka.attention == 18 * 4096 * 131072
-    assert 72 * 2**20 <= gka.fixed < 73 * 2**20  # two float32 matrices per head, and convolutions
-    assert [size_text(n) for n in (512, 2048, 3 * 2**20, 2**31)] == [
-        "512 B",
-        "2.0 KiB",
-        "3.0 MiB",
-        "2.00 GiB",
-    ]
-
-
 def test_errors_are_one_clear_line(checkpoint, tmp_path):
     assert "not a directory" in error_of("generate", tmp_path / "none", "Hi")
     assert "config.json" in error_of("info", tmp_path)
     assert "nothing to compare with" in error_of("verify", checkpoint)
     assert "num_iter=-1" in error_of("generate", checkpoint, "Hi", "--num-iter", -1)
+    assert "leave num_iter out" in error_of("generate", checkpoint, "Hi", "--num-iter", 5)
     assert "temperature=-1" in error_of("generate", checkpoint, "Hi", "--temperature", -1)
     assert "is empty" in error_of("generate", checkpoint, "")
     assert "no room in a capacity" in error_of("generate", checkpoint, "Hi" * 9, "--capacity", 8)
@@ -198,6 +179,75 @@ def test_help_does_not_wait_for_jax(arguments):
         "finally: assert not {'jax', 'flax', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (ValueError("a=3 is bad"), 1, "hmf-jax: a=3 is bad\n"),
+        (FileNotFoundError("no x"), 1, "hmf-jax: no x\n"),
+        (PermissionError("not yours"), 1, "hmf-jax: not yours\n"),
+        (RuntimeError("odd"), 1, "hmf-jax: RuntimeError: odd (`hmf-jax --debug ...` shows where)"),
+        (KeyError("k"), 1, "hmf-jax: KeyError: 'k' (`hmf-jax --debug"),
+        (KeyboardInterrupt(), 130, ""),
+        (typer.Exit(3), 3, ""),
+        (typer.Exit(0), 0, ""),
+        (typer.Abort(), 1, "Aborted"),
+        (None, 0, ""),
+    ],
+)
+def test_exit_codes(error, code, says):
+    def command():
+        if error is not None:
+            raise error
+
+    one = typer.Typer(pretty_exceptions_enable=False)
+    one.command()(guarded(command))
+    result = CliRunner().invoke(one, [])
+    assert result.exit_code == code
+    assert result.stderr.startswith(says) if says else not result.stderr
+
+
+def commands(found, *names: str):
+    """(names, command) of every command that does something."""
+    for name, command in getattr(found, "commands", {}).items():
+        yield from commands(command, *names, name)
+    if not hasattr(found, "commands"):
+        yield names, found
+
+
+EVERY = dict(commands(typer.main.get_command(app)))
+
+
+def test_every_command_is_guarded():
+    """So that all of them end as `test_exit_codes` says."""
+    assert {names[0] for names in EVERY} == set(COMMANDS)
+    for names, command in EVERY.items():
+        function = command.callback
+        while not hasattr(function, "__code__") or function.__code__.co_name != "guarded":
+            assert hasattr(function, "__wrapped__"), names  # typer's own layer
+            function = function.__wrapped__
+        assert function.__code__.co_filename.endswith("errors.py"), names
+
+
+@pytest.mark.parametrize("names", [n for n in EVERY if n[0] != "bench"], ids=" ".join)
+def test_wrong_usage(names):
+    """Unknown options and missing arguments: exit code 2, as everywhere."""
+    assert "No such option: --nonsense" in run(*names, "--nonsense", code=2).stderr
+    if any(p.param_type_name == "argument" and p.required for p in EVERY[names].params):
+        assert "Missing argument" in run(*names, code=2).stderr
+
+
+def test_an_unknown_command():
+    assert "No such command 'nonsense'" in run("nonsense", code=2).stderr
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_demo_that_failed_says_so(monkeypatch, passed):
+    asked = []
+    monkeypatch.setattr(demo, "run_demo", lambda say, *args: asked.append(args) or passed)
+    assert "Took " in run("demo", "--seed", 3, code=0 if passed else 1).stdout
+    assert asked == [("gka", 3)]
 
 
 @pytest.mark.slow

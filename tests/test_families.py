@@ -115,14 +115,16 @@ def test_changes_are_written_in_place_of_what_was_read(read):
     config = HybridConfig.from_dict(read)
     new = config.override({"rope_theta": 3e6, "max_position_embeddings": 1024, "use_cache": True})
     again = new.to_dict()
+    back = HybridConfig.from_dict(again)
+    assert (back.rope, back.layer_kinds, back.is_stock) == (new.rope, new.layer_kinds, True)
     assert (again["max_position_embeddings"], again["use_cache"]) == (1024, True)
     assert not {"rope_theta", "rope_scaling"} & again.keys()
     other = {"rope_parameters", "rope_theta", "rope_scaling", "max_position_embeddings"}
     untouched = [key for key in read if key not in other | {"use_cache"}]
     assert {key: again[key] for key in untouched} == {key: read[key] for key in untouched}
-    back = HybridConfig.from_dict(again)
-    assert back.rope == dataclasses.replace(config.rope, theta=3e6)
-    assert back.layer_kinds == config.layer_kinds and back.is_stock
+    edited = HybridConfig.from_dict({**read, "max_position_embeddings": 1024})
+    assert new.rope == dataclasses.replace(edited.rope, theta=3e6)
+    assert new.layer_kinds == config.layer_kinds and new.is_stock
 
 
 def test_what_was_implied_does_not_change_with_what_implied_it():

@@ -252,3 +252,5 @@ def test_bad_input():
         model(tokens, state=model.init_state(3, T))
     with pytest.raises(ValueError, match="at least 1"):
         model.init_state(0, T)
+    with pytest.raises(ValueError, match="at least 1"):
+        model.init_state(1, 0)

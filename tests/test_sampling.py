@@ -85,6 +85,15 @@ def test_frequencies_are_those_of_the_filtered_distribution(p):
     assert (np.abs(counts - expected) <= 5 * sigma + 1e-12).all()
 
 
+def test_top_p_of_one_is_off_beside_other_filters():
+    """Of tokens whose probability rounding hides from a sum that starts with the likely ones."""
+    scores = np.zeros((1, V), np.float32)
+    scores[0, 5:] = -40.0
+    for p in (SamplingParams(temperature=1, top_k=20), SamplingParams(temperature=1, min_p=1e-20)):
+        got = _filter(jnp.asarray(scores), stack_params([p]))
+        assert np.isfinite(np.asarray(got)).sum() == V, p  # all that tie with the 20th
+
+
 def test_same_filters_as_transformers():
     torch = pytest.importorskip("torch")
     from transformers.generation import logits_process as hf

@@ -15,7 +15,7 @@ import typer
 
 import hmf_jax
 from hmf_jax.cli import bench, options
-from hmf_jax.cli.errors import guarded, settings
+from hmf_jax.cli.errors import Program, guarded, settings
 from hmf_jax.cli.models import convert, info, verify
 from hmf_jax.cli.prime import distill as prime_distill
 from hmf_jax.cli.prime import init as prime_init
@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 app = typer.Typer(
+    cls=Program,
     help="Run hybrid language models (attention mixed with Gated KalmaNet, Gated DeltaNet, "
     "Mamba-2 or B'MOJO-F layers). New here? Try `hmf-jax demo`.",
     no_args_is_help=True,

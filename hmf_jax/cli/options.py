@@ -61,6 +61,13 @@ Fields = Annotated[
     list[str] | None,
     typer.Argument(help="field=value, in place of the file's, e.g. learning_rate=1e-5 fsdp=8."),
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Begin anew where another run was: its checkpoints and model go."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 DryRun = Annotated[
     bool,
     typer.Option(

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hmf_jax.cli.errors import progress
-from hmf_jax.cli.options import DryRun, DType, Dtype, Fields
+from hmf_jax.cli.errors import progress, talk
+from hmf_jax.cli.options import DryRun, DType, Dtype, Fields, Overwrite, Quiet
 
 
 def init(
@@ -72,6 +72,8 @@ def distill(
     ],
     fields: Fields = None,
     dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Stage 1: let the new layers learn what attention did. A stopped run goes on where it was."""
     from hmf_jax.engine import enable_compilation_cache
@@ -79,7 +81,7 @@ def distill(
 
     run = DistillConfig.load(config, fields or ())
     enable_compilation_cache()
-    distill(run, progress=progress(), report=typer.echo, dry_run=dry_run)
+    distill(run, dry_run=dry_run, overwrite=overwrite, **talk(quiet and not dry_run))
 
 
 def unfuse(

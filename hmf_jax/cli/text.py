@@ -157,6 +157,7 @@ def _load(
     """
     import jax
 
+    from hmf_jax.config import HybridConfig
     from hmf_jax.engine import enable_compilation_cache
     from hmf_jax.loading import from_pretrained, resolve
     from hmf_jax.sharding import make_mesh
@@ -164,9 +165,8 @@ def _load(
 
     if tp > jax.device_count():
         raise ValueError(f"--tp {tp} needs {tp} devices, but there are {jax.device_count()}.")
-    if num_iter is not None and num_iter < 0:
-        raise ValueError(f"num_iter={num_iter} must be 0 or more.")
     directory = resolve(name, progress=progress())
+    HybridConfig.from_json(directory).check_num_iter(num_iter)
     given = {key: value for key, value in sampling.items() if value is not None}
     params = dataclasses.replace(default_sampling(directory), seed=seed, **given)
     enable_compilation_cache()

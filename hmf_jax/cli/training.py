@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from hmf_jax.cli.errors import progress
-from hmf_jax.cli.options import DryRun, Fields
+from hmf_jax.cli.errors import talk
+from hmf_jax.cli.options import DryRun, Fields, Overwrite, Quiet
 
 
 def train(
@@ -22,6 +22,8 @@ def train(
     ],
     fields: Fields = None,
     dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune a model on texts or chats. A run that was stopped goes on where it was."""
     from hmf_jax.engine import enable_compilation_cache
@@ -34,7 +36,7 @@ def train(
     if dry_run:
         typer.echo(plan(run))
         return
-    fine_tune(run, progress=progress(), report=typer.echo)
+    fine_tune(run, overwrite=overwrite, **talk(quiet))
 
 
 def demo(

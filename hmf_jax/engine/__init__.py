@@ -3,9 +3,14 @@
     request    what is asked, what comes back
     scheduler  which request gets which row, and what the device does next
     programs   everything that is compiled, as pure functions
+    settings   what the rows were asked for, as arrays
     buffers    the rows on the device: the only part that knows how their memory is laid out
     engine     add, abort, step -> events
+    failure    where logits that are not finite come from
+    defaults   what generation_config.json says
     api        generate, stream, warmup
+    pure       sample, for programs of one's own
+    scores     score: log-probabilities of given tokens
 
 Tokens only; text is the business of `hmf_jax.text`. Programs are compiled per bucket: rows and
 capacity are rounded up to powers of two, prompts are cut into chunks of `prefill_chunk` tokens, the
@@ -22,6 +27,7 @@ from hmf_jax.engine.api import (
     warmup,
 )
 from hmf_jax.engine.engine import Engine
+from hmf_jax.engine.pure import sample
 from hmf_jax.engine.request import (
     GREEDY,
     Output,
@@ -32,14 +38,18 @@ from hmf_jax.engine.request import (
     requests,
 )
 from hmf_jax.engine.scheduler import Event, Finished, New, Scheduler, Started
+from hmf_jax.engine.scores import score
+from hmf_jax.engine.settings import Context, Processor
 
 __all__ = [
     "GREEDY",
+    "Context",
     "Engine",
     "Event",
     "Finished",
     "New",
     "Output",
+    "Processor",
     "Request",
     "Scheduler",
     "Started",
@@ -50,6 +60,8 @@ __all__ = [
     "enable_compilation_cache",
     "generate",
     "requests",
+    "sample",
+    "score",
     "start",
     "stream",
     "warmup",

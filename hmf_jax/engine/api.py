@@ -4,36 +4,62 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import jax
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine.buffers import SMALLEST_CAPACITY, SMALLEST_CHUNK, power_of_two
+from hmf_jax.engine.defaults import of_directory
 from hmf_jax.engine.engine import Engine
-from hmf_jax.engine.request import GREEDY, Output, Request, Tokens, check_room, requests
+from hmf_jax.engine.request import (
+    Output,
+    Prompts,
+    Request,
+    Sampling,
+    check_room,
+    check_top,
+    check_whole,
+    requests,
+    tell_errors,
+)
 from hmf_jax.engine.scheduler import Finished, New
+from hmf_jax.engine.scores import score_prompts
+from hmf_jax.engine.settings import Processor
 from hmf_jax.model import HybridLM
-from hmf_jax.sampling import SamplingParams
+from hmf_jax.sampling import SamplingSettings
 from hmf_jax.state import ModelState
 
 
 def generate(
     model: HybridLM,
-    prompts: Sequence[Tokens],
+    prompts: Prompts,
     *,
     max_new_tokens: int | Sequence[int] = 128,
-    sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
+    sampling: Sampling = None,
     eos_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     num_iter: int | Sequence[int] | None = None,
     capacity: int | None = None,
     prefill_chunk: int = 2048,
     slots: int | None = None,
     state: ModelState | None = None,
-    logprobs: bool = False,
+    logprobs: bool | int = False,
+    prompt_logprobs: bool | int = False,
+    min_new_tokens: int | Sequence[int] = 0,
+    processor: Processor | None = None,
+    **settings: Unpack[SamplingSettings],
 ) -> list[Output]:
     """Continue each prompt until an end token, `max_new_tokens` or a full state.
+
+        generate(model, [[5, 6, 7]], temperature=0.7, top_p=0.9, seed=1)
+
+    How tokens are chosen and which ones end a row is what the caller says, else what
+    generation_config.json in the model's directory says (as in Hugging Face's `generate`: single
+    settings of the caller replace those of the file), else greedy and the config's end tokens.
 
     For throughput, pass many prompts and as many `slots` as the memory holds: that many rows decode
     together, and a row that is done makes room for the next prompt. Prompts are then prefilled one
@@ -41,12 +67,13 @@ def generate(
 
     Args:
       model: the model.
-      prompts: token ids of each prompt; lengths may differ.
+      prompts: token ids of each prompt; lengths may differ. Or an array [B, T].
       max_new_tokens: most new tokens, one number or one per prompt.
-      sampling: how to choose tokens (default greedy), one setting or one per prompt. A prompt's
+      sampling: how to choose tokens, one setting or one per prompt: `SamplingParams`, taken as it
+        is, or a dict, {"temperature": 0.7, "top_p": 0.9}, which is read like `settings`. A prompt's
         random bits depend on its own seed and positions only, not on the rest of the batch.
-      eos_ids: end tokens, a list for all or one list per prompt; None = the config's
-        eos_token_id, () = never end.
+      eos_ids: end tokens, a list for all or one list per prompt; () = never end; None = those of
+        generation_config.json and of the config together.
       num_iter: Chebyshev iterations of GKA layers, one number or one per prompt; None = the
         config's. The first other number compiles once more, all further ones do not.
       capacity: tokens each row can hold, prompt and output. None = what is needed, rounded up to a
@@ -58,64 +85,136 @@ def generate(
       state: what the prompts continue, one row for each (`compose`, or an earlier call of the
         model); stays as it is. Its capacity counts; the repetition penalty does not see its tokens.
         Not with slots.
-      logprobs: also return the log-probability of each token.
+      logprobs: True: also return the log-probability of each token; a number n: and the n most
+        likely tokens at each place.
+      prompt_logprobs: the same for the tokens of the prompts, which are then read twice.
+      min_new_tokens: no end token before that many new tokens, one number or one per prompt.
+      processor: a function (logits [B, V] float32, context) -> logits that `jax.jit` can trace,
+        applied after biases and penalties; context is a `hmf_jax.engine.Context`. It must treat
+        rows independently. Pass the same function object again: a new one compiles again.
+      settings: temperature, top_p, top_k, min_p, do_sample, seed, repetition_penalty,
+        presence_penalty, frequency_penalty, logit_bias, for all prompts; see `SamplingParams.of`.
+        Not with `sampling`.
 
     Returns:
-      One `Output` per prompt, in order.
+      One `Output` per prompt, in order. A row whose logits are NaN or infinite ends there with
+      finish_reason "error" (the others go on, unchanged), and a RuntimeWarning names it.
 
     Raises:
       ValueError: an empty prompt, token ids outside the vocabulary, a prompt that does not fit, or
         settings out of range; before anything runs.
+      FloatingPointError: there is one prompt only, and its logits are NaN or infinite; says at
+        which new token, and from which layer on.
     """
+    most = _how_many("logprobs", logprobs)
+    of_prompt = _how_many("prompt_logprobs", prompt_logprobs)
     asked = requests(
         model.config, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids,
-        num_iter=num_iter,
+        num_iter=num_iter, min_new_tokens=min_new_tokens, top_logprobs=most, settings=settings,
+        defaults=of_directory(model.config, model.source),
     )  # fmt: skip
+    check_top(model.config, of_prompt)
     engine, ids = start(
-        model, asked, capacity=capacity, prefill_chunk=prefill_chunk, slots=slots, state=state
-    )
-    tokens: dict[int, list[int]] = {id: [] for id in ids}
-    scores: dict[int, list[float]] = {id: [] for id in ids}
-    reasons: dict[int, str] = {}
+        model, asked, capacity=capacity, prefill_chunk=prefill_chunk, slots=slots, state=state,
+        processor=processor,
+    )  # fmt: skip
+    outputs: dict[int, Output] = {id: Output([], "", [], top_logprobs=[]) for id in ids}
+    errors: dict[int, str] = {}
+    if prompt_logprobs:
+        found = score_prompts(
+            model, asked, top=of_prompt, capacity=engine.capacity, chunk=prefill_chunk, state=state
+        )
+        for id, (scores, top) in zip(ids, found, strict=True):
+            more = {"prompt_logprobs": scores, "prompt_top_logprobs": top if of_prompt else None}
+            outputs[id] = dataclasses.replace(outputs[id], **more)
     while engine.busy:
         for event in engine.step():
             if isinstance(event, New):
-                tokens[event.id] += event.tokens
-                scores[event.id] += event.logprobs
+                _append(outputs[event.id], event)
             elif isinstance(event, Finished):
-                reasons[event.id] = event.reason
-    return [Output(tokens[id], reasons[id], scores[id] if logprobs else None) for id in ids]
+                error = _row_error(ids, event, errors)
+                outputs[event.id] = dataclasses.replace(
+                    outputs[event.id], finish_reason=event.reason, error=error
+                )
+    tell_errors(errors, len(ids))
+    dropped = {} if logprobs else {"logprobs": None}
+    dropped |= {} if most else {"top_logprobs": None}
+    return [dataclasses.replace(outputs[id], **dropped) for id in ids]
 
 
 def stream(
     model: HybridLM,
-    prompts: Sequence[Tokens],
+    prompts: Prompts,
     *,
     tokens_per_dispatch: int = 8,
     max_new_tokens: int | Sequence[int] = 128,
-    sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
+    sampling: Sampling = None,
     eos_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     num_iter: int | Sequence[int] | None = None,
     capacity: int | None = None,
     prefill_chunk: int = 2048,
+    min_new_tokens: int | Sequence[int] = 0,
+    processor: Processor | None = None,
+    **settings: Unpack[SamplingSettings],
 ) -> Iterator[list[list[int]]]:
     """Like `generate`, but yields the new tokens of every prompt after each dispatch.
 
     The first item holds the first token of each prompt, later ones up to `tokens_per_dispatch`
     (at most 64) tokens per prompt, none for prompts that are done. Same tokens as `generate`.
+
+    Raises:
+      ValueError: what `generate` raises, at the call.
+      FloatingPointError: from the iterator, after all rows are done, if some failed.
     """
+    check_whole("tokens_per_dispatch", tokens_per_dispatch, 1)
     asked = requests(
         model.config, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids,
-        num_iter=num_iter,
+        num_iter=num_iter, min_new_tokens=min_new_tokens, settings=settings,
+        defaults=of_directory(model.config, model.source),
     )  # fmt: skip
-    engine, ids = start(model, asked, capacity=capacity, prefill_chunk=prefill_chunk)
+    engine, ids = start(
+        model, asked, capacity=capacity, prefill_chunk=prefill_chunk, processor=processor
+    )
 
     def tokens() -> Iterator[list[list[int]]]:
+        errors: dict[int, str] = {}
         while engine.busy:
-            new = {e.id: e.tokens for e in engine.step(tokens_per_dispatch) if isinstance(e, New)}
-            yield [new.get(id, []) for id in ids]
+            new: dict[int, list[int]] = {}
+            for event in engine.step(tokens_per_dispatch):
+                if isinstance(event, New):
+                    new[event.id] = event.tokens
+                elif isinstance(event, Finished):
+                    _row_error(ids, event, errors)
+            if new or not errors:
+                yield [new.get(id, []) for id in ids]
+        if errors:
+            raise FloatingPointError("; ".join(errors.values()))
 
     return tokens()
+
+
+def _append(output: Output, event: New) -> None:
+    assert output.logprobs is not None and output.top_logprobs is not None
+    output.tokens.extend(event.tokens)
+    output.logprobs.extend(event.logprobs)
+    output.top_logprobs.extend(event.top)
+
+
+def _row_error(ids: Sequence[int], event: Finished, errors: dict[int, str]) -> str | None:
+    """The message of a row that has failed, by prompt; also put among `errors`."""
+    if event.error is None:
+        return None
+    row = ids.index(event.id)
+    errors[row] = f"row {row}, {event.error}"
+    return errors[row]
+
+
+def _how_many(name: str, value: bool | int) -> int:
+    """Of `logprobs`: how many of the most likely tokens."""
+    if isinstance(value, bool):
+        return 0
+    check_whole(name, value, 0)
+    return value
 
 
 def start(
@@ -126,6 +225,7 @@ def start(
     prefill_chunk: int = 2048,
     slots: int | None = None,
     state: ModelState | None = None,
+    processor: Processor | None = None,
 ) -> tuple[Engine, list[int]]:
     """An engine that fits these requests, with all of them in its queue, and their ids.
 
@@ -133,8 +233,9 @@ def start(
     """
     if slots is not None and state is not None:
         raise ValueError("Prompts in slots start from nothing: leave out slots or state.")
-    if slots is not None and slots < 1:
-        raise ValueError(f"{slots=} must be at least 1.")
+    for name, value in (("slots", slots), ("capacity", capacity)):
+        if value is not None:
+            check_whole(name, value, 1)
     if state is None:
         needed = max(len(request.prompt) + request.max_new_tokens for request in asked)
         capacity = capacity_for(model.config, needed, capacity)
@@ -151,6 +252,7 @@ def start(
         prefill_chunk=prefill_chunk,
         together=slots is None,
         state=state,
+        processor=processor,
     )
     check_room(model.config, [request.prompt for request in asked], held, capacity)
     after = engine.held if state is not None else [None] * len(asked)
@@ -193,7 +295,7 @@ def _drain(engine: Engine) -> None:
         engine.step()
 
 
-def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path:
+def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path | None:
     """Keep compiled programs on disk, so that a new process does not compile them again.
 
     Args:
@@ -201,11 +303,24 @@ def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) ->
         ~/.cache/hmf_jax/xla.
 
     Returns:
-      The directory. Call this before anything is compiled.
+      The directory, or None, after a warning, where nothing can be written: programs are compiled
+      again then. Call this before anything is compiled.
     """
-    default = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/hmf_jax/xla")
-    path = Path(default if directory is None else directory).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/hmf_jax/xla"
+    path = Path(default if directory is None else directory)
+    try:
+        path = path.expanduser()  # fails without HOME for a user that the system does not know
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:  # a full disk has room for a name only
+            probe.write(bytes(4096))
+    except (OSError, RuntimeError, ValueError) as e:
+        warnings.warn(
+            f"compiled programs are not kept: {path} cannot be written ({e}); set "
+            "JAX_COMPILATION_CACHE_DIR to a directory that can",
+            stacklevel=2,
+        )
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return path

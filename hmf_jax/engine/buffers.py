@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hmf_jax.engine import programs
-from hmf_jax.engine.programs import MOST_STEPS, Layout, Rows, Settings, stack_settings
+from hmf_jax.engine.programs import MOST_STEPS, Layout, Rows, Top
 from hmf_jax.engine.request import GREEDY, Request
 from hmf_jax.engine.scheduler import Feed, Result, Turn
+from hmf_jax.engine.settings import Processor, Settings, stack_settings
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
 from hmf_jax.state import ModelState
@@ -28,12 +29,14 @@ _NOBODY = Request((), 1, GREEDY)
 
 
 class Ticket(NamedTuple):
-    """What a turn will have produced: tokens and logprobs [n, ...], reasons [n] of these rows."""
+    """What a turn will have produced: tokens and logprobs [n, ...], reasons [n] of these rows, and
+    the most likely tokens, if anybody asked for them."""
 
     rows: Sequence[int]
     tokens: jax.Array
     logprobs: jax.Array
     reasons: jax.Array
+    top: Top | None
 
 
 class Buffers:
@@ -45,6 +48,7 @@ class Buffers:
       capacity: most tokens a row may hold, prompts and generated tokens together.
       prefill_chunk: prompts are fed in pieces of this many tokens.
       state: what the rows hold at first (a copy is made), instead of nothing.
+      processor: changes the logits of all rows, see `hmf_jax.engine.settings`.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Buffers:
         capacity: int,
         prefill_chunk: int,
         state: ModelState | None = None,
+        processor: Processor | None = None,
     ) -> None:
         self.size, self.capacity, self.chunk = size, capacity, prefill_chunk
         self._own = None if model.config.gka is None else model.config.gka.num_iter
@@ -67,11 +72,13 @@ class Buffers:
         if state is not None:
             copy = jax.tree.map(jnp.copy, state)
             if self._layout is not None:
-                copy = jax.device_put(copy, self._layout.rows(copy.fresh).state)
+                copy = jax.device_put(copy, self._layout.rows.state)
             self._rows = dataclasses.replace(self._rows, state=copy)
             self._used[:] = True
         self._asked: list[Request] = [_NOBODY] * size
         self._settings = self._stack(self._asked)
+        self._processor = processor
+        self._generated: jax.Array | None = None  # kept apart from the rows: few programs need it
 
     def enqueue(self, turn: Turn, asked: Mapping[int, Request]) -> Ticket:
         """Hands a turn to the device; `asked` are the requests by id."""
@@ -80,26 +87,44 @@ class Buffers:
         for id, row in zip(turn.feed.ids, turn.feed.rows, strict=True):
             self._asked[row] = asked[id]
         self._settings = self._stack(self._asked)
+        if not self._counts:
+            self._generated = None
+        elif self._generated is None:
+            self._generated = self._no_counts(self.size)
         return self._alone(turn.feed) if turn.feed.alone else self._together(turn.feed)
 
     def collect(self, ticket: Ticket) -> Result:
         """Waits for what a turn has produced."""
-        new, scores, ended = jax.device_get((ticket.tokens, ticket.logprobs, ticket.reasons))
+        new, scores, ended, most = jax.device_get(tuple(ticket[1:]))
         tokens: list[list[int]] = [[] for _ in range(self.size)]
         logprobs: list[list[float]] = [[] for _ in range(self.size)]
+        top: list[list[dict[int, float]]] = [[] for _ in range(self.size)]
         reasons = [programs.RUNNING] * self.size
-        for row, line, score, reason in zip(ticket.rows, new, scores, ended, strict=True):
-            count = int((line >= 0).sum())
-            tokens[row], logprobs[row] = line[:count].tolist(), score[:count].tolist()
-            reasons[row] = int(reason)
-        return Result(tokens, logprobs, reasons)
+        for i, row in enumerate(ticket.rows):
+            count = int((new[i] >= 0).sum())
+            tokens[row], logprobs[row] = new[i, :count].tolist(), scores[i, :count].tolist()
+            if n := self._asked[row].top_logprobs:
+                top[row] = as_dicts(most.ids[i, :count, :n], most.logprobs[i, :count, :n])
+            reasons[row] = int(ended[i])
+        return Result(tokens, logprobs, reasons, top)
+
+    def state_of(self, row: int) -> ModelState:
+        """A copy of what a row holds."""
+        layout = Layout.of(self._packed, 1, self.capacity)
+        return programs.take.on(layout)(self._rows, np.int32(row)).state
 
     def _decode(self, ends: Sequence[int], steps: int) -> Ticket:
         ending = np.zeros(self.size, bool)
         ending[list(ends)] = True
-        self._rows, *out = programs.decode.on(self._layout)(
-            self._packed, self._rows, ending, np.int32(min(steps, MOST_STEPS)), self._settings
+        rows, *out = programs.decode.on(self._layout, self._counts)(
+            self._packed,
+            self._counted(),
+            ending,
+            np.int32(min(steps, MOST_STEPS)),
+            self._settings,
+            **self._options,
         )
+        self._keep(rows)
         return Ticket(range(self.size), *out)
 
     def _together(self, feed: Feed) -> Ticket:
@@ -109,19 +134,21 @@ class Buffers:
             stale[row] = self._used[row] and not continued
         if stale.any():
             self._rows = programs.clear.on(self._layout)(self._rows, stale)
+        fresh = not self._used.any()
         self._used[list(feed.rows)] = True
         prompts: list[Sequence[int]] = [()] * self.size
         for row in feed.rows:
             prompts[row] = self._asked[row].prompt
         self._rows, self._logits = self._prefill(
-            self._layout, self._rows, self._logits, prompts, self._settings
+            self._layout, self._rows, self._logits, prompts, self._settings, fresh
         )
         starts = np.zeros(self.size, bool)
         starts[list(feed.rows)] = True
         left = np.array([request.max_new_tokens for request in self._asked], np.int32)
-        self._rows, *out = programs.first.on(self._layout)(
-            self._rows, self._logits, starts, left, self._settings
+        rows, *out = programs.first.on(self._layout, self._counts)(
+            self._counted(), self._logits, starts, left, self._settings, **self._options
         )
+        self._keep(rows)
         return Ticket(range(self.size), *out)
 
     def _alone(self, feed: Feed) -> Ticket:
@@ -130,14 +157,19 @@ class Buffers:
         request, layout = self._asked[row], Layout.of(self._packed, 1, self.capacity)
         one, logits = programs.empty.on(layout)(self._packed, 1, self.capacity)
         if goes_on:
-            one = programs.take.on(layout)(programs.begun(self._rows), np.int32(row))
+            one = programs.take.on(layout)(self._rows, np.int32(row))
         settings = self._stack([request])
-        one, logits = self._prefill(layout, one, logits, [request.prompt], settings)
-        left = np.array([request.max_new_tokens], np.int32)
-        one, *out = programs.first.on(layout)(one, logits, np.ones(1, bool), left, settings)
-        self._rows = programs.insert.on(self._layout)(
-            programs.begun(self._rows), one, np.int32(row)
+        one, logits = self._prefill(
+            layout, one, logits, [request.prompt], settings, fresh=not goes_on
         )
+        if self._counts:
+            one = dataclasses.replace(one, generated=self._no_counts(1))
+        left = np.array([request.max_new_tokens], np.int32)
+        one, *out = programs.first.on(layout, self._counts)(
+            one, logits, np.ones(1, bool), left, settings, **self._options
+        )
+        rows = programs.insert.on(self._layout, self._counts)(self._counted(), one, np.int32(row))
+        self._keep(rows)
         self._used[row] = True
         return Ticket(feed.rows, *out)
 
@@ -148,8 +180,9 @@ class Buffers:
         logits: jax.Array,
         prompts: Sequence[Sequence[int]],
         settings: Settings,
+        fresh: bool,
     ) -> tuple[Rows, jax.Array]:
-        """Feeds prompts, one per row, in pieces."""
+        """Feeds prompts, one per row, in pieces. `fresh`: no row holds anything yet."""
         longest = max(map(len, prompts))
         for start in range(0, longest, self.chunk):
             width = min(power_of_two(longest - start, SMALLEST_CHUNK), self.chunk)
@@ -159,9 +192,33 @@ class Buffers:
                 piece = prompt[start : start + self.chunk]
                 tokens[row, : len(piece)], lengths[row] = piece, len(piece)
             rows, logits = programs.prefill.on(layout)(
-                self._packed, rows, logits, tokens, lengths, settings.num_iter
+                self._packed, rows, logits, tokens, lengths, settings.num_iter, fresh=fresh
             )
+            fresh = False
         return rows, logits
+
+    @property
+    def _counts(self) -> bool:
+        """Whether a row asks for something that needs to know what was generated."""
+        return self._settings.counts or self._processor is not None
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What the programs that choose tokens are compiled for."""
+        most = max(request.top_logprobs for request in self._asked)
+        top = min(power_of_two(most), self._logits.shape[1]) if most else 0
+        return {"top": top, "processor": self._processor}
+
+    def _counted(self) -> Rows:
+        return dataclasses.replace(self._rows, generated=self._generated)
+
+    def _keep(self, rows: Rows) -> None:
+        self._generated = rows.generated
+        self._rows = dataclasses.replace(rows, generated=None)
+
+    def _no_counts(self, size: int) -> jax.Array:
+        split = None if self._layout is None else self._layout.other
+        return jnp.zeros((size, self._logits.shape[1]), jnp.int32, device=split)
 
     def _stack(self, asked: Sequence[Request]) -> Settings:
         return stack_settings(
@@ -169,7 +226,14 @@ class Buffers:
             [request.sampling for request in asked],
             [request.eos_ids for request in asked],
             [request.num_iter for request in asked],
+            [request.min_new_tokens for request in asked],
         )
+
+
+def as_dicts(ids: np.ndarray, logprobs: np.ndarray) -> list[dict[int, float]]:
+    """The most likely tokens of each place, [n, k] each: {token: logprob}, the first one first."""
+    pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
+    return [dict(zip(*pair, strict=True)) for pair in pairs]
 
 
 def power_of_two(n: int, least: int = 1) -> int:

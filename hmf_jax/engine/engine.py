@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hmf_jax.engine.buffers import Buffers
-from hmf_jax.engine.programs import MOST_STEPS
-from hmf_jax.engine.request import Request, check_prompts, check_room
-from hmf_jax.engine.scheduler import Event, New, Scheduler, Started
+from hmf_jax.engine.failure import first_bad_layer, first_bad_state
+from hmf_jax.engine.programs import ERROR, MOST_STEPS
+from hmf_jax.engine.request import Request, check_prompts, check_request, check_room, check_whole
+from hmf_jax.engine.scheduler import Event, New, Result, Scheduler, Started
+from hmf_jax.engine.settings import Processor
 from hmf_jax.model import HybridLM
+from hmf_jax.padding import check_state
 from hmf_jax.state import ModelState
 
 
@@ -26,6 +29,8 @@ class Engine:
 
     Everything runs in `step`: prompts that wait get free rows and are fed, or all rows decode some
     tokens. What a request becomes does not depend on the others. One thread may use an engine.
+    After an exception in `step` (not enough memory, an interrupt) its rows are in an unknown state:
+    it can only be asked for `context`, and `step` and `add` say so.
 
     Args:
       model: the model.
@@ -36,6 +41,7 @@ class Engine:
         one by one, so that their activations take no more memory than those of one chunk.
       state: what the rows hold at first, one row each (a copy is made); `held` are the ids to
         continue them by: `Request(prompt, after=engine.held[row])`.
+      processor: changes the logits of all rows, see `hmf_jax.generate`.
       clock: seconds, for `Started.waited`.
 
     Raises:
@@ -52,10 +58,19 @@ class Engine:
         prefill_chunk: int = 2048,
         together: bool = False,
         state: ModelState | None = None,
+        processor: Processor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if min(rows, capacity, prefill_chunk) < 1:
-            raise ValueError(f"{rows=}, {capacity=} and {prefill_chunk=} must be at least 1.")
+        for name, value in (
+            ("rows", rows),
+            ("capacity", capacity),
+            ("prefill_chunk", prefill_chunk),
+        ):
+            check_whole(name, value, 1)
+        if state is not None:
+            check_state(model, state, len(state.length))
+        if processor is not None and not callable(processor):
+            raise ValueError(f"processor={processor!r} must be a function of logits and context.")
         longest = model.config.max_position_embeddings
         if state is not None and (len(state.length), state.capacity) != (rows, capacity):
             raise ValueError(
@@ -70,8 +85,14 @@ class Engine:
             )
         self.model, self.capacity = model, capacity
         self._buffers = Buffers(
-            model, rows, capacity=capacity, prefill_chunk=prefill_chunk, state=state
+            model,
+            rows,
+            capacity=capacity,
+            prefill_chunk=prefill_chunk,
+            state=state,
+            processor=processor,
         )
+        self._chunk, self._broken = prefill_chunk, ""
         self._ids = itertools.count()
         held = [] if state is None else [next(self._ids) for _ in range(rows)]
         lengths = [] if state is None else state.length.tolist()
@@ -110,9 +131,13 @@ class Engine:
 
         Raises:
           ValueError: a prompt that is empty, not made of token ids or too long; `after` a request
-            that is not held.
+            that is not held; num_iter without GKA layers.
+          RuntimeError: an earlier `step` raised an exception.
         """
+        self._check_intact()
+        check_request(self.model.config, request)
         (prompt,) = check_prompts([request.prompt], self.model.config.vocab_size)
+        self.model.config.check_num_iter(request.num_iter)
         before = None if request.after is None else self._rows.get(request.after)
         held = 0 if before is None else before.held
         check_room(self.model.config, [prompt], [held], self.capacity)
@@ -139,31 +164,87 @@ class Engine:
 
         Returns:
           What has happened to the requests, in order.
+
+        Raises:
+          RuntimeError: a request waits for a row, but all are held and none will become free by
+            itself; or an earlier `step` raised an exception.
         """
+        self._check_intact()
         turn = self._scheduler.plan(max(steps, 1))
         result = None
         if turn is not None:
-            result = self._buffers.collect(self._buffers.enqueue(turn, self._requests))
+            try:
+                result = self._buffers.collect(self._buffers.enqueue(turn, self._requests))
+            except BaseException as e:
+                self._broken = f"{type(e).__name__}: {e}".rstrip(": ")
+                raise
+        failed = self._failed(result)
         events = self._scheduler.commit(turn, result)
-        for event in events:
-            if isinstance(event, Started):
-                request = self._requests[event.id]
-                row = _Row() if request.after is None else self._rows.pop(request.after)
-                self._rows[event.id] = row.fed(request.prompt)
-            elif isinstance(event, New):
-                self._rows[event.id].push(event.tokens)
-            elif not self._requests.pop(event.id).keep:
+        if turn is None and not events and self.busy:
+            raise RuntimeError(
+                f"All rows are held ({self.held}), so no request that waits can begin: release one."
+            )
+        return [self._booked(event, failed) for event in events]
+
+    def _failed(self, result: Result | None) -> dict[int, int]:
+        """Requests whose logits are not finite, and their rows."""
+        if result is None or ERROR not in result.reasons:
+            return {}
+        rows = {id: self._scheduler.row(id) for id in self._requests}
+        return {id: row for id, row in rows.items() if row is not None}
+
+    def _booked(self, event: Event, failed: Mapping[int, int]) -> Event:
+        if isinstance(event, Started):
+            request = self._requests[event.id]
+            row = _Row() if request.after is None else self._rows.pop(request.after)
+            self._rows[event.id] = row.fed(request.prompt)
+        elif isinstance(event, New):
+            self._rows[event.id].push(event.tokens)
+        else:
+            request = self._requests.pop(event.id)
+            if event.reason == "error":
+                event = dataclasses.replace(
+                    event, error=self._why(request, event.id, failed[event.id])
+                )
+            if not request.keep or event.reason == "error":
                 self._rows.pop(event.id, None)
-        return events
+        return event
+
+    def _why(self, request: Request, id: int, place: int) -> str:
+        """What to tell of a request whose logits, made in the row `place`, are not finite."""
+        row, model = self._rows[id], self.model
+        what = f"new token {row.made}: the logits are NaN or infinite"
+        if row.before:  # tokens of a state, which are not known
+            where = first_bad_state(model, self._buffers.state_of(place))
+            unknown = "the states of all layers are finite, so look at the last layer and the head"
+        else:
+            where = first_bad_layer(
+                model,
+                row.tokens if row.newest is None else [*row.tokens, row.newest],
+                num_iter=request.num_iter,
+                chunk=self._chunk,
+                capacity=self.capacity,
+            )
+            unknown = "the model's own are finite, so look at biases, penalties and the processor"
+        return f"{what}; {unknown if where is None else f'the first to be so is {where}'}"
+
+    def _check_intact(self) -> None:
+        if self._broken:
+            raise RuntimeError(
+                f"This engine stopped in the middle of a step ({self._broken}), so its rows may be "
+                "incomplete; make a new one."
+            )
 
 
 @dataclasses.dataclass
 class _Row:
-    """What a row holds: tokens of a `state`, those fed since; and the newest, not fed yet."""
+    """What a row holds: tokens of a `state`, those fed since; the newest, not fed yet; and how many
+    its request has made."""
 
     before: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     newest: int | None = None
+    made: int = 0
 
     @property
     def held(self) -> int:
@@ -177,3 +258,4 @@ class _Row:
             self.tokens.append(self.newest)
         self.tokens += new[:-1]
         self.newest = new[-1] if new else self.newest
+        self.made += len(new)

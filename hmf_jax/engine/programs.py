@@ -2,36 +2,38 @@
 
     rows, logits = empty(packed, size, capacity)
     rows, logits = prefill(packed, rows, logits, tokens, lengths, num_iter)        # again and again
-    rows, tokens, logprobs, reasons = first(rows, logits, starts, left, settings)        # one token
-    rows, tokens, logprobs, reasons = decode(packed, rows, ends, steps, settings)      # many tokens
+    rows, tokens, logprobs, reasons, top = first(rows, logits, starts, left, settings)   # one token
+    rows, tokens, logprobs, reasons, top = decode(packed, rows, ends, steps, settings) # many tokens
 
-They can be called in programs of one's own. The engine calls `program.on(layout)`, compiled for one
-layout of its results, which is also that of its arguments: one program each, on every mesh.
+They can be called in programs of one's own, as `hmf_jax.sample` does. The engine calls
+`program.on(layout)`, compiled for one layout of its results, which is also that of its arguments:
+one program each, on every mesh.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hmf_jax.engine.settings import Context, Processor, Settings
+from hmf_jax.engine.settings import stack_settings as stack_settings  # it has a name here, too
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
 from hmf_jax.pallas_kernels.dispatch import why_no_hopper
-from hmf_jax.sampling import SamplingArrays, SamplingParams, sample, stack_params
+from hmf_jax.sampling import adjust, choose, logprob
 from hmf_jax.state import ModelState
 
 SMALLEST_HALF = 8192  # tokens; what has been found to gain, see docs/performance.md
 MOST_STEPS = 64  # tokens per row and dispatch; one compiled program serves every smaller number
-END_IDS = 16  # end tokens that fit into the smallest table; a larger one is another program
 
-RUNNING, EOS, LENGTH, CAPACITY, STOPPED = range(5)  # why a row has ended; RUNNING: it has not
+# Why a row has ended; RUNNING: it has not. ERROR: its logits are not finite.
+RUNNING, EOS, LENGTH, CAPACITY, STOPPED, ERROR = range(6)
 
 
 @jax.tree_util.register_dataclass
@@ -42,9 +44,11 @@ class Rows:
     Attributes:
       state: of the model.
       seen: [B, V] bool, tokens in the row, for the repetition penalty.
-      token: [B] int32, the newest token, not yet in the state.
+      token: [B] int32, the newest token; one that was generated is not yet in the state.
       reason: [B] int32, why the row has ended (`EOS`, ...), 0 while it runs.
       left: [B] int32, tokens that the row may still produce.
+      made: [B] int32, tokens that the request has produced.
+      generated: [B, V] int32, how often it has produced each; None where nobody asks.
     """
 
     state: ModelState
@@ -52,44 +56,15 @@ class Rows:
     token: jax.Array
     reason: jax.Array
     left: jax.Array
+    made: jax.Array
+    generated: jax.Array | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What each row was asked for; read only.
+class Top(NamedTuple):
+    """The most likely tokens, the first one first: ids and logprobs [..., n]."""
 
-    Attributes:
-      sampling: see `hmf_jax.sampling`.
-      eos: [B, E] int32 end tokens, padded with -1.
-      num_iter: [B] int32; None = the config's.
-    """
-
-    sampling: SamplingArrays
-    eos: np.ndarray
-    num_iter: Any
-
-
-def stack_settings(
-    own_num_iter: int | None,
-    sampling: Sequence[SamplingParams],
-    eos: Sequence[Sequence[int]],
-    num_iter: Sequence[int | None],
-) -> Settings:
-    """Settings of all rows as arrays. `own_num_iter`: the config's, None without GKA layers."""
-    width = max([END_IDS, *map(len, eos)])
-    table = np.full((len(eos), 1 << (width - 1).bit_length()), -1, np.int32)
-    for row, ids in enumerate(eos):
-        table[row, : len(ids)] = ids
-
-    # Plain JAX on a GPU asks the host "once more?" in every iteration unless their number is known
-    # when compiling, so the config's own is not passed as an array. (Kernels do not care.)
-    iterations = None
-    if own_num_iter is not None:
-        chosen = [own_num_iter if n is None else n for n in num_iter]
-        if set(chosen) != {own_num_iter}:
-            iterations = np.array(chosen, np.int32)
-    return Settings(stack_params(sampling), table, iterations)
+    ids: jax.Array
+    logprobs: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,12 +72,11 @@ class Layout:
     """How the results of a program lie on a mesh. Equal ones are one object.
 
     Attributes:
-      structure, leaves: `Rows` of shardings, taken apart.
+      rows: `Rows` of shardings.
       other: sharding of everything else: whole on every device.
     """
 
-    structure: Any
-    leaves: list[NamedSharding]
+    rows: Rows
     other: NamedSharding
 
     @classmethod
@@ -119,13 +93,7 @@ class Layout:
         assert model.mesh is not None
         whole: Any = NamedSharding(model.mesh, PartitionSpec())
         state = jax.tree.map(lambda x: x.sharding, model.abstract_state(size, capacity))
-        leaves, structure = jax.tree.flatten(Rows(state, whole, whole, whole, whole))
-        return cls(structure, leaves, whole)
-
-    def rows(self, fresh: bool) -> Rows:
-        """The shardings of `Rows` whose state is fresh or not."""
-        rows = jax.tree.unflatten(self.structure, self.leaves)
-        return dataclasses.replace(rows, state=dataclasses.replace(rows.state, fresh=fresh))
+        return cls(Rows(state, *[whole] * 5), whole)
 
 
 _layouts: dict[Any, Layout | None] = {}
@@ -136,45 +104,43 @@ class Program:
 
     Args:
       function: returns `Rows` first.
-      others: how many arrays it returns after them.
-      fresh: whether it returns a state that has seen no token.
+      others: how many arrays, or trees of them, it returns after them.
       options: of `jax.jit`.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], others: int, fresh: bool = False, **options: Any
-    ):
-        self._function, self._options = function, options
-        self._others, self._fresh = others, fresh
-        self._compiled: dict[Layout | None, Any] = {}
+    def __init__(self, function: Callable[..., Any], others: int, **options: Any):
+        self._function, self._options, self._others = function, options, others
+        self._compiled: dict[tuple[Layout | None, bool], Any] = {}
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function, as part of whatever is being traced."""
         return self._function(*args, **kwargs)
 
-    def on(self, layout: Layout | None) -> Any:
-        """The function compiled for this layout."""
-        if layout not in self._compiled:
+    def on(self, layout: Layout | None, generated: bool = False) -> Any:
+        """The function compiled for this layout, of `Rows` with or without `generated`."""
+        key = layout, generated
+        if key not in self._compiled:
             options = dict(self._options)
             if layout is not None:
-                rows = layout.rows(self._fresh)
+                counts = layout.other if generated else None
+                rows = dataclasses.replace(layout.rows, generated=counts)
                 others = (layout.other,) * self._others
                 options["out_shardings"] = (rows, *others) if others else rows
-            self._compiled[layout] = jax.jit(self._function, **options)
-        return self._compiled[layout]
+            self._compiled[key] = jax.jit(self._function, **options)
+        return self._compiled[key]
 
     def _cache_size(self) -> int:
         """How many programs there are."""
         return sum(program._cache_size() for program in self._compiled.values())
 
 
-def program(others: int, fresh: bool = False, **options: Any) -> Callable[..., Program]:
+def program(others: int, **options: Any) -> Callable[..., Program]:
     """Makes a `Program` of a function."""
-    return functools.partial(Program, others=others, fresh=fresh, **options)
+    return functools.partial(Program, others=others, **options)
 
 
-@program(others=1, fresh=True, static_argnames=("size", "capacity"))
+@program(others=1, static_argnames=("size", "capacity"))
 def empty(packed: PackedModel, size: int, capacity: int) -> tuple[Rows, jax.Array]:
     """Rows that hold nothing, and room for their logits [B, V].
 
@@ -188,11 +154,12 @@ def empty(packed: PackedModel, size: int, capacity: int) -> tuple[Rows, jax.Arra
         token=jnp.zeros(size, jnp.int32),
         reason=jnp.full(size, STOPPED, jnp.int32),
         left=jnp.zeros(size, jnp.int32),
+        made=jnp.zeros(size, jnp.int32),
     )
     return rows, logits
 
 
-@program(others=1, donate_argnames=("rows", "logits"), static_argnames=("impl",))
+@program(others=1, donate_argnames=("rows", "logits"), static_argnames=("fresh", "impl"))
 def prefill(
     packed: PackedModel,
     rows: Rows,
@@ -200,10 +167,14 @@ def prefill(
     tokens: jax.Array,
     lengths: jax.Array,
     num_iter: Any,
+    fresh: bool = False,
     impl: str = "auto",
 ) -> tuple[Rows, jax.Array]:
-    """Feed the first lengths[b] of tokens [B, T]; logits [B, V] change in the rows that got any."""
-    model, state = packed.model(), rows.state
+    """Feed the first lengths[b] of tokens [B, T]; logits [B, V] change in the rows that got any.
+
+    fresh: no row holds anything yet, see `ModelState.fresh`.
+    """
+    model, state = packed.model(), dataclasses.replace(rows.state, fresh=fresh)
     size = piece_size(model.mesh, tokens.shape[1])
     for start in range(0, tokens.shape[1], size):
         count = jnp.clip(lengths - start, 0, size)
@@ -218,96 +189,117 @@ def prefill(
         logits = jnp.where((count > 0)[:, None], new[:, 0], logits)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     seen = rows.seen.at[jnp.arange(len(tokens))[:, None], tokens].max(valid)
-    return dataclasses.replace(rows, state=state, seen=seen), logits
+    last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+    token = jnp.where(lengths > 0, last, rows.token)
+    return dataclasses.replace(rows, state=state, seen=seen, token=token), logits
 
 
 @program(others=0, donate_argnames=("rows",))
 def insert(rows: Rows, one: Rows, row: jax.Array) -> Rows:
     """Row 0 of `one` in place of a row."""
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=0)
-    return jax.tree.map(put, begun(rows), begun(one))
+    return jax.tree.map(put, rows, one)
 
 
 @program(others=0)
 def take(rows: Rows, row: jax.Array) -> Rows:
     """A copy of one row, as a batch of one."""
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=row, slice_size=1, axis=0)
-    return jax.tree.map(cut, begun(rows))
+    return jax.tree.map(cut, rows)
 
 
 @program(others=0, donate_argnames=("rows",))
 def clear(rows: Rows, which: jax.Array) -> Rows:
     """Empties the rows where `which` [B] is True."""
-    rows = begun(rows)
-    return dataclasses.replace(
-        rows, state=rows.state.reset(which), seen=rows.seen & ~which[:, None]
-    )
+    seen = rows.seen & ~which[:, None]
+    return dataclasses.replace(rows, state=rows.state.reset(which), seen=seen)
 
 
-@program(others=3, donate_argnames=("rows",))
+@program(others=4, donate_argnames=("rows",), static_argnames=("top", "processor"))
 def first(
-    rows: Rows, logits: jax.Array, starts: jax.Array, left: jax.Array, settings: Settings
-) -> tuple[Rows, jax.Array, jax.Array, jax.Array]:
+    rows: Rows,
+    logits: jax.Array,
+    starts: jax.Array,
+    left: jax.Array,
+    settings: Settings,
+    top: int = 0,
+    processor: Processor | None = None,
+) -> tuple[Rows, jax.Array, jax.Array, jax.Array, Top | None]:
     """The token after the prompt, in the rows that start [B] bool, which may produce `left` [B].
 
-    Returns the rows, tokens [B, 1] (-1 in the other rows), their logprobs [B, 1], and the reason
-    [B] of each row.
+    Returns what `decode` does, for one step.
     """
-    before = rows.reason
+    before, begin = rows, jnp.where(starts, 0, rows.made)
     only = jnp.where(starts, RUNNING, STOPPED)
     left = jnp.where(starts, left, rows.left)
-    rows = dataclasses.replace(rows, reason=only, left=left)
-    rows, logprob = _choose(rows, logits, settings)
-    rows = dataclasses.replace(rows, reason=jnp.where(starts, rows.reason, before))
-    token = jnp.where(starts, rows.token, -1)
-    return rows, token[:, None], logprob[:, None], rows.reason
+    rows = dataclasses.replace(rows, reason=only, left=left, made=begin)
+    if rows.generated is not None:
+        rows = dataclasses.replace(rows, generated=jnp.where(starts[:, None], 0, rows.generated))
+    rows, token, logprob, found = next_token(rows, logits, settings, top, processor)
+    rows = dataclasses.replace(rows, reason=jnp.where(starts, rows.reason, before.reason))
+    found = jax.tree.map(lambda x: x[:, None], found)
+    return rows, token[:, None], logprob[:, None], rows.reason, found
 
 
-@program(others=3, donate_argnames=("rows",), static_argnames=("impl",))
+@program(others=4, donate_argnames=("rows",), static_argnames=("top", "processor", "impl"))
 def decode(
     packed: PackedModel,
     rows: Rows,
     ends: jax.Array,
     steps: jax.Array,
     settings: Settings,
+    top: int = 0,
+    processor: Processor | None = None,
     impl: str = "auto",
-) -> tuple[Rows, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Rows, jax.Array, jax.Array, jax.Array, Top | None]:
     """Up to `steps` tokens for each row that runs and is not to end now, `ends` [B] bool.
 
-    Returns the rows, tokens [B, MOST_STEPS] (-1 where there is none), their logprobs, and the
-    reason [B] of each row.
+    Returns the rows, tokens [B, MOST_STEPS] (-1 where there is none), their logprobs, the reason
+    [B] of each row, and the `top` most likely tokens of each step (None: 0).
     """
-    model = packed.model()
     stopped = ends & (rows.reason == RUNNING)
-    rows = dataclasses.replace(begun(rows), reason=jnp.where(stopped, STOPPED, rows.reason))
+    rows = dataclasses.replace(rows, reason=jnp.where(stopped, STOPPED, rows.reason))
+    step = functools.partial(
+        one_step, packed.model(), settings=settings, top=top, processor=processor, impl=impl
+    )
     shape = (len(ends), MOST_STEPS)
+    found = (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    if top:
+        found += (Top(jnp.zeros((*shape, top), jnp.int32), jnp.zeros((*shape, top), jnp.float32)),)
 
     def body(carry):
-        i, rows, tokens, logprobs = carry
-        runs = rows.reason == RUNNING
-        logits, state = model(
-            rows.token[:, None],
-            lengths=runs.astype(jnp.int32),
-            state=rows.state,
-            num_iter=settings.num_iter,
-            last_only=True,
-            impl=impl,
-        )
-        rows, logprob = _choose(dataclasses.replace(rows, state=state), logits[:, 0], settings)
-        tokens = tokens.at[:, i].set(jnp.where(runs, rows.token, -1))
-        return i + 1, rows, tokens, logprobs.at[:, i].set(logprob)
+        i, rows, found = carry
+        rows, *new = step(rows)
+        put = functools.partial(jax.tree.map, lambda all, one: all.at[:, i].set(one))
+        return i + 1, rows, put(found, tuple(new[: len(found)]))
 
     def more(carry):
         return (carry[0] < steps) & jnp.any(carry[1].reason == RUNNING)
 
-    start = (jnp.int32(0), rows, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
-    _, rows, tokens, logprobs = jax.lax.while_loop(more, body, start)
-    return rows, tokens, logprobs, rows.reason
+    _, rows, found = jax.lax.while_loop(more, body, (jnp.int32(0), rows, found))
+    return rows, found[0], found[1], rows.reason, found[2] if top else None
 
 
-def begun(rows: Rows) -> Rows:
-    """The rows, of which some hold something: `fresh` is part of what a program is compiled for."""
-    return dataclasses.replace(rows, state=dataclasses.replace(rows.state, fresh=False))
+def one_step(
+    model: HybridLM,
+    rows: Rows,
+    settings: Settings,
+    top: int = 0,
+    processor: Processor | None = None,
+    impl: str = "auto",
+) -> tuple[Rows, jax.Array, jax.Array, Top | None]:
+    """Feeds the newest token of each row that runs, and chooses the next one."""
+    logits, state = model(
+        rows.token[:, None],
+        lengths=(rows.reason == RUNNING).astype(jnp.int32),
+        state=rows.state,
+        num_iter=settings.num_iter,
+        last_only=True,
+        impl=impl,
+    )
+    assert state is not None
+    rows = dataclasses.replace(rows, state=state)
+    return next_token(rows, logits[:, 0], settings, top, processor)
 
 
 def piece_size(mesh: Mesh | None, tokens: int) -> int:
@@ -323,26 +315,64 @@ def piece_size(mesh: Mesh | None, tokens: int) -> int:
     return tokens // 2 if halve else tokens
 
 
-def _choose(rows: Rows, logits: jax.Array, settings: Settings) -> tuple[Rows, jax.Array]:
+def next_token(
+    rows: Rows,
+    logits: jax.Array,
+    settings: Settings,
+    top: int = 0,
+    processor: Processor | None = None,
+) -> tuple[Rows, jax.Array, jax.Array, Top | None]:
     """Sample a token for each row that runs from logits [B, V]; say which rows end with it.
 
-    This is the only place that decides whether a row has ended.
+    This is the only place that decides whether a row has ended. That logits are not finite is read
+    off their maximum and their normaliser, which are needed anyway.
+
+    Returns the rows, tokens [B] (-1 in rows that do not run, or have none to choose), their
+    logprobs [B] and the most likely tokens.
     """
-    runs = rows.reason == RUNNING
-    token, logprob = sample(logits, settings.sampling, rows.state.length, rows.seen)
-    token = jnp.where(runs, token, rows.token)
-    left = rows.left - runs
+    runs, raw = rows.reason == RUNNING, logits.astype(jnp.float32)
+    scores = adjust(raw, settings.sampling, rows.seen, rows.generated)
+    if settings.least is not None:
+        early = (rows.made < settings.least)[:, None]
+        ends = jnp.where(early & (settings.eos >= 0), settings.eos, raw.shape[1])
+        scores = scores.at[jnp.arange(len(raw))[:, None], ends].set(-jnp.inf, mode="drop")
+    if processor is not None:
+        scores = _processed(processor, scores, rows)
+    token, ok = choose(scores, settings.sampling, rows.state.length)
+    score, total = logprob(raw, token)
+    makes = runs & ok & jnp.isfinite(total)
+    token = jnp.where(makes, token, rows.token)
+    left = rows.left - makes
     # The token is fed with the next step: a row is full if there is no room for it then.
     full = rows.state.length + 1 >= rows.state.capacity
     reason = jnp.where(full, CAPACITY, RUNNING)
     reason = jnp.where(left <= 0, LENGTH, reason)
     reason = jnp.where(jnp.any(token[:, None] == settings.eos, axis=1), EOS, reason)
-    seen = rows.seen.at[jnp.arange(len(token)), token].max(runs)
+    reason = jnp.where(makes, reason, ERROR)
+    at = jnp.arange(len(token)), token
+    counts = rows.generated
     rows = dataclasses.replace(
         rows,
-        seen=seen,
+        seen=rows.seen.at[at].max(makes),
         token=token,
         reason=jnp.where(runs, reason, rows.reason),
         left=left,
+        made=rows.made + makes,
+        generated=None if counts is None else counts.at[at].add(makes),
     )
-    return rows, logprob
+    found = None
+    if top:
+        values, ids = jax.lax.top_k(raw, top)
+        found = Top(ids, values - total[:, None])
+    return rows, jnp.where(makes, token, -1), score, found
+
+
+def _processed(processor: Processor, scores: jax.Array, rows: Rows) -> jax.Array:
+    assert rows.generated is not None
+    context = Context(rows.token, rows.state.length, rows.made, rows.seen, rows.generated)
+    new = jnp.asarray(processor(scores, context))
+    if new.shape != scores.shape:
+        raise ValueError(
+            f"The processor made {new.shape} of logits {scores.shape}; it must keep their shape."
+        )
+    return new.astype(scores.dtype)

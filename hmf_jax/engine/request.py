@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence, Sized
+import warnings
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, Literal
 
 import jax
@@ -13,8 +14,11 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.sampling import SamplingParams
 
 GREEDY = SamplingParams()
-FinishReason = Literal["eos", "length", "capacity", "stop"]
+FinishReason = Literal["eos", "length", "capacity", "stop", "error"]
 Tokens = Sequence[int] | np.ndarray | jax.Array
+Prompts = Sequence[Tokens] | np.ndarray | jax.Array  # an array: [B, T]
+# None: what holds where nothing is said.
+Sampling = SamplingParams | Mapping[str, Any] | Sequence[SamplingParams | Mapping[str, Any]] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,9 @@ class Request:
       num_iter: Chebyshev iterations of GKA layers; None = the config's.
       after: an earlier request of the same engine that was kept: its row is continued.
       keep: when it has ended, its row keeps what it holds until a request comes `after` it or
-        `Engine.release` is called.
+        `Engine.release` is called. (A request that ends with an error is not kept.)
+      min_new_tokens: no end token before that many new tokens.
+      top_logprobs: how many of the most likely tokens to tell at each place, see `New.top`.
 
     Raises ValueError for limits that are not whole numbers, or too small.
     """
@@ -41,11 +47,20 @@ class Request:
     num_iter: int | None = None
     after: int | None = None
     keep: bool = False
+    min_new_tokens: int = 0
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        _check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("min_new_tokens", self.min_new_tokens, 0)
+        check_whole("top_logprobs", self.top_logprobs, 0)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is more than "
+                f"max_new_tokens={self.max_new_tokens}."
+            )
         if self.num_iter is not None:
-            _check_whole("num_iter", self.num_iter, 0)
+            check_whole("num_iter", self.num_iter, 0)
         if not isinstance(self.sampling, SamplingParams):
             raise ValueError(f"sampling={self.sampling!r} must be SamplingParams.")
 
@@ -54,54 +69,155 @@ class Request:
 class Output:
     """What one prompt became.
 
+    All log-probabilities are natural logarithms under the model's own distribution: before biases,
+    penalties, processors, temperature and filters.
+
     Attributes:
       tokens: the new tokens, without the prompt; the last one is an end token if there was one.
       finish_reason: "eos" (an end token), "length" (max_new_tokens reached), "capacity" (the state
-        of the row is full) or "stop" (ended by the caller).
-      logprobs: log-probability of each token under the model's own distribution, before penalty,
-        temperature and filters; None unless asked for.
+        of the row is full), "stop" (ended by the caller) or "error" (see `error`).
+      logprobs: log-probability of each token; None unless asked for.
+      error: why the row could not go on after these tokens: its logits were NaN or infinite. Says
+        the row, the number of the new token and the first layer whose output was not finite.
+      top_logprobs: {token: log-probability} of the most likely tokens at the place of each token,
+        the most likely one first; None unless asked for.
+      prompt_logprobs: log-probability of each token of the prompt after the ones before it, None
+        for the first; None unless asked for.
+      prompt_top_logprobs: the same for the most likely tokens there.
     """
 
     tokens: list[int]
     finish_reason: str
     logprobs: list[float] | None = None
+    error: str | None = None
+    top_logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
 
 
 def requests(
     config: HybridConfig,
-    prompts: Sequence[Tokens],
+    prompts: Prompts,
     *,
     max_new_tokens: int | Sequence[int] = 128,
-    sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
+    sampling: Sampling = None,
     eos_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     num_iter: int | Sequence[int] | None = None,
+    min_new_tokens: int | Sequence[int] = 0,
+    top_logprobs: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[Request]:
     """One request per prompt; the other arguments are for all prompts or one per prompt.
+
+    Args:
+      settings: how to choose tokens by name, see `SamplingParams.of`; instead of `sampling`.
+      defaults: what holds where nothing is said, see `hmf_jax.engine.defaults.of_directory`.
 
     Raises:
       ValueError: see `hmf_jax.generate`.
     """
     checked = check_prompts(prompts, config.vocab_size)
-    count = len(checked)
-    limits = _per_prompt("max_new_tokens", max_new_tokens, count)
-    params = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
-    if len(params) != count:
-        raise ValueError(f"Got {len(params)} sampling settings for {count} prompts.")
-    ends = _end_ids(config, eos_ids, count)
-    steps = _per_prompt("num_iter", num_iter, count)
-    return [Request(*row) for row in zip(checked, limits, params, ends, steps, strict=True)]
+    count, defaults = len(checked), dict(defaults or {})
+    if eos_ids is None:
+        eos_ids = defaults.pop("eos_ids", None)
+    defaults.pop("eos_ids", None)
+    columns = (
+        checked,
+        _per_prompt("max_new_tokens", max_new_tokens, count),
+        sampling_of(sampling, settings or {}, defaults, count),
+        _end_ids(config, eos_ids, count),
+        _per_prompt("num_iter", num_iter, count),
+        _per_prompt("min_new_tokens", min_new_tokens, count),
+    )
+    names = ("prompt", "max_new_tokens", "sampling", "eos_ids", "num_iter", "min_new_tokens")
+    asked = [
+        Request(**dict(zip(names, row, strict=True)), top_logprobs=top_logprobs)
+        for row in zip(*columns, strict=True)
+    ]
+    for request in asked:
+        check_request(config, request)
+    return asked
 
 
-def check_prompts(prompts: Sequence[Tokens], vocab_size: int) -> list[list[int]]:
+def check_request(config: HybridConfig, request: Request) -> None:
+    """Raises ValueError unless a model of this config can do what is asked for."""
+    check_top(config, request.top_logprobs)
+    V = config.vocab_size
+    config.check_num_iter(request.num_iter)
+    for token, _ in request.sampling.logit_bias:
+        if token >= V:
+            raise ValueError(f"logit_bias names token {token}, outside the vocabulary of {V}.")
+
+
+def check_top(config: HybridConfig, count: int) -> None:
+    """Raises ValueError if so many most likely tokens are more than there are."""
+    if count > config.vocab_size:
+        raise ValueError(
+            f"{count} log-probabilities at each place are asked for, but the vocabulary has "
+            f"{config.vocab_size} tokens."
+        )
+
+
+def sampling_of(
+    sampling: Sampling,
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    count: int,
+) -> list[SamplingParams]:
+    """How each of `count` prompts chooses its tokens.
+
+    Args:
+      sampling: `SamplingParams`, which are taken as they are, or settings by name; for all prompts
+        or one per prompt.
+      settings: the same by name, from keyword arguments; not both.
+      defaults: of settings by name.
+
+    Raises:
+      ValueError: both spellings, unknown names, values out of range, or a wrong number of them.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if sampling is not None and given:
+        names = ", ".join(given)
+        raise ValueError(f"Both sampling= and {names} say how to choose tokens; pass one of them.")
+    if sampling is None:
+        sampling = given
+
+    def one(value: Any) -> SamplingParams:
+        if isinstance(value, Mapping):
+            return SamplingParams.of(value, defaults)
+        if not isinstance(value, SamplingParams):
+            raise ValueError(
+                f"sampling={value!r} must be SamplingParams, or a dict of its settings."
+            )
+        return value
+
+    if isinstance(sampling, SamplingParams | Mapping) or not isinstance(sampling, Sequence):
+        return [one(sampling)] * count
+    if len(sampling) != count:
+        raise ValueError(f"Got {len(sampling)} sampling settings for {count} prompts.")
+    return [one(value) for value in sampling]
+
+
+def check_prompts(prompts: Prompts, vocab_size: int) -> list[list[int]]:
     """The prompts as lists of Python ints.
 
     Raises:
       ValueError: no or empty prompts, something else than integers, or ids outside the vocabulary.
     """
+    if isinstance(prompts, np.ndarray | jax.Array):
+        if prompts.ndim != 2:
+            hint = " Put a single prompt into a list: [prompt]." if prompts.ndim == 1 else ""
+            raise ValueError(
+                f"prompts are an array {list(prompts.shape)}, but must be [B, T] or a list.{hint}"
+            )
+        prompts = list(np.asarray(prompts))
     if not isinstance(prompts, (list, tuple)) or not prompts:
         raise ValueError("prompts must be a list with at least one list of token ids.")
     checked = []
     for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            raise ValueError(f"Prompt {i} is text; use generate_text, or encode it to token ids.")
         ids = np.asarray(prompt)
         if ids.ndim != 1:
             hint = " Put a single prompt into a list: [prompt]." if ids.ndim == 0 else ""
@@ -118,6 +234,20 @@ def check_prompts(prompts: Sequence[Tokens], vocab_size: int) -> list[list[int]]
             )
         checked.append(ids.tolist())
     return checked
+
+
+def tell_errors(errors: Mapping[int, str], count: int) -> None:
+    """Says what went wrong in some of `count` rows: by an exception if there is only one row.
+
+    Raises:
+      FloatingPointError: with the row's message.
+    """
+    if count == 1:
+        for message in errors.values():
+            raise FloatingPointError(message)
+    if errors:
+        told = "; ".join(errors.values())
+        warnings.warn(f"{len(errors)} of {count} rows failed: {told}", RuntimeWarning, 3)
 
 
 def check_room(
@@ -138,20 +268,29 @@ def _end_ids(config: HybridConfig, eos_ids: Any, count: int) -> list[list[int]]:
     if eos_ids is None:
         stored = config.eos_token_id
         eos_ids = () if stored is None else (stored,) if isinstance(stored, int) else stored
-    shared = all(isinstance(e, (int, np.integer)) for e in eos_ids)
-    ends = [[int(e) for e in row] for row in ([eos_ids] * count if shared else eos_ids)]
+    if isinstance(eos_ids, int | np.integer | str) or not hasattr(eos_ids, "__iter__"):
+        raise ValueError(f"eos_ids={eos_ids!r} must be a list of token ids.")
+    shared = all(isinstance(e, int | np.integer) for e in eos_ids)
+    ends = [list(row) for row in ([eos_ids] * count if shared else eos_ids)]
+    for id in (id for row in ends for id in row):
+        check_whole("eos_ids", id, 0)
+    ends = [[int(id) for id in row] for row in ends]
     if len(ends) != count:
         raise ValueError(f"Got {len(ends)} lists of end tokens for {count} prompts.")
     return ends
 
 
 def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
-    values = list(value) if isinstance(value, Sequence | np.ndarray) else [value] * count
+    if isinstance(value, np.ndarray | jax.Array):
+        value = np.asarray(value).tolist()
+    alone = isinstance(value, str) or not isinstance(value, Sequence)
+    values = [value] * count if alone else list(value)
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts.")
     return values
 
 
-def _check_whole(name: str, value: Any, least: int) -> None:
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises ValueError unless `value` is a whole number, at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number >= {least}.")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-REASONS = ("", "eos", "length", "capacity", "stop")  # by the device's number; 0: not ended
+REASONS = ("", "eos", "length", "capacity", "stop", "error")  # by the device's number; 0: not ended
 
 
 class Feed(NamedTuple):
@@ -44,12 +44,13 @@ class Turn(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a turn produced, row by row: new tokens, their logprobs, and why the row has ended (a
-    number, an index of `REASONS`)."""
+    """What a turn produced, row by row: new tokens, their logprobs, why the row has ended (a
+    number, an index of `REASONS`), and the most likely tokens, if they were asked for."""
 
     tokens: Sequence[Sequence[int]]
     logprobs: Sequence[Sequence[float]]
     reasons: Sequence[int]
+    top: Sequence[Sequence[dict[int, float]]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +63,26 @@ class Started:
 
 @dataclasses.dataclass(frozen=True)
 class New:
-    """New tokens of a request and the log-probability of each."""
+    """New tokens of a request, the log-probability of each, and, if it asked for them, the most
+    likely tokens at each place, {token: logprob}."""
 
     id: int
     tokens: list[int]
     logprobs: list[float]
+    top: list[dict[int, float]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A request has ended: "eos", "length", "capacity" or "stop"."""
+    """A request has ended: "eos", "length", "capacity", "stop" or "error".
+
+    With "error" the logits of its row were not finite: `error` says at which new token, and where
+    that began. Its row is not kept.
+    """
 
     id: int
     reason: str
+    error: str | None = None
 
 
 Event = Started | New | Finished
@@ -195,7 +203,8 @@ class Scheduler:
             return events
         for row, ask in sorted(self._running.items()):
             if tokens := list(result.tokens[row]):
-                events.append(New(ask.id, tokens, list(result.logprobs[row])))
+                top = list(result.top[row]) if result.top else []
+                events.append(New(ask.id, tokens, list(result.logprobs[row]), top))
             if reason := REASONS[result.reasons[row]]:
                 self._end(row, reason, events)
         return events
@@ -222,7 +231,7 @@ class Scheduler:
     def _end(self, row: int, reason: str, events: list[Event]) -> None:
         ask = self._running.pop(row)
         events.append(Finished(ask.id, reason))
-        if ask.keep:
+        if ask.keep and reason != "error":
             self._held[ask.id] = row
         else:
             self._free_row(row)

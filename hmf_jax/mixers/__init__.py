@@ -22,7 +22,7 @@ from hmf_jax.mixers.kind import BASE, GATE, Kind, Section, Sections
 from hmf_jax.mixers.mamba2 import M2, Mamba2, Mamba2Config, Mamba2State
 from hmf_jax.mixers.parts import Parts
 from hmf_jax.moved import moved
-from hmf_jax.options import Backbone
+from hmf_jax.options import MOST_LAYERS, Backbone, shown
 
 __all__ = [
     "BASE",
@@ -50,6 +50,7 @@ __all__ = [
     "Section",
     "Sections",
     "WindowState",
+    "all_sections",
     "check_symbols",
     "fused_symbols",
     "kinds_within",
@@ -70,6 +71,11 @@ def make_mixer(
 ) -> Mixer:
     """A new mixer of the kind with this symbol: "*", "SWA", "GKA", "GDN", "M2", "BMF", ..."""
     return KINDS[symbol].make(config, sections, dtype=dtype, rngs=rngs)
+
+
+def all_sections() -> list[Section]:
+    """The sections of config.json that kinds have."""
+    return [kind.section for kind in KINDS.values() if kind.section is not None]
 
 
 def sections_of(symbols: Iterable[str], sections: Mapping[str, object]) -> Sections:
@@ -128,11 +134,13 @@ def check_symbols(symbols: Sequence[str]) -> None:
     """Raises ValueError unless these are the symbols of the layers of a model."""
     if not symbols:
         raise ValueError("layer_kinds is empty; give one symbol per layer")
+    if len(symbols) > MOST_LAYERS:
+        raise ValueError(f"a model can have at most {MOST_LAYERS} layers, this one has more")
     known = known_symbols()
     for i, symbol in enumerate(symbols):
         if symbol not in known:
             raise ValueError(
-                f"layer {i} has the unknown symbol {symbol!r}; known are {', '.join(known)}"
+                f"layer {i} has the unknown symbol {shown(symbol)}; known are {', '.join(known)}"
             )
 
 

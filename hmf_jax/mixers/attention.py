@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,14 @@ from hmf_jax.layers import RMSNorm, apply_rope, linear, merge_heads, split_heads
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
 from hmf_jax.mixers.parts import Parts
-from hmf_jax.options import Backbone, check_int
+from hmf_jax.options import (
+    LONGEST_WINDOW,
+    Backbone,
+    check_bool,
+    check_fields,
+    check_int,
+    check_object,
+)
 from hmf_jax.pallas_kernels import attention, decode_attention
 
 KV_DIMS = ("batch", None, "kv_heads", None)
@@ -28,7 +36,7 @@ class SWAConfig:
     window_size: int = dataclasses.field(metadata={"example": "the original's example uses 512"})
 
     def __post_init__(self) -> None:
-        check_int("swa_config.window_size", self.window_size, 1)
+        check_fields(self, {"window_size": (1, LONGEST_WINDOW)}, "swa_config.")
 
 
 @jax.tree_util.register_dataclass
@@ -220,11 +228,25 @@ def _make_windowed(config: Backbone, sections: Sections, *, dtype, rngs: nnx.Rng
 
 def _take_window(top: dict[str, Any]) -> dict[str, Any] | None:
     """swa_config, or else the window that the base model has (use_sliding_window)."""
-    window = top.pop("sliding_window", None)
-    window = window if top.pop("use_sliding_window", False) else None
-    top.pop("max_window_layers", None)
-    stored = top.pop("swa_config", None) or {}
-    return None if stored.get("window_size", window) is None else {"window_size": window, **stored}
+    window = base_window(top)
+    for key in ("sliding_window", "use_sliding_window", "max_window_layers"):
+        top.pop(key, None)
+    stored = check_object("swa_config", top.pop("swa_config", None)) or {}
+    if stored.get("window_size", window) is None:
+        return {k: v for k, v in stored.items() if k != "window_size"} or None
+    return {"window_size": window, **stored}
+
+
+def base_window(top: Mapping[str, Any]) -> int | None:
+    """The window that a base model's config.json switches on, or None."""
+    used, window = top.get("use_sliding_window"), top.get("sliding_window")
+    if used is not None:
+        check_bool("use_sliding_window", used)
+    if (first := top.get("max_window_layers")) is not None:
+        check_int("max_window_layers", first, 0)
+    if window is not None:  # where it is switched off, files also say 0
+        check_int("sliding_window", window, 1 if used else 0, LONGEST_WINDOW if used else None)
+    return window if used else None
 
 
 FULL = Kind(

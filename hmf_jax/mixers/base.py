@@ -34,7 +34,9 @@ class Context:
       place: [B, T] int32, where each token of the caller is in this layout; None: where it was.
       fresh: static; the state is empty, so this call sees whole sequences from their start.
       impl: static; implementation of the operators ("auto" or a name that they all know).
+      solver: static; whose steps num_iter counts, see `hmf_jax.pallas_kernels.gka`.
       mesh: static; the device mesh, or None.
+      position: [B] int32, what the state's `position` is after this call; None without a state.
     """
 
     rope: tuple[Array, Array]
@@ -46,6 +48,8 @@ class Context:
     fresh: bool = dataclasses.field(metadata={"static": True})
     impl: str = dataclasses.field(metadata={"static": True})
     mesh: Mesh | None = dataclasses.field(metadata={"static": True})
+    solver: str = dataclasses.field(default="chebyshev", metadata={"static": True})
+    position: Array | None = None
 
     @property
     def options(self) -> dict:

@@ -36,7 +36,7 @@ from hmf_jax.mixers.gka import GKA
 from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
 from hmf_jax.mixers.mamba2 import M2
 from hmf_jax.mixers.parts import Parts
-from hmf_jax.options import Backbone, check_int
+from hmf_jax.options import LONGEST_WINDOW, Backbone, check_fields, shown
 from hmf_jax.pallas_kernels import two_window_attention, two_window_decode
 
 INNER = {kind.symbol: kind for kind in (M2, GDN, GKA)}  # what can make the fading tokens
@@ -51,13 +51,14 @@ class BMojoConfig:
     ssm_mixer: str = "M2"
 
     def __post_init__(self) -> None:
-        check_int("bmojo_config.window_size", self.window_size, 1)
-        if self.ssm_mixer not in INNER:
+        check_fields(self, {"window_size": (1, LONGEST_WINDOW)}, "bmojo_config.")
+        if not isinstance(self.ssm_mixer, str) or self.ssm_mixer not in INNER:
             symbols = {name: kind.symbol for kind in INNER.values() for name in kind.aliases}
-            symbol = symbols.get(str(self.ssm_mixer).lower())
+            given = self.ssm_mixer.lower() if isinstance(self.ssm_mixer, str) else ""
+            symbol = symbols.get(given)
             if symbol is None:
                 raise ValueError(
-                    f"bmojo_config.ssm_mixer {self.ssm_mixer!r} is unknown; use one of "
+                    f"bmojo_config.ssm_mixer {shown(self.ssm_mixer)} is unknown; use one of "
                     f"{', '.join(sorted(symbols))}"
                 )
             object.__setattr__(self, "ssm_mixer", symbol)

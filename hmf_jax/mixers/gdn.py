@@ -14,12 +14,13 @@ from hmf_jax.mixers.base import Array, Context
 from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
 from hmf_jax.mixers.linear import (
     FROM_ATTENTION,
+    LIMITS,
     GatedLinearMixer,
     gated_linear_rows,
     geometry,
     l2_normalize,
 )
-from hmf_jax.options import Backbone, check_int, check_rank
+from hmf_jax.options import Backbone, check_fields
 from hmf_jax.pallas_kernels import gated_delta_rule, gated_delta_rule_step
 
 
@@ -37,8 +38,7 @@ class GDNConfig:
     kv_learnable_residual: bool = False
 
     def __post_init__(self) -> None:
-        check_int("gdn_config.conv_size", self.conv_size, 1)
-        check_rank("gdn_config.kv_proj_rank", self.kv_proj_rank)
+        check_fields(self, LIMITS, "gdn_config.")
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ from hmf_jax.mixers.base import Array, Context
 from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
 from hmf_jax.mixers.linear import (
     FROM_ATTENTION,
+    LIMITS,
     QKVO,
     GatedLinearMixer,
     gated_linear_rows,
@@ -22,7 +23,7 @@ from hmf_jax.mixers.linear import (
     l2_normalize,
 )
 from hmf_jax.mixers.parts import Parts
-from hmf_jax.options import Backbone, check_int, check_rank
+from hmf_jax.options import MOST_ITERATIONS, Backbone, check_fields, shown
 from hmf_jax.pallas_kernels import gka, gka_step
 
 
@@ -48,16 +49,12 @@ class GKAConfig:
     kv_learnable_residual: bool = False
 
     def __post_init__(self) -> None:
-        check_int("gka_config.num_iter", self.num_iter, 0)
-        check_int("gka_config.conv_size", self.conv_size, 1)
-        check_int("gka_config.chunk_size", self.chunk_size, 1)
-        check_rank("gka_config.kv_proj_rank", self.kv_proj_rank)
+        check_fields(self, {**LIMITS, "num_iter": (0, MOST_ITERATIONS)}, "gka_config.")
         if self.solver_type != "chebyshev":
             raise ValueError(
-                f"gka_config.solver_type {self.solver_type!r} is unknown; set it to 'chebyshev'"
+                f"gka_config.solver_type {shown(self.solver_type)} is unknown; set it to "
+                "'chebyshev'"
             )
-        if not self.ridge_strength >= 0:
-            raise ValueError(f"gka_config.ridge_strength must be >= 0, got {self.ridge_strength}")
 
 
 @jax.tree_util.register_dataclass
@@ -122,6 +119,7 @@ class GatedKalmaNet(GatedLinearMixer):
             "ridge": c.ridge_strength,
             "scale": None if c.gla_rescale else 1.0,
             "decay_kk": c.use_forgetting_gate_kk,
+            "solver": ctx.solver,
             **ctx.options,
         }
         if state is not None and x.shape[1] == 1:
@@ -173,12 +171,6 @@ def _compose(parts: Parts, sections: Sections, state: Any, whole: Any) -> GKASta
     return dataclasses.replace(mean, h_kk=h_kk, h_kv=h_kv)
 
 
-def _take(top: dict[str, Any]) -> Any:
-    """gka_config with gka_overrides, which the original's serving plugin reads, merged into it."""
-    stored, overrides = top.pop("gka_config", None), top.pop("gka_overrides", None)
-    return {**(stored or {}), **overrides} if overrides else stored
-
-
 # A Gated DeltaNet is a GKA without the solver; b_proj.bias and alpha_proj are fresh.
 _SAME = ("g_proj", "b_proj", "q_conv1d", "k_conv1d", "v_conv1d", "A_log", "dt_bias", "o_norm")
 _LOW_RANK = ("proj_k", "proj_v", "k_rep", "v_rep")
@@ -193,11 +185,16 @@ GKA = Kind(
     ),
     rows=_rows,
     section=Section(
-        attribute="gka", key="gka_config", type=GKAConfig, geometry=geometry, take=_take
+        attribute="gka",
+        key="gka_config",
+        type=GKAConfig,
+        geometry=geometry,
+        patch="gka_overrides",
     ),
     details=lambda sections: f"{sections['gka'].num_iter} Chebyshev iterations",
     aliases=("gka", "gated_kalmanet", "parallel_latent_sketch"),
     starts={BASE: lambda sections: FROM_ATTENTION, "GDN": lambda sections: _FROM_GDN},
     compose=_compose,
     fuses=True,
+    solves=True,
 )

@@ -55,6 +55,7 @@ class Section:
         what it reads from the top level. Default: the value of `key`.
       read: the section as stored -> the same under the names of the fields.
       write: the settings -> keys to write besides the fields, or in place of them.
+      patch: another key of the top level; what it holds is put over this section.
     """
 
     attribute: str
@@ -67,6 +68,7 @@ class Section:
     take: Callable[[dict[str, Any]], Any] | None = None
     read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda stored: stored
     write: Callable[[Any], Mapping[str, Any]] = lambda settings: {}
+    patch: str | None = None
 
 
 Start = Callable[[Sections], Mapping[str, str]]
@@ -100,6 +102,7 @@ class Kind:
       fuses: whether `compose` can also add states up (ssm="fuse"), or has nothing to add up.
       sees: (sections, length) -> most keys that a token of a row of `length` tokens attends to.
       uses: (sections, parameter) -> how often a token's forward pass multiplies by that parameter.
+      solves: whether it runs a solver, that `num_iter` and `solver` of a call are about.
       grows: whether its state has an entry per token; if not, its size is fixed.
       layer_type: what `layer_types` of the base models calls such a layer; None: they have none.
       base_keys: sections -> keys of config.json that a base model with such layers has.
@@ -122,6 +125,7 @@ class Kind:
     fuses: bool = False
     sees: Callable[[Sections, int], int] = lambda sections, length: 0
     uses: Callable[[Sections, str], int] = lambda sections, parameter: 1
+    solves: bool = False
     grows: bool = False
     layer_type: str | None = None
     base_keys: Callable[[Sections], Mapping[str, Any]] = lambda sections: {}

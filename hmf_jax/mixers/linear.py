@@ -21,11 +21,19 @@ from hmf_jax.layers import (
 )
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.mixers.kind import GATE
-from hmf_jax.options import Backbone
+from hmf_jax.options import WIDEST, Backbone
 from hmf_jax.pallas_kernels import causal_conv1d
 
 Channels = Literal["heads", "kv_heads"]
 
+# Ranges of settings of both. A chunk is a square matrix in memory.
+LIMITS = {
+    "ridge_strength": (0, 1e6),
+    "conv_size": (1, 64),
+    "chunk_size": (1, 4096),
+    "norm_eps": (1e-30, 1),
+    "kv_proj_rank": (1, WIDEST),
+}
 # What both start from in stage 0 of priming, see `Kind.starts`.
 QKVO = {f"{p}_proj": f"{p}_proj" for p in "qkvo"}
 FROM_ATTENTION = {**QKVO, "g_proj": GATE}

@@ -29,7 +29,7 @@ from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.mixers.kind import BASE, GATE, Kind, Section, Sections
 from hmf_jax.mixers.linear import ShortConv
 from hmf_jax.mixers.parts import Parts
-from hmf_jax.options import Backbone
+from hmf_jax.options import Backbone, check_bool, check_fields
 from hmf_jax.pallas_kernels import ssd, ssd_step
 
 CONV_SIZE = 4
@@ -41,6 +41,9 @@ class Mamba2Config:
 
     use_qk_norm: bool = True
     use_pos_emb: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, {}, "mamba2_config.")
 
 
 @jax.tree_util.register_dataclass
@@ -117,13 +120,13 @@ class Mamba2(Mixer):
         B, conv_B = self.B_conv1d(key_like(self.B_proj, self.B_norm), ctx, s and s.conv_B)
         C, conv_C = self.C_conv1d(key_like(self.C_proj, self.C_norm), ctx, s and s.conv_C)
         u, B, C = heads(u), heads(B), heads(C)
-        A = -jnp.exp(self.A_log[...])
+        A, D = -jnp.exp(exact(self.A_log[...])), exact(self.D[...])
         dt, _ = log_decay(self.A_log[...], ctx.over_tokens(self.dt_proj(x)), self.dt_bias[...])
         dt = ctx.mask(dt)
 
         if state is not None and x.shape[1] == 1:
             u, B, C, dt_now = (a[:, 0] for a in (ctx.mask(u), B, C, dt))
-            y, matrix = ssd_step(u, B, C, dt_now, A, self.D[...], state.s, **ctx.options)
+            y, matrix = ssd_step(u, B, C, dt_now, A, D, state.s, **ctx.options)
             y = y[:, None]
         else:
             y, matrix = ssd(
@@ -132,7 +135,7 @@ class Mamba2(Mixer):
                 C,
                 dt,
                 A,
-                self.D[...],
+                D,
                 initial_state=None if state is None else state.s,
                 **ctx.padding,
                 **ctx.options,
@@ -238,7 +241,8 @@ _POS_EMB = ("use_pos_emb", "use_pos_embed", "use_rotary_emb")
 
 def _read(stored: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(stored)
-    found = {n: bool(out.pop(n)) for n in _POS_EMB if out.get(n) is not None}
+    given = {n: out.pop(n) for n in _POS_EMB if n in out}
+    found = {n: check_bool(f"mamba2_config.{n}", v) for n, v in given.items() if v is not None}
     if len(set(found.values())) > 1:
         raise ValueError(f"mamba2_config contradicts itself: {found}; make them equal")
     if found:

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +201,8 @@ class DistillConfig(TrainConfig):
       target, pre_lm_head, weighted: the loss, see `distillation_loss`.
     """
 
+    stages: ClassVar[tuple[str, ...]] = ("hkd",)  # of the original
+
     target: str = "none"
     pre_lm_head: bool = True
     weighted: bool = False
@@ -221,6 +223,8 @@ def distill(
     *,
     progress: bool = True,
     report: Callable[[str], None] = lambda text: None,
+    lines: bool | None = None,
+    overwrite: bool = False,
     dry_run: bool = False,
 ) -> Path | None:
     """Runs stage 1 from the data to a fused model in output/model; goes on where a run was killed.
@@ -240,7 +244,8 @@ def distill(
     if dry_run:
         report(plan(config, loss=loss))
         return None
-    return fine_tune(config, loss=loss, progress=progress, report=report)
+    options: Any = dict(progress=progress, report=report, lines=lines, overwrite=overwrite)
+    return fine_tune(config, loss=loss, **options)
 
 
 def _check(target: str, pre_lm_head: bool) -> None:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.convert.jax_to_hf import replacing
+from hmf_jax.convert.directories import link, replacing
 from hmf_jax.families import FAMILIES
 from hmf_jax.loading import from_pretrained, resolve
 from hmf_jax.mixers import BASE, SWAConfig
@@ -83,11 +83,14 @@ def write_swa_variants(
 ) -> list[Path]:
     """A Hugging Face directory per layer, target/layer_<i>: links to the base and another config.
 
+    The links are hard ones, so that no directory depends on a name outside of it; on another file
+    system they are copies.
+
     Directories that are already there stay, so that an interrupted call can be repeated. The
     weights keep their names (`self_attn` in a layer that is now SWA), as in the original.
 
     Args:
-      source: a local Hugging Face directory; it must stay where it is.
+      source: a local Hugging Face directory.
       target: the directory for the variants.
       window: of the limited layer, in tokens.
       layers: default all that are full attention.
@@ -125,7 +128,7 @@ def write_swa_variants(
         with replacing(directory, overwrite=False) as tmp:
             for file in source.iterdir():
                 if file.name != "config.json":
-                    (tmp / file.name).symlink_to(file)
+                    link(file.resolve(), tmp / file.name)
             text = json.dumps(data[i], indent=2) + "\n"
             (tmp / "config.json").write_text(text, encoding="utf-8")
     return [target / f"layer_{i}" for i in chosen]

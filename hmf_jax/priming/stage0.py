@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ from hmf_jax.mixers import (
 from hmf_jax.model import HybridLM
 from hmf_jax.moved import moved
 from hmf_jax.parameters import abstract_params, flat_params, with_params
+from hmf_jax.training.fields import Range, read_yaml, typed, unknown
 
 Repeat = Literal["rows", "heads"]
 How = Literal["copied", "initialised", "fresh"]
@@ -187,26 +188,32 @@ def read_stage0(file: str | Path) -> dict[str, Any]:
 
     Raises FileNotFoundError; ValueError for unknown keys or a dtype other than bf16, fp16, fp32.
     """
-    import yaml
-
-    file = Path(file)
-    if not file.is_file():
+    if not Path(file).is_file():
         raise FileNotFoundError(f"{file} does not exist; pass a YAML file")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e:
-        raise ValueError(f"{file} is not valid YAML: {e}") from e
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold `key: value` lines")
+    values = read_yaml(file)
     names = {
         "base_model_name_or_path": "base",
         "hybrid_override_pattern": "pattern",
         "output_dir": "output",
     }
     known = [*names, "dtype", "copy_auxiliary_files", "seed", "repeat", *_sections()]
-    if unknown := [key for key in values if key not in known]:
-        raise ValueError(f"{file}: unknown keys {unknown}; known are {', '.join(known)}")
-    out = {str(names.get(key, key)): value for key, value in values.items() if value is not None}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{file}: {unknown(key, known)}")
+    hints = {
+        "copy_auxiliary_files": bool,
+        "seed": Annotated[int, Range(0)],
+        "repeat": Repeat,
+        **dict.fromkeys((*names, "dtype"), str),
+        **dict.fromkeys(_sections(), dict[str, Any]),
+    }
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if value is not None:
+            try:
+                out[names.get(key, key)] = typed(key, value, hints[key])
+            except ValueError as e:
+                raise ValueError(f"{file}: {e}") from e
     if "dtype" in out:
         short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
         out["dtype"] = short.get(out["dtype"], out["dtype"])

@@ -14,13 +14,15 @@ from hmf_jax.training.batches import Batches
 from hmf_jax.training.checkpoint import Checkpoints
 from hmf_jax.training.diagnosis import find_not_finite
 from hmf_jax.training.documents import Documents
-from hmf_jax.training.encode import encode_chat, encode_text
+from hmf_jax.training.encode import encode_chat, encode_completion, encode_text
+from hmf_jax.training.evaluation import Evaluation
 from hmf_jax.training.flops import training_flops
 from hmf_jax.training.loop import data_shard, train
 from hmf_jax.training.lora import apply_lora, load_lora, merge_lora, save_lora
 from hmf_jax.training.loss import cross_entropy, next_token_loss, next_token_targets
 from hmf_jax.training.optimizer import RECIPES, Recipe, decay_mask
 from hmf_jax.training.report import plot_loss, read_metrics
+from hmf_jax.training.signals import Stopped
 from hmf_jax.training.step import TrainState, make_train_step, select_parameters
 
 __all__ = [
@@ -28,13 +30,16 @@ __all__ = [
     "Batches",
     "Checkpoints",
     "Documents",
+    "Evaluation",
     "Recipe",
+    "Stopped",
     "TrainState",
     "apply_lora",
     "cross_entropy",
     "data_shard",
     "decay_mask",
     "encode_chat",
+    "encode_completion",
     "encode_text",
     "find_not_finite",
     "load_lora",

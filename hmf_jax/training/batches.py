@@ -8,12 +8,15 @@ order, and packing is repeated from the beginning of a window of rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from hmf_jax.training.documents import Document, Documents
+from hmf_jax.options import check_int
+from hmf_jax.training.documents import Column, Document, Documents, Stream, reason
+from hmf_jax.training.sources import MAX_ROW_BYTES, is_stream
 
 _CHOICES = {
     "packing": ("first_fit", "sequential", "none"),
@@ -21,6 +24,7 @@ _CHOICES = {
     "on_bad": ("skip", "error"),
     "padding_side": ("right", "left"),
 }
+_STREAM_RUN = 10_000  # bad rows of a stream without a good one, after which it is given up
 
 # Tokens and targets of (a part of) a document, [N] int32 and [N] bool.
 Piece = tuple[np.ndarray, np.ndarray]
@@ -37,7 +41,10 @@ class Batches:
     The last batch is filled up with rows of padding.
 
     Args:
-      source, tokenizer, column, template_options: see `Documents`.
+      source: see `Documents`; or an iterable of rows without a length (a streaming dataset, a
+        generator), which is read in its order, within 1000 rows at a time shuffled, and from its
+        beginning when a state is set. It is never held in memory.
+      tokenizer, column, template_options, max_row_bytes: see `Documents`.
       length: tokens per row.
       batch_size: rows per batch of this process.
       packing: "first_fit" puts a document into the first row with room of a window of rows,
@@ -45,10 +52,11 @@ class Batches:
       overlong: a document of more than `length` tokens is "cut", "split" into several documents,
         left out ("skip") or an "error". What then has no target is left out.
       on_bad: empty and malformed rows are left out and counted ("skip"), or an "error" that names
-        file and line.
+        file and line. Rows that show that the data are of another kind (preference data, images,
+        another format than the file's first row) are an error in any case.
       padding_side: "right" or "left".
       shuffle: in another order in every epoch.
-      seed: of the order.
+      seed: of the order, 0 to 2^32 - 1.
       epochs: None = without end. Processes may end at different steps, as their documents differ;
         `train` goes on with `padding()` in those that end first.
       window: rows that "first_fit" fills at a time; None = about 64.
@@ -58,7 +66,9 @@ class Batches:
 
     Attributes:
       counts: rows read; documents, tokens and targets packed; empty, malformed and overlong rows
-        (overlong ones whatever became of them). A window counts as a whole.
+        (overlong ones whatever became of them); cut: tokens of overlong rows that were left out.
+        A window counts as a whole.
+      reasons: why rows were left out -> how many.
       problems: the first bad rows, in words.
 
     Raises:
@@ -74,8 +84,9 @@ class Batches:
         *,
         length: int,
         batch_size: int,
-        column: str | None = None,
+        column: Column = None,
         template_options: dict[str, Any] | None = None,
+        max_row_bytes: int = MAX_ROW_BYTES,
         packing: str = "first_fit",
         overlong: str = "cut",
         on_bad: str = "skip",
@@ -98,13 +109,21 @@ class Batches:
         for name, value in given.items():
             if value not in _CHOICES[name]:
                 raise ValueError(f"{name} is one of {', '.join(_CHOICES[name])}, not {value!r}")
-        if length < 2 or batch_size < 1 or (window is not None and window < 1):
-            raise ValueError("length must be at least 2, batch_size and window at least 1")
+        check_int("length", length, 2)
+        limits = {"batch_size": 1, "window": 1, "epochs": 1, "seed": 0, "threads": 0}
+        given_numbers = (batch_size, window, epochs, seed, threads)
+        for (name, low), value in zip(limits.items(), given_numbers, strict=True):
+            if value is not None or name not in ("window", "epochs"):
+                check_int(name, value, low)
+        if seed >= 1 << 32 or not isinstance(shuffle, bool):
+            raise ValueError(f"seed={seed!r} is below 2^32, shuffle={shuffle!r} true or false")
         index = jax.process_index() if process_index is None else process_index
         count = jax.process_count() if process_count is None else process_count
-        documents = Documents(source, tokenizer, column, template_options)
-        if not 0 <= index < count <= len(documents):
-            raise ValueError(f"process {index} of {count} cannot share {len(documents)} rows")
+        make: type[Documents] | type[Stream] = Stream if is_stream(source) else Documents
+        documents = make(source, tokenizer, column, template_options, max_row_bytes)
+        rows = len(documents) if isinstance(documents, Documents) else None
+        if not 0 <= index < count or (rows is not None and count > rows):
+            raise ValueError(f"process {index} of {count} cannot share {rows} rows")
 
         self._length, self._batch_size, self._choices = length, batch_size, given
         # Whole batches, so that a window ends where a batch does.
@@ -116,31 +135,58 @@ class Batches:
             "length": length,
             "batch_size": batch_size,
             "window": self._window,
-            "rows": len(documents),
+            "rows": rows,
             "shuffle": shuffle,
             "seed": seed,
             "process_index": index,
             "process_count": count,
         }
-        data = grain.MapDataset.source(documents).seed(seed)
-        data = (data.shuffle() if shuffle else data)[index::count]
-        self._shard = len(data)
-        self._data = data.repeat(epochs)
+        self.documents = documents
+        if isinstance(documents, Documents):
+            data = grain.MapDataset.source(documents).seed(seed)
+            data = (data.shuffle() if shuffle else data)[index::count]
+            self._shard = len(data)
+            self._data = data.repeat(epochs)
+        else:
+            self._shard = _STREAM_RUN
+            self._order = dict(epochs=epochs, shuffle=shuffle, seed=seed, part=(index, count))
         self._reading = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=max(128, threads)
         )
         self._reader: Any = None
         self.problems: list[str] = []
         zero = dict.fromkeys(
-            ("documents", "tokens", "targets", "empty", "malformed", "overlong"), 0
+            ("documents", "tokens", "targets", "empty", "malformed", "overlong", "cut"), 0
         )
-        self._enter({"row": 0, "piece": 0, "counts": zero})
+        self._enter({"row": 0, "piece": 0, "counts": zero, "reasons": {}})
 
     # --- state --------------------------------------------------------------------------------
 
     @property
     def counts(self) -> dict[str, int]:
         return {"rows": self._row, **self._counts}
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        return dict(self._reasons)
+
+    def describe(self) -> str:
+        """Where the rows come from, their format, what is not used of them and what is left out.
+
+        Rows are left out by reason: of all that were read so far, else of a sample of them.
+        """
+        d = self.documents
+        if not self._row or isinstance(d, Stream):
+            return "a stream of rows" if isinstance(d, Stream) else d.describe()
+        lines = [d.describe(sample=0)]
+        if self._reasons:
+            what = ", ".join(f"{n:,} {why}" for why, n in sorted(self._reasons.items()))
+            lines.append(f"left out of {self._row:,} rows: {what}; the first is {self.problems[0]}")
+        if self._counts["cut"]:
+            lines.append(
+                f"{self._counts['cut']:,} tokens beyond length {self._length} are left out"
+            )
+        return "\n".join(lines)
 
     def get_state(self) -> dict[str, Any]:
         """Where the next batch is; JSON can hold it."""
@@ -164,16 +210,29 @@ class Batches:
         """To the beginning of a window of rows."""
         self._row: int = state["row"]  # in the shuffled order: the next document not yet packed
         self._piece: int = state["piece"]  # of that document: the next one not yet packed
-        self._counts: dict[str, int] = dict(state["counts"])
+        self._counts: dict[str, int] = {"cut": 0, **state["counts"]}
+        self._reasons: dict[str, int] = dict(state.get("reasons", {}))
         self._start, self._rows, self._taken = self._snapshot(), [], 0
         self._pieces: list[Piece] | None = None
-        self._overlong, self._bad_run = False, 0  # of these pieces; bad rows without a good one
+        # Tokens cut off these pieces' document, None if it fits; bad rows without a good one.
+        self._cut_tokens: int | None = None
+        self._bad_run = 0
         if self._reader is not None:
             self._reader.close()
-        self._reader = iter(self._data[self._row :].to_iter_dataset(self._reading))
+        self._reader = self._read(self._row)
+
+    def _read(self, start: int) -> Iterator[Document]:
+        if isinstance(self.documents, Stream):
+            return self.documents.read(start, **self._order)
+        return iter(self._data[start:].to_iter_dataset(self._reading))
 
     def _snapshot(self) -> dict[str, Any]:
-        return {"row": self._row, "piece": self._piece, "counts": dict(self._counts)}
+        return {
+            "row": self._row,
+            "piece": self._piece,
+            "counts": dict(self._counts),
+            "reasons": dict(self._reasons),
+        }
 
     # --- batches ------------------------------------------------------------------------------
 
@@ -232,7 +291,8 @@ class Batches:
                 room[r] -= len(tokens)
                 if self._piece == 0:
                     self._counts["documents"] += 1
-                    self._counts["overlong"] += self._overlong
+                    self._counts["overlong"] += self._cut_tokens is not None
+                    self._counts["cut"] += self._cut_tokens or 0
                 self._counts["targets"] += int(targets.sum())
                 self._counts["tokens"] += len(tokens)
                 self._piece += 1
@@ -247,17 +307,23 @@ class Batches:
                 return None
             pieces, bad, why = self._cut(document)
             if bad is None:
-                self._pieces, self._overlong = pieces, len(document.tokens) > self._length
-                self._bad_run = 0
+                self._pieces, self._bad_run = pieces, 0
+                n = len(document.tokens)
+                over = n > self._length
+                self._cut_tokens = n - sum(len(t) for t, _ in pieces) if over else None
                 break
-            why = f"{document.where}: {bad} row: {why}"
-            if self._choices["overlong" if bad == "overlong" else "on_bad"] == "error":
-                raise ValueError(why)
+            text = f"{document.where}: {bad} row: {why}"
+            choice = self._choices["overlong" if bad == "overlong" else "on_bad"]
+            if choice == "error" or bad == "refused":
+                raise ValueError(text)
             self._row += 1
             self._counts[bad] += 1
+            self._counts["cut"] += len(document.tokens)
+            what = "overlong" if bad == "overlong" else reason(document)
+            self._reasons[what] = self._reasons.get(what, 0) + 1
             self._bad_run += 1
             if len(self.problems) < 20:
-                self.problems.append(why)
+                self.problems.append(text)
             if self._bad_run >= self._shard:
                 raise ValueError(f"not one of {self._shard} rows is usable; {self.problems[0]}")
         return self._pieces

@@ -1,19 +1,31 @@
-"""Training data: files of texts and chats, row by row."""
+"""Training data: files of texts and chats, row by row, as tokens and targets."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import collections
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
 
-from hmf_jax.training.encode import ROLES, EmptyRow, encode_chat, encode_text
+from hmf_jax.training.encode import encode_chat, encode_completion, encode_text
+from hmf_jax.training.formats import (
+    COLUMNS,
+    FORMATS,
+    EmptyRow,
+    Example,
+    RefusedRow,
+    format_of,
+    read_row,
+    unused,
+)
+from hmf_jax.training.sources import MAX_ROW_BYTES, Rows, open_rows, shuffled
 
-COLUMNS = ("messages", "conversations", "text")
-# Roles of "conversations" (ShareGPT), and Hugging Face's own.
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", **{r: r for r in ROLES}}
+Column = str | Mapping[str, str] | None
+# What rows and templates can do wrong: no JSON, no UTF-8, other types, too deeply nested.
+_WRONG = (ValueError, TypeError, LookupError, AttributeError, RecursionError, TemplateError)
 
 
 class Document(NamedTuple):
@@ -22,9 +34,10 @@ class Document(NamedTuple):
     Attributes:
       tokens: [N] int32.
       targets: [N] bool, True where a token is to be predicted from those before it.
-      bad: None, "empty" or "malformed".
+      bad: None, "empty", "malformed", or "refused": a row that shows that the data are of another
+        kind than its file's first row, or of one that is not trained here.
       where: file and line.
-      why: what is wrong with a bad row.
+      why: what is wrong with a bad row; the reason, then ": " and details.
     """
 
     tokens: np.ndarray
@@ -37,40 +50,43 @@ class Document(NamedTuple):
 class Documents:
     """The rows of files or of a dataset as `Document`s, by index. Bad rows do not raise.
 
+    The format of a file is that of its first row; a row of another one is "refused".
+
     Args:
-      source: JSONL (.jsonl) or Parquet (.parquet) files, or an object with `__len__` and
-        `__getitem__` that gives rows as dicts (a Hugging Face dataset).
+      source: a file (.jsonl, .json, both also .gz, .parquet), a directory of such files, a pattern
+        ("data/*.jsonl"), a list of these, or an object with `__len__` and `__getitem__` that gives
+        rows as dicts (a list, a Hugging Face dataset).
       tokenizer: a fast Hugging Face tokenizer.
-      column: the column to train on: a string is a text, a list is a chat of {"role", "content"}
-        or {"from", "value"} messages. None = messages, conversations or text, the first that a row
-        has. A chat may have the columns "system" and "tools" (for the chat template) beside it.
+      column: None: the format is known by the columns, see docs/training.md. The name of a column:
+        only that one is trained, as a text, or as a chat if it holds messages. A mapping renames
+        columns, for example {"prompt": "question", "completion": "answer"}.
       template_options: further variables of the chat template.
+      max_row_bytes: the longest row, in bytes of its line or its text. Longer ones are malformed:
+        tokenizers need some 200 times as much memory.
 
     Raises:
       FileNotFoundError: there is no such file.
       ImportError: a Parquet file without pyarrow.
-      ValueError: a file of another kind, or no rows at all.
+      ValueError: a file or an object of another kind, no rows at all, or data that are not trained
+        here (preference data, images), with file and line.
     """
 
     def __init__(
         self,
         source: Any,
         tokenizer: Any,
-        column: str | None = None,
+        column: Column = None,
         template_options: dict[str, Any] | None = None,
+        max_row_bytes: int = MAX_ROW_BYTES,
     ) -> None:
-        paths = [source] if isinstance(source, str | Path) else source
-        if isinstance(paths, list | tuple) and all(isinstance(p, str | Path) for p in paths):
-            parts = [_open(Path(p), column) for p in paths]
-        else:
-            parts = [paths]
-        self._parts: list[Any] = parts
-        self._ends = np.cumsum([len(part) for part in parts])
-        self._tokenizer, self._column = tokenizer, column
-        self._options = template_options or {}
+        self._encode = _encoder(tokenizer, column, template_options, max_row_bytes)
+        known = {*COLUMNS, *([column] if isinstance(column, str) else (column or {}).values())}
+        self._parts: list[Rows] = open_rows(source, max_row_bytes, known)
+        self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
         if not len(self):
             raise ValueError(f"no rows in {source}")
-        tokenizer("a")  # settles the tokenizer's options before several threads use it
+        self._column = column
+        self._first = [_first_row(part, column) for part in self._parts]
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -78,102 +94,185 @@ class Documents:
     def __getitem__(self, index: int) -> Document:
         p = int(np.searchsorted(self._ends, index, side="right"))
         part, i = self._parts[p], index - int(self._ends[p - 1] if p else 0)
-        file = isinstance(part, _JsonLines | _Parquet)
-        where = f"{part.path}:{i + 1}" if file else f"row {i}"
-        tokens, targets, bad, why = [], [], None, ""
-        # What rows and templates can do wrong: no JSON, no UTF-8, other types, too deeply nested.
         try:
-            tokens, targets = self._encode(part[i])
+            row = part[i]
+        except _WRONG as e:
+            return _bad(e, part.where(i))
+        return self._encode(row, self._first[p], part.where(i))
+
+    def describe(self, sample: int = 200) -> str:
+        """Files, formats, columns that are not read, and what would be left out of some rows.
+
+        Args:
+          sample: so many rows, evenly spread, are encoded to see what is wrong with them.
+        """
+        lines = []
+        for part, first in zip(self._parts, self._first, strict=True):
+            kind, extra = ("no format", []) if first is None else (first.format, first.unused)
+            extra = [*extra, *getattr(part, "unread", [])]
+            ignored = f"; not used: {', '.join(map(repr, extra[:10]))}" if extra else ""
+            lines.append(f"{part.name}: {len(part):,} rows of format {kind!r}{ignored}")
+        if len(lines) > 10:
+            lines[10:] = [f"and {len(lines) - 10} more files"]
+        looked = np.unique(np.linspace(0, len(self) - 1, min(sample, len(self)), dtype=np.int64))
+        found = [self[int(i)] for i in looked]
+        reasons = collections.Counter(reason(d) for d in found if d.bad)
+        if reasons:
+            what = ", ".join(f"{n} {why}" for why, n in reasons.most_common(5))
+            where = next(d for d in found if d.bad)
+            lines.append(
+                f"of {len(found)} rows looked at, {reasons.total()} are left out: {what}; "
+                f"the first is {where.where}: {where.why}"
+            )
+        return "\n".join(lines)
+
+
+class Stream:
+    """The rows of an iterable (a streaming dataset, a generator) as `Document`s, in its order.
+
+    Args: as for `Documents`; `source` is iterated once per epoch and must give the same rows each
+    time. An iterator, which can be read only once, is good for one epoch, from its beginning.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        tokenizer: Any,
+        column: Column = None,
+        template_options: dict[str, Any] | None = None,
+        max_row_bytes: int = MAX_ROW_BYTES,
+    ) -> None:
+        if not hasattr(source, "__iter__"):
+            raise ValueError(f"training data are files or rows, not {type(source).__name__}")
+        self._encode = _encoder(tokenizer, column, template_options, max_row_bytes)
+        self._source, self._column, self._begun = source, column, False
+
+    def read(
+        self, start: int, *, epochs: int | None, shuffle: bool, seed: int, part: tuple[int, int]
+    ) -> Iterator[Document]:
+        """The documents from number `start` of this process on.
+
+        Args:
+          start: counts over the epochs; rows before it are read, not encoded.
+          epochs: None = without end.
+          shuffle: within 1000 rows at a time, in another order in every epoch.
+          seed: of the order.
+          part: (index, count): every count-th row, from number index on.
+        """
+        seen = 0
+        for epoch in itertools.count() if epochs is None else range(epochs):
+            before = seen
+            rows = self._rows(epoch)
+            rows = shuffled(rows, (seed, epoch)) if shuffle else rows
+            for row, first, where in itertools.islice(rows, part[0], None, part[1]):
+                seen += 1
+                if seen > start:
+                    yield self._encode(row, first, where)
+            if seen == before:
+                raise ValueError(f"no rows in {type(self._source).__name__}")
+
+    def _rows(self, epoch: int) -> Iterator[tuple[Any, _First | None, str]]:
+        if iter(self._source) is self._source:
+            if self._begun:
+                raise ValueError(
+                    f"{type(self._source).__name__} can be read only once: pass epochs=1, or an "
+                    "iterable that begins again (a dataset, a list)"
+                )
+            self._begun = True
+        if hasattr(self._source, "set_epoch"):
+            self._source.set_epoch(epoch)
+        first = None
+        for i, row in enumerate(self._source):
+            first = first or _format(row, self._column, f"row {i}")
+            yield row, first, f"row {i}"
+
+
+class _First(NamedTuple):
+    """What is known of a file from its first row with content."""
+
+    format: str
+    where: str
+    unused: list[str]
+
+
+def reason(document: Document) -> str:
+    """Why a row is left out, without the details of this row."""
+    return document.why.partition(": ")[0]
+
+
+def _first_row(rows: Rows, column: Column) -> _First | None:
+    for i in range(min(len(rows), 100)):
+        try:
+            row = rows[i]
+        except _WRONG:
+            continue
+        if (found := _format(row, column, rows.where(i))) is not None:
+            return found
+    return None
+
+
+def _format(row: Any, column: Column, where: str) -> _First | None:
+    try:
+        return _First(format_of(row, column), where, unused(row, column))
+    except RefusedRow as e:
+        raise ValueError(f"{where}: {e}") from None
+    except _WRONG:
+        return None
+
+
+def _encoder(
+    tokenizer: Any, column: Column, options: dict[str, Any] | None, max_row_bytes: int
+) -> Callable[[Any, _First | None, str], Document]:
+    """A function: (row, the first of its file, where it is) -> its document."""
+    if isinstance(column, Mapping):
+        known = {*FORMATS, *itertools.chain(*FORMATS.values())}
+        if wrong := [name for name in column if name not in known]:
+            raise ValueError(f"column maps {wrong}; it can map {', '.join(sorted(known))}")
+    if isinstance(max_row_bytes, bool) or not isinstance(max_row_bytes, int) or max_row_bytes < 1:
+        raise ValueError(f"max_row_bytes must be an integer >= 1, got {max_row_bytes!r}")
+    tokenizer("a")  # settles the tokenizer's options before several threads use it
+
+    def encode(example: Example) -> tuple[list[int], list[bool]]:
+        if example.messages is not None:
+            given = {**(options or {}), **example.options}
+            return encode_chat(tokenizer, example.messages, example.tools, **given)
+        if example.prompt is not None:
+            return encode_completion(tokenizer, example.prompt, example.text)
+        return encode_text(tokenizer, example.text)
+
+    def document(row: Any, first: _First | None, where: str) -> Document:
+        try:
+            kind = format_of(row, column)
+            if first is not None and kind != first.format:
+                raise RefusedRow(
+                    f"another format than {first.where}: {kind!r}, not {first.format!r}; put rows "
+                    "of different formats into different files"
+                )
+            example = read_row(row, column)
+            size = _size(example)
+            if size > max_row_bytes:
+                raise ValueError(
+                    f"too long: {size:,} bytes, max_row_bytes is {max_row_bytes:,}; split it"
+                )
+            tokens, targets = encode(example)
             if not any(targets):
                 raise EmptyRow("nothing to predict")
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-            TemplateError,
-        ) as e:
-            tokens, targets, why = [], [], str(e)
-            bad = "empty" if isinstance(e, EmptyRow) else "malformed"
-        return Document(np.asarray(tokens, np.int32), np.asarray(targets, bool), bad, where, why)
+        except _WRONG as e:
+            return _bad(e, where)
+        return Document(np.asarray(tokens, np.int32), np.asarray(targets, bool), None, where)
 
-    def _encode(self, row: Any) -> tuple[list[int], list[bool]]:
-        if not isinstance(row, dict):
-            raise ValueError(f"a row is an object with columns, not {type(row).__name__}")
-        names = COLUMNS if self._column is None else (self._column,)
-        name = next((n for n in names if row.get(n) is not None), None)
-        if name is None:
-            problem = EmptyRow if any(n in row for n in names) else ValueError
-            raise problem(f"nothing in column {' or '.join(names)}; there are {', '.join(row)}")
-        value = row[name]
-        if isinstance(value, str):
-            return encode_text(self._tokenizer, value)
-        if not isinstance(value, list):
-            raise ValueError(f"column {name} holds {type(value).__name__}, no text and no messages")
-        # Tables have all keys in every message: None stands for one that is missing.
-        messages = [{k: v for k, v in m.items() if v is not None} for m in value]
-        if messages and "from" in messages[0]:
-            messages = [
-                {"role": _ROLES.get(m.get("from", "")), "content": m.get("value")} for m in messages
-            ]
-        if isinstance(row.get("system"), str) and row["system"]:
-            messages.insert(0, {"role": "system", "content": row["system"]})
-        return encode_chat(self._tokenizer, messages, row.get("tools"), **self._options)
+    return document
 
 
-def _open(path: Path, column: str | None) -> _JsonLines | _Parquet:
-    if path.suffix == ".jsonl":
-        return _JsonLines(path)
-    if path.suffix == ".parquet":
-        return _Parquet(path, column)
-    raise ValueError(f"{path}: training data are .jsonl or .parquet files")
+def _size(example: Example) -> int:
+    texts = [example.text, example.prompt or ""]
+    texts += [m["content"] for m in example.messages or ()]
+    return sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
 
-class _JsonLines:
-    """Random access to the lines of a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        starts, size = [np.zeros(1, np.int64)], 0
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                starts.append(size + 1 + np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10))
-                size += len(chunk)
-        self._starts = np.concatenate(starts)
-        if self._starts[-1] != size:
-            self._starts = np.append(self._starts, size)
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def __getitem__(self, i: int) -> Any:
-        with self.path.open("rb") as file:
-            file.seek(self._starts[i])
-            line = file.read(self._starts[i + 1] - self._starts[i]).strip()
-        if not line:
-            raise EmptyRow("blank line")
-        return json.loads(line)
-
-
-class _Parquet:
-    """The columns that are used, in memory. For more than that there are datasets on disk."""
-
-    def __init__(self, path: Path, column: str | None) -> None:
-        names = COLUMNS if column is None else (column,)
-        self.path, wanted = path, {*names, "tools", "system"}
-        try:
-            import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
-        except ImportError as e:
-            raise ImportError("Parquet files need pyarrow: pip install pyarrow") from e
-        try:
-            found = [n for n in parquet.read_schema(path).names if n in wanted]
-            self._table = parquet.read_table(path, columns=found)
-        except ValueError as e:  # pyarrow's own message does not name the file
-            raise ValueError(f"{path} is not a Parquet file: {e}") from e
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, i: int) -> Any:
-        return self._table.slice(i, 1).to_pylist()[0]
+def _bad(error: Exception, where: str) -> Document:
+    kinds = ((EmptyRow, "empty"), (RefusedRow, "refused"))
+    bad = next((name for kind, name in kinds if isinstance(error, kind)), "malformed")
+    why = "".join(c if c.isprintable() else " " for c in str(error)[:500])
+    why = why if isinstance(error, ValueError) else f"{type(error).__name__}: {why}"
+    return Document(np.zeros(0, np.int32), np.zeros(0, bool), bad, where, why)

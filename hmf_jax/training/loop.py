@@ -6,10 +6,12 @@ The loop knows nothing of the loss: a step is a function (state, batch) -> (stat
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
 import math
 import signal
-import threading
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hmf_jax.convert.directories import lock
 from hmf_jax.sharding import BATCH_AXES, row_parts
-from hmf_jax.training.checkpoint import Checkpoints
+from hmf_jax.training.checkpoint import Checkpoints, of_all_processes
 from hmf_jax.training.diagnosis import find_not_finite
 from hmf_jax.training.flops import training_flops
 from hmf_jax.training.report import Log
+from hmf_jax.training.signals import Stopped, stop_signals
 from hmf_jax.training.step import TrainState
 
 Array = jax.Array
@@ -43,7 +46,11 @@ def train[S](
     loggers: Sequence[Any] = (),
     flops_per_token: float | None = None,
     diagnose: Callable[[S, Batch], str] | None = None,
+    evaluate: Callable[[S], float] | None = None,
+    eval_every: int | None = None,
     progress: bool = True,
+    say: Callable[[str], None] | None = None,
+    log_every: int = 1,
     profile: bool = False,
 ) -> S:
     """Runs `step` until `steps` batches in all are trained on or the batches end.
@@ -71,14 +78,19 @@ def train[S](
       steps: in all, those before a restart included.
       checkpoints: where to save and to go on from; None: nowhere.
       directory: gets metrics.jsonl (a line per step), loss.png (if matplotlib is installed) and
-        profile/. None: no files.
+        profile/. None: no files. This call alone may write there and to the checkpoints meanwhile.
       loggers: further receivers of the metrics, e.g. `metrax.logging.TensorboardBackend`. They are
         closed at the end.
       flops_per_token: see `training_flops`, for the MFU; None: that of a `TrainState`.
       diagnose: says what is wrong with a state and a batch whose loss is not finite; None:
         `find_not_finite` for a `TrainState`.
+      evaluate: the validation loss of a state, see `Evaluation`: `val_loss` of the metrics. The
+        checkpoint of the smallest is kept (`checkpoints.best`).
+      eval_every: steps between validations; None: only one at the end.
       progress: show a bar with loss, tokens/s (padding included), MFU and the remaining time
         (process 0 only).
+      say: is told a line of the metrics every `log_every` steps, and each validation loss (by
+        process 0 only).
       profile: trace steps 3 to 5 of this call with `jax.profiler` into directory/profile.
 
     Returns:
@@ -87,29 +99,72 @@ def train[S](
     Raises:
       FloatingPointError: a loss or gradient is not finite; says in which step and where. Neither
         the state before it nor any later one is saved.
+      BlockingIOError: another run writes to the directory or the checkpoints.
       OSError: a checkpoint cannot be written, e.g. the disk is full; those before it are intact.
-      ValueError: a checkpoint of another model or other data; a batch that the mesh does not split.
-      KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and saved.
+      ValueError: a checkpoint of another model or other data; all checkpoints are damaged; a batch
+        that the mesh does not split.
+      Stopped: SIGINT (Ctrl-C), SIGTERM or SIGHUP came; the step was finished and saved. It is a
+        KeyboardInterrupt.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1.")
+    for name, value in (("steps", steps), ("log_every", log_every), ("eval_every", eval_every)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
     if profile and directory is None:
         raise ValueError("profile=True needs a directory to write to.")
-    done = 0
-    if checkpoints is not None and checkpoints.latest is not None:
-        state, done = checkpoints.restore(state, batches)
-    if diagnose is None and isinstance(state, TrainState):
-        diagnose = find_not_finite  # pyright: ignore[reportAssignmentType]
-    log = Log(directory, loggers, done, steps, progress)
-    log.flops_per_token = flops_per_token
-    loop: _Loop[Any] = _Loop(state, step, done, checkpoints, diagnose, log)
-    del state  # the loop has it, and lets go of what a step has replaced
-    loop.run(batches, steps, Path(str(directory)) / "profile" if profile else None)
-    return loop.state
+    with holding(directory, None if checkpoints is None else checkpoints.directory):
+        done = 0
+        if checkpoints is not None and checkpoints.latest is not None:
+            for problem in checkpoints.problems:
+                warnings.warn(f"passed over: {problem}", stacklevel=2)
+            state, done = checkpoints.restore(state, batches)
+        if diagnose is None and isinstance(state, TrainState):
+            diagnose = find_not_finite  # pyright: ignore[reportAssignmentType]
+        log = Log(directory, loggers, done, steps, progress, say=say, log_every=log_every)
+        log.flops_per_token = flops_per_token
+        loop: _Loop[Any] = _Loop(state, step, done, checkpoints, diagnose, log)
+        loop.evaluate, loop.eval_every = evaluate, eval_every
+        del state  # the loop has it, and lets go of what a step has replaced
+        loop.run(batches, steps, Path(str(directory)) / "profile" if profile else None)
+        return loop.state
+
+
+# What this run holds, for the functions that it calls; not for other threads.
+_held: contextvars.ContextVar[frozenset[Path]] = contextvars.ContextVar("held", default=frozenset())
+
+
+@contextlib.contextmanager
+def holding(*directories: str | Path | None) -> Iterator[None]:
+    """Locks directories for this run, made if they are not there; those inside others that it holds
+    are locked by that.
+
+    Raises BlockingIOError on all processes if another run has one of them.
+    """
+    paths = {Path(d).expanduser().resolve() for d in directories if d is not None}
+    held = _held.get()
+    outer = [p for p in sorted(paths) if not any(p.is_relative_to(q) for q in paths - {p} | held)]
+    problem = None
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                for path in outer:
+                    path.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(lock(path))
+            except OSError as e:
+                if jax.process_count() == 1:
+                    raise
+                problem = str(e)
+        if problem := (of_all_processes([problem]) or [[None]])[0][0]:
+            raise BlockingIOError(problem)
+        token = _held.set(held | set(outer))
+        stack.callback(_held.reset, token)
+        yield
 
 
 class _Loop[S]:
     """The state of `train`, and the step whose metrics the host has not read yet."""
+
+    evaluate: Callable[[S], float] | None
+    eval_every: int | None
 
     def __init__(
         self,
@@ -122,8 +177,9 @@ class _Loop[S]:
     ) -> None:
         self.state, self.done = state, done  # done: steps whose metrics are known and finite
         self._step, self._checkpoints, self._diagnose, self._log = step, checkpoints, diagnose, log
-        self._mesh, self._several = _mesh(state), jax.process_count() > 1
+        self._mesh, self._several = mesh_of(state), jax.process_count() > 1
         self._pending: tuple[int, Mapping[str, Any], Batch] | None = None
+        self._validated: tuple[int, float | None] = done, None  # a step, and its validation loss
 
     def run(self, batches: Iterable[Batch], steps: int, profile: Path | None) -> None:
         """All that is left of `steps`; traces the third to the fifth step into `profile`."""
@@ -135,7 +191,7 @@ class _Loop[S]:
             stack.callback(self._log.close, batches)
             if checkpoints is not None:
                 stack.enter_context(checkpoints)
-            stopped = stack.enter_context(_signals())
+            stopped = stack.enter_context(stop_signals())
             tracing = stack.enter_context(contextlib.ExitStack())
             for number in range(first, steps + 1):
                 batch = next(iterator, padding)
@@ -149,20 +205,68 @@ class _Loop[S]:
                     break
                 stop = stopped(number)
                 save = checkpoints is not None and (stop or number % checkpoints.every == 0)
+                validate = self._is_validated_after(number, steps)
                 traced = profile is not None and number == first + 4
-                if (save or stop or traced) and not self._settle():
+                if (save or stop or validate or traced) and not self._settle(validate):
                     break
                 if traced:
                     tracing.close()
                 if checkpoints is not None:
                     checkpoints.check()
-                    if save:
-                        checkpoints.save(number, self.state, batches)
+                    if save or (validate and self._is_best(number)):
+                        self._save(batches)
                 if stop:
-                    raise KeyboardInterrupt(f"stopped by a signal after step {number}")
-            self._settle()
-            if checkpoints is not None and self.done >= first and checkpoints.latest != self.done:
-                checkpoints.save(self.done, self.state, batches)
+                    raise self._stopped(stop)
+            self._finish(batches, first)
+
+    def _finish(self, batches: Iterable[Batch], first: int) -> None:
+        """What is to be done after the last step, if it has not been done."""
+        self._settle(validate=self.evaluate is not None)
+        if self.done < first:
+            return
+        if self.evaluate is not None and self._validated[0] != self.done:
+            self._log.add(self.done, {"val_loss": self._validate(self.done)})
+        if self._checkpoints is not None and self._checkpoints.latest != self.done:
+            self._save(batches)
+
+    def _save(self, batches: Iterable[Batch]) -> None:
+        step, loss = self._validated
+        assert self._checkpoints is not None
+        self._log.flush()
+        loss = loss if step == self.done else None
+        self._checkpoints.save(self.done, self.state, batches, val_loss=loss)
+
+    def _stopped(self, signum: int) -> Stopped:
+        """What to raise when a signal came; the checkpoint is on the disk by then."""
+        name = signal.Signals(signum).name
+        said = f"Stopped by {name} after step {self.done}; "
+        if self._checkpoints is None:
+            return Stopped(f"{said}nothing is saved, as there are no checkpoints.", signum)
+        self._checkpoints.wait()
+        return Stopped(f"{said}saved: {self._checkpoints.describe()}", signum)
+
+    def _is_validated_after(self, number: int, steps: int) -> bool:
+        if self.evaluate is None:
+            return False
+        return number == steps or (self.eval_every is not None and number % self.eval_every == 0)
+
+    def _is_best(self, number: int) -> bool:
+        step, loss = self._validated
+        best = None if self._checkpoints is None else self._checkpoints.best
+        return step == number and loss is not None and (best is None or loss < best.loss)
+
+    def _validate(self, number: int) -> float:
+        """The validation loss of the state after this step."""
+        assert self.evaluate is not None
+        start = time.perf_counter()
+        loss = float(self.evaluate(self.state))
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the validation loss after step {number} is not finite: {loss:g}. {self._last()}"
+            )
+        self._validated = number, loss
+        self._log.skip(time.perf_counter() - start)
+        return loss
 
     def _reckon_flops(self, batch: Batch) -> None:
         """The log needs them for the MFU; the caller may have said how many there are."""
@@ -179,7 +283,7 @@ class _Loop[S]:
         self._pending = number, metrics, placed
         return True
 
-    def _settle(self) -> bool:
+    def _settle(self, validate: bool = False) -> bool:
         """Read the metrics of the last step; False if no process had anything to learn from."""
         if self._pending is None:
             return True
@@ -192,16 +296,19 @@ class _Loop[S]:
         if self._several and values.get("tokens") == 0:
             return False
         self.done = number
+        if validate:
+            values["val_loss"] = self._validate(number)
         self._log.write(number, values, batch["tokens"].size)
         return True
 
     def _what_is_not_finite(self, number: int, values: Mapping[str, float], batch: Batch) -> str:
         numbers = ", ".join(f"{k} {v:g}" for k, v in values.items())
         where = "" if self._diagnose is None else f" {self._diagnose(self.state, batch)}"
+        return f"step {number} is not finite: {numbers}.{where} {self._last()}"
+
+    def _last(self) -> str:
         good = None if self._checkpoints is None else self._checkpoints.latest
-        return f"step {number} is not finite: {numbers}.{where} The last checkpoint is " + (
-            "none" if good is None else f"that of step {good}"
-        )
+        return "There is no checkpoint." if good is None else f"The last checkpoint: step {good}."
 
 
 def data_shard(mesh: Mesh | None) -> tuple[int, int]:
@@ -261,32 +368,7 @@ def place(batch: Batch, mesh: Mesh | None) -> dict[str, jax.Array]:
     return out
 
 
-def _mesh(state: Any) -> Mesh | None:
+def mesh_of(state: Any) -> Mesh | None:
     """The mesh that the arrays of a state live on."""
     shardings = (getattr(a, "sharding", None) for a in jax.tree.leaves(state))
     return next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)  # pyright: ignore
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[int], bool]]:
-    """A function that says, once per step, whether SIGINT or SIGTERM asked for the end.
-
-    With several processes, only SIGTERM does, and all processes say so at the same step.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked: list[int] = []
-
-    def ask(signum: int, _: Any) -> None:
-        if asked:  # twice: at once
-            raise KeyboardInterrupt
-        asked.append(signum)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM) if main}
-    try:
-        yield lambda _: bool(asked)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,16 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from hmf_jax import table
-from hmf_jax.convert.jax_to_hf import replacing
+from hmf_jax.convert.directories import printable, replacing
 from hmf_jax.convert.rows import Entry, tensor_shape
 from hmf_jax.layers import exact, exact_dtype, one_row_twice
 from hmf_jax.model import HybridLM
+from hmf_jax.options import check_int
 from hmf_jax.parameters import flat_params, with_params
 from hmf_jax.sharding import named_sharding
+from hmf_jax.training.peft import CONFIG, PREFIX, WEIGHTS, AdapterConfig, read_adapters
 from hmf_jax.training.step import select_parameters
 
 Array = jax.Array
@@ -44,13 +46,12 @@ Quantize = Literal["int8", "nf4"]
 
 # Rows of a column of the kernel that share a scale; None: all of them.
 _TILES: dict[str, int | None] = {"int8": None, "nf4": 64}
-_CONFIG, _WEIGHTS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 
 class LoRALinear(nnx.Module):
     """y = x W + b + (alpha / r) (x A) B with W [in, out], A [in, r], B [r, out].
 
-    A and B are float32; x A B is computed in the dtype of W. W is either `kernel`, or quantised as
+    A and B are float32; x A B is computed in the dtype of x. W is either `kernel`, or quantised as
     `qvalue` [in, out] (int8 or 4-bit indices) times `scale` [in / tile, out].
     """
 
@@ -67,7 +68,7 @@ class LoRALinear(nnx.Module):
         self.lora_A = _param(A, (rows, None), mesh)
         self.lora_B = _param(B, (None, columns), mesh)
         self.alpha, self.rank = float(alpha), A.shape[1]
-        self.bias, self.dtype, self.quantized = linear.bias, linear.dtype, quantize
+        self.bias, self.quantized = linear.bias, quantize
         if quantize is None:
             self.kernel = linear.kernel
         else:
@@ -77,7 +78,7 @@ class LoRALinear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x [B, T, in] -> y [B, T, out]."""
-        return one_row_twice(self._product, x.astype(self.dtype))
+        return one_row_twice(self._product, x)
 
     def _product(self, x: Array) -> Array:
         if (kind := self.quantized) is None:
@@ -129,15 +130,20 @@ def apply_lora(
       seed: of A (uniform, variance 1 / (3 in), as in the reference implementation); B is zero.
 
     Raises:
-      ValueError: bad numbers, a pattern that selects nothing (with what there is), or a model that
-        has adapters already.
+      ValueError: bad numbers, a rank larger than every projection, a pattern that selects nothing
+        (with what there is), or a model that has adapters already.
       ImportError: `quantize` without qwix.
     """
-    if rank < 1 or not alpha > 0:
-        raise ValueError(f"rank={rank} must be at least 1 and alpha={alpha} positive.")
+    check_int("rank", rank, 1)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ValueError(f"alpha={alpha!r} must be a positive number.")
+    check_int("seed", seed, 0)
     if quantize is not None:
         _check_quantize(quantize)
     chosen = set(_projections(model, modules))
+    shapes = {p: a.kernel.shape for _, _, p, a in _children(model, nnx.Linear) if p in chosen}
+    if rank > max(map(min, shapes.values())):
+        raise ValueError(f"rank={rank} is larger than every projection: {max(shapes.values())}.")
 
     def make(path: str, linear: nnx.Linear) -> tuple[Array, Array, float] | None:
         if path not in chosen:
@@ -159,7 +165,8 @@ def merge_lora(model: HybridLM) -> HybridLM:
     Raises:
       ValueError: the model has no adapters.
     """
-    params = flat_params(model)
+    own = (".lora_A", ".lora_B", ".qvalue", ".scale")
+    params = {path: x for path, x in flat_params(model).items() if not path.endswith(own)}
     adapters = _adapters(model)
     for path, a in adapters.items():
         held = (a.kernel if a.quantized is None else a.qvalue)[...]  # may be a copy on the host
@@ -201,7 +208,7 @@ def save_lora(model: HybridLM, directory: str | Path) -> None:
             at += a.rank
         A = np.concatenate([np.asarray(a.lora_A[...], np.float32).T for _, a in parts])
         A = np.ascontiguousarray(A)  # safetensors writes the memory as it lies
-        tensors |= {f"{_PREFIX}{name}.lora_A.weight": A, f"{_PREFIX}{name}.lora_B.weight": B}
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
         ranks[name], alphas[name] = rank, len(parts) * parts[0][1].alpha
     if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
         raise ValueError(f"nothing written to {directory}; not finite: {', '.join(bad)}")
@@ -218,9 +225,9 @@ def save_lora(model: HybridLM, directory: str | Path) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
     }
-    with replacing(directory, overwrite=False) as tmp:
-        save_file(tensors, tmp / _WEIGHTS, {"format": "pt", "modules": json.dumps(list(adapters))})
-        (tmp / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    with replacing(directory) as tmp:
+        save_file(tensors, tmp / WEIGHTS, {"format": "pt", "modules": json.dumps(list(adapters))})
+        (tmp / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_lora(
@@ -235,58 +242,82 @@ def load_lora(
 
     Raises:
       FileNotFoundError: there are no adapters.
-      ValueError: a variant of LoRA that is not supported, or adapters that do not fit the model:
-        all of them, by name.
+      ValueError: damaged files, a variant of LoRA that is not supported, or adapters that do not
+        fit the model: all of them, by name.
     """
     directory = Path(directory)
-    files = directory / _CONFIG, directory / _WEIGHTS
+    files = directory / CONFIG, directory / WEIGHTS
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{directory} holds no adapters: there is no {file.name}")
     if quantize is not None:
         _check_quantize(quantize)
-    config = json.loads(files[0].read_text())
-    variants = ("use_dora", "use_rslora", "modules_to_save", "fan_in_fan_out")
-    odd = [f"{k}={config[k]}" for k in variants if config.get(k)]
-    odd += [f"bias={config['bias']}"] if config.get("bias", "none") != "none" else []
-    if config.get("peft_type") != "LORA" or odd:
-        raise ValueError(f"{files[0]}: only plain LoRA can be loaded, not {', '.join(odd)}")
-    with safe_open(files[1], framework="numpy") as f:
-        tensors = {k.removeprefix(_PREFIX): f.get_tensor(k) for k in f.keys()}
-        saved = json.loads((f.metadata() or {}).get("modules", "[]"))
-
+    config = AdapterConfig.read(files[0])
+    read, shapes, saved = read_adapters(files[1])
+    stored = _stored(model)
     found: dict[str, tuple[Array, Array, float]] = {}
-    problems = []
-    dtype = exact_dtype(model.dtype)
-    for name, blocks in _stored(model).items():
-        halves = [tensors.pop(f"{name}.lora_{half}.weight", None) for half in "AB"]
-        A, B = halves
-        if A is None and B is None:
-            continue
-        entries = list(blocks.values())
-        n_out, n_in = tensor_shape(entries)
-        if A is None or B is None:
-            problems.append(f"{name}: only one of lora_A and lora_B")
-            continue
-        if A.shape[1:] != (n_in,) or B.shape != (n_out, len(A)):
-            problems.append(
-                f"{name}: lora_A {A.shape}, lora_B {B.shape} for a {n_out, n_in} weight"
-            )
-            continue
-        alpha = config.get("alpha_pattern", {}).get(name, config["lora_alpha"])
-        own = [path for path in blocks if path in saved]
-        for path, e in blocks.items():
-            if saved and path not in own:
-                continue
-            n, i = (len(own), own.index(path)) if own else (1, 0)
-            columns = slice(i * len(A) // n, (i + 1) * len(A) // n)
-            part = B[e.start : e.start + e.shape[0], columns]
-            found[path] = jnp.asarray(A[columns].T, dtype), jnp.asarray(part.T, dtype), alpha / n
-    problems += [f"{name}: no such projection in this model" for name in tensors]
+    problems, absent = [], []
+    for name, blocks in stored.items():
+        halves = {half: shapes.pop(f"{name}.lora_{half}.weight", None) for half in "AB"}
+        if problem := _misfit(config, name, halves, tensor_shape(list(blocks.values()))):
+            problems.append(f"{name}: {problem}")
+        elif halves["A"] is None:
+            absent += [name] if config.names(name) else []
+        else:
+            A, B = (np.float32(read(f"{name}.lora_{half}.weight")) for half in "AB")
+            if not (np.isfinite(A).all() and np.isfinite(B).all()):
+                problems.append(f"{name}: holds NaN or infinity")
+            own = [path for path in blocks if path in saved]
+            found |= _split(A, B, config.alpha(name), blocks, own, exact_dtype(model.dtype))
+    problems += [f"{printable(name)}: no such projection in this model" for name in shapes]
     if problems:
-        lines = "\n  ".join(problems)
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        lines = "\n  ".join(problems[:20]) + more
         raise ValueError(f"{directory}: adapters do not fit the model:\n  {lines}")
+    config.check_modules(stored)
+    config.check_base(model.source)
+    if absent:  # as in PEFT: these projections stay as they are
+        some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if absent[3:] else "")
+        warnings.warn(f"{files[1]} lacks the adapters of {some}", stacklevel=2)
     return _with_adapters(model, lambda path, _: found.get(path), quantize)
+
+
+def _misfit(
+    config: AdapterConfig, name: str, halves: dict[str, Any], shape: tuple[int, ...]
+) -> str | None:
+    """Why a module's adapter, of these shapes, is none for a weight [out, in] of this shape."""
+    A, B = halves["A"], halves["B"]
+    if A is None or B is None:
+        return None if A is B else "only one of lora_A and lora_B"
+    rank, (n_out, n_in) = config.rank(name), shape
+    if len(A) != 2 or len(B) != 2 or (*A[1:], *B) != (n_in, n_out, A[0]):
+        return f"lora_A {A}, lora_B {B} for a {n_out, n_in} weight"
+    if A[0] != rank:
+        return f"rank {A[0]}, but {CONFIG} says {rank}"
+    return None if config.targets(name) else f"not among the target_modules of {CONFIG}"
+
+
+def _split(
+    A: np.ndarray,
+    B: np.ndarray,
+    alpha: float,
+    blocks: dict[str, Entry],
+    own: list[str],
+    dtype: Any,
+) -> dict[str, tuple[Array, Array, float]]:
+    """The adapter of a stored tensor as those of the projections that are rows of it.
+
+    `own`: the projections that `save_lora` put together into this one, each with columns of its
+    own; empty for an adapter of PEFT, which belongs to all of them.
+    """
+    found = {}
+    for path in own or blocks:
+        n, i = (len(own), own.index(path)) if own else (1, 0)
+        columns = slice(i * len(A) // n, (i + 1) * len(A) // n)
+        e = blocks[path]
+        part = B[e.start : e.start + e.shape[0], columns]
+        found[path] = jnp.asarray(A[columns].T, dtype), jnp.asarray(part.T, dtype), alpha / n
+    return found
 
 
 def _param(value: Array, dims: tuple[str | None, ...], mesh: Mesh | None) -> nnx.Param:

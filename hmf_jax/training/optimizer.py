@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
+
+from hmf_jax.training.fields import Count, Positive, Range, check_fields
 
 
 def decay_mask(params: Any) -> Any:
     """True for what weight decay acts on: matrices; not A_log, dt_bias, D, norms and biases."""
     return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+_Beta = Annotated[float, Range(0, 1 - 1e-9)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,31 +36,29 @@ class Recipe:
       max_grad_norm, betas, eps, weight_decay: of the step and AdamW.
       overlong: what becomes of documents longer than a row, see `Batches`.
       config_overrides: config.json keys of the model to change, see `HybridConfig.override`.
+
+    Raises:
+      ValueError: a value of another type or out of its range.
     """
 
-    learning_rate: float
+    learning_rate: Positive
     schedule: Literal["constant", "linear", "cosine"]
-    warmup: int | float = 0
+    warmup: Annotated[int, Range(0)] | Annotated[float, Range(0, 1)] = 0
     trainable: str | None = None
-    seq_len: int = 8192
-    accumulate: int = 1
-    steps: int | None = None
-    epochs: int | None = None
-    max_grad_norm: float | None = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    seq_len: Annotated[int, Range(2)] = 8192
+    accumulate: Count = 1
+    steps: Count | None = None
+    epochs: Count | None = None
+    max_grad_norm: Positive | None = 1.0
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Range(0, 1e9)] = 0.0
     overlong: str = "cut"
     config_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(
-                f"schedule={self.schedule!r} is unknown; use 'constant', 'linear' or 'cosine'."
-            )
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive.")
-        if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup >= 1):
+        check_fields(self)
+        if type(self.warmup) is float and self.warmup >= 1:
             raise ValueError(
                 f"warmup={self.warmup} must be a number of steps (an int) or a fraction below 1."
             )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Log:
       loggers: objects with `log_scalar(name, value, step=)` and `close()`.
       done: steps before this call; steps: in all, where the bar ends.
       progress: show the bar.
+      say: is told a line every `log_every` steps, for the first step and for validations.
 
     Attributes:
       flops_per_token: model FLOPs, for the MFU; None: no MFU.
@@ -42,10 +44,15 @@ class Log:
         done: int,
         steps: int,
         progress: bool,
+        *,
+        say: Callable[[str], None] | None = None,
+        log_every: int = 1,
     ) -> None:
         self.flops_per_token: float | None = None
+        self._steps, self._first, self._log_every = steps, done + 1, log_every
         self._loggers, self._file, self._directory = loggers, None, None
         first = jax.process_index() == 0
+        self._say = say if first else None
         if directory is not None and first:
             self._directory = Path(directory).expanduser()
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -54,7 +61,7 @@ class Log:
             new = path.with_suffix(".tmp")
             new.write_text("".join(json.dumps(r) + "\n" for r in kept))
             new.replace(path)
-            self._file = path.open("a")
+            self._file = path.open("ab", buffering=0)
         self._bar = tqdm(
             total=steps,
             initial=done,
@@ -78,20 +85,48 @@ class Log:
             peak = peak_flops()
             if self.flops_per_token and peak:
                 record["mfu"] = speed * self.flops_per_token / (peak * jax.device_count())
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        for logger in self._loggers:
-            for name, value in record.items():
-                if name != "step":
-                    logger.log_scalar(f"train/{name}", value, step=step)
+        self.add(step, record)
         shown = {"loss": f"{values['loss']:.4g}"}
+        if "val_loss" in record:
+            shown["validation loss"] = f"{record['val_loss']:.4g}"
         if "tokens_per_second" in record:
             shown["tokens/s"] = f"{record['tokens_per_second']:,.0f}"
         if "mfu" in record:
             shown["MFU"] = f"{record['mfu']:.1%}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
+        due = step % self._log_every == 0 or step in (self._first, self._steps)
+        if self._say is not None and (due or "val_loss" in record):
+            if "learning_rate" in record:
+                shown["lr"] = f"{record['learning_rate']:.3g}"
+            words = "  ".join(f"{name} {text}" for name, text in shown.items())
+            self._say(f"step {step}/{self._steps}  {words}")
+
+    def add(self, step: int, record: Mapping[str, float]) -> None:
+        """Numbers of a step for the file and the loggers; a second record adds to the first."""
+        if self._file is not None:
+            line = json.dumps({"step": step, **record}) + "\n"
+            try:
+                self._file.write(line.encode())
+            except OSError as e:
+                raise OSError(
+                    f"cannot write {self._file.name} (is the disk full?): {e.strerror}"
+                ) from e
+        for logger in self._loggers:
+            for name, value in record.items():
+                if name != "step":
+                    logger.log_scalar(f"train/{name}", value, step=step)
+
+    def skip(self, seconds: float) -> None:
+        """What has just taken these seconds was no training."""
+        self._last += seconds
+        shifted = [(time + seconds, tokens) for time, tokens in self._times]
+        self._times = collections.deque(shifted, maxlen=self._times.maxlen)
+
+    def flush(self) -> None:
+        """The file is on the disk: no checkpoint may be newer than its records."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self, batches: Any) -> None:
         """Close everything, draw loss.png, and warn of the bad rows that the batches left out."""
@@ -117,16 +152,19 @@ def read_metrics(directory: str | Path) -> list[dict[str, float]]:
 
     A last line that a killed run left unfinished is skipped.
     """
-    path, records = Path(directory) / METRICS, []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+    path = Path(directory) / METRICS
+    records: dict[int, dict[str, float]] = {}
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            step = int(record["step"])
+            records[step] = {**records.get(step, {}), **record}
+    return [records[step] for step in sorted(records)]
 
 
 def plot_loss(directory: str | Path) -> Path | None:
     """Draws loss.png from metrics.jsonl; None without matplotlib or without records."""
-    records = read_metrics(directory)
+    records = [r for r in read_metrics(directory) if "loss" in r]
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -140,6 +178,8 @@ def plot_loss(directory: str | Path) -> Path | None:
     axes = figure.subplots()
     axes.plot(steps, loss, color="tab:blue", alpha=0.3, label="each step")
     axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"mean of {width} steps")
+    if validated := [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]:
+        axes.plot(*zip(*validated, strict=True), "o-", color="tab:orange", label="validation")
     axes.set(xlabel="step", ylabel="loss")
     axes.legend()
     path = Path(directory) / "loss.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -24,10 +25,29 @@ from hmf_jax.model import HybridLM
 from hmf_jax.sharding import for_model, make_mesh, row_parts
 from hmf_jax.text import load_tokenizer
 from hmf_jax.training.batches import Batches
-from hmf_jax.training.checkpoint import Checkpoints
+from hmf_jax.training.checkpoint import Checkpoints, of_all_processes
 from hmf_jax.training.diagnosis import find_not_finite
-from hmf_jax.training.loop import data_shard, train
+from hmf_jax.training.evaluation import Evaluation
+from hmf_jax.training.identity import (
+    ADAPTER,
+    CHECKPOINTS,
+    MODEL,
+    WRITES,
+    Record,
+    check_output,
+    data_files,
+    depends_on_length,
+    fields_compared,
+    fingerprint,
+    forget,
+    refusal,
+    tokenizer_identity,
+    weight_files,
+    write_atomically,
+)
+from hmf_jax.training.loop import data_shard, holding, train
 from hmf_jax.training.schema import TrainConfig, yaml_module
+from hmf_jax.training.signals import stopping_at_once
 from hmf_jax.training.step import Loss, TrainState, make_train_step
 
 # Fields that are passed on as they are, to `Batches` and to `make_train_step`.
@@ -42,6 +62,8 @@ def fine_tune(
     loss: Loss | None = None,
     progress: bool = True,
     report: Callable[[str], None] = lambda text: None,
+    lines: bool | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Runs a config from its data to the exported model; goes on where a killed run was.
 
@@ -50,12 +72,17 @@ def fine_tune(
       loss: of `make_train_step`; None: of the next token.
       progress: show bars.
       report: is told in words what happens (by process 0).
+      lines: also report the metrics, a line every `log_every` steps; None: where no bar is shown.
+      overwrite: begin anew where another run was: its checkpoints are removed, and in the end its
+        model is replaced.
 
     Returns:
       the directory of the exported model.
 
-    Raises: what `from_pretrained`, `Batches` and `train` raise; ValueError for a mesh that does not
-      fit the devices, the model or the batch.
+    Raises: what `from_pretrained`, `Batches` and `train` raise; TypeError for another config;
+      ValueError for a mesh that does not fit the devices, the model or the batch, an output that
+      holds what the run reads, and inputs that differ from those that the run began with;
+      FileExistsError for an output that holds what no run wrote. The latter before any work.
     """
     run = Run.prepare(config, loss)
     first = jax.process_index() == 0
@@ -65,55 +92,123 @@ def fine_tune(
     run.abstract_state()  # finds patterns that select nothing before anything is loaded or written
     output = Path(config.output).expanduser()
     checkpoints = Checkpoints(
-        output / "checkpoints", run.model_config, every=config.save_every, keep=config.keep
+        output / CHECKPOINTS, run.model_config, every=config.save_every, keep=config.keep
     )
+    with stopping_at_once(checkpoints.describe), holding(output):
+        evaluate = run.evaluation(loss)
+        identity = run.identity() if first else {}
+        record = _begin(run, identity, checkpoints, overwrite, report)
+        model = from_pretrained(
+            run.source,
+            mesh=run.mesh,
+            dtype=config.dtype,
+            config_overrides=config.config_overrides,
+            progress=progress,
+        )
+        state = TrainState.create(run.adapt(model), run.optimizer, **run.selection)
+        del model
+        batches = run.batches()
+        state = train(
+            state,
+            run.step,
+            batches,
+            steps=run.steps,
+            checkpoints=checkpoints,
+            directory=output,
+            loggers=_loggers(config, output) if first else (),
+            diagnose=functools.partial(find_not_finite, loss=loss),
+            evaluate=evaluate,
+            eval_every=config.eval_every or config.save_every,
+            progress=progress,
+            say=report if (not progress if lines is None else lines) else None,
+            log_every=config.log_every,
+            profile=config.profile,
+        )
+        report(describe_data(batches))
+        state = _chosen(state, checkpoints, config.export, report)
+        model = state.model()
+        del state
+        if jax.process_count() > 1:  # gathered on every host, written by one
+            gather = functools.partial(multihost_utils.process_allgather, tiled=True)
+            model = jax.tree.map(gather, model)
+        if record is not None:
+            _export(model, record, lora=config.lora_rank is not None, progress=progress)
+            report(f"Wrote {output / MODEL}.")
+    return output / MODEL
+
+
+def _begin(
+    run: Run,
+    identity: dict[str, Any],
+    checkpoints: Checkpoints,
+    overwrite: bool,
+    report: Callable[[str], None],
+) -> Record | None:
+    """The record of the run, which goes on or begins; None if this is not the first process.
+
+    Raises ValueError on all processes if it is another run than the one that is there.
+    """
+    problem, record, output = None, None, Path(run.config.output).expanduser()
+    done = None if overwrite else checkpoints.latest
+    if jax.process_index() == 0:
+        try:
+            check_output(output, run.inputs(), run.writes())  # again, now that it is ours alone
+            old = Record.load(output)
+            changes = [] if old is None or overwrite else old.changes(identity, done)
+            if old is not None and changes and (done is not None or old.wrote):
+                raise ValueError(refusal(old, changes))
+            if old is not None and (overwrite or changes):
+                forget(old)
+            record = Record(output, identity, {} if old is None else old.wrote)
+            record.save()
+            values = yaml_module().safe_dump(dataclasses.asdict(run.config), sort_keys=False)
+            write_atomically(output / "config.yaml", values)
+        except (ValueError, OSError) as e:
+            if jax.process_count() == 1:
+                raise
+            problem = str(e)
+    if problem := (of_all_processes([problem]) or [[None]])[0][0]:
+        raise ValueError(problem)
+    for text in checkpoints.problems:
+        report(f"Passed over: {text}.")
+    checkpoints.problems.clear()
     if checkpoints.latest is not None:
         report(f"Going on from step {checkpoints.latest}.")
-    model = from_pretrained(
-        run.source,
-        mesh=run.mesh,
-        dtype=config.dtype,
-        config_overrides=config.config_overrides,
-        progress=progress,
-    )
-    state = TrainState.create(run.adapt(model), run.optimizer, **run.selection)
-    del model
-    if first:
-        (output / "config.yaml").write_text(yaml_module().safe_dump(dataclasses.asdict(config)))
-    batches = run.batches()
-    state = train(
-        state,
-        run.step,
-        batches,
-        steps=run.steps,
-        checkpoints=checkpoints,
-        directory=output,
-        loggers=_loggers(config, output) if first else (),
-        diagnose=functools.partial(find_not_finite, loss=loss),
-        progress=progress,
-        profile=config.profile,
-    )
-    report(describe_data(batches))
-    model = state.model()
-    del state
-    if jax.process_count() > 1:  # gathered on every host, written by one
-        gather = functools.partial(multihost_utils.process_allgather, tiled=True)
-        model = jax.tree.map(gather, model)
-    if first:
-        _export(model, output, lora=config.lora_rank is not None, progress=progress)
-        report(f"Wrote {output / 'model'}.")
-    return output / "model"
+    return record
 
 
-def _export(model: HybridLM, output: Path, *, lora: bool, progress: bool) -> None:
+def _chosen(
+    state: TrainState, checkpoints: Checkpoints, export: str, report: Callable[[str], None]
+) -> TrainState:
+    """The state that is to be exported."""
+    best = checkpoints.best
+    if best is None:
+        return state
+    where = checkpoints.directory / str(best.step)
+    report(f"The smallest validation loss is {best.loss:.4g}, after step {best.step}: {where}")
+    if export == "last" or best.step == checkpoints.latest:
+        return state
+    trained = state.params, state.opt_state, state.step
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), trained
+    )
+    jax.tree.map(lambda a: a.delete(), trained)  # there may be no room for both
+    params, opt_state, step = shapes
+    state = dataclasses.replace(state, params=params, opt_state=opt_state, step=step)
+    return checkpoints.restore(state, step=best.step)[0]
+
+
+def _export(model: HybridLM, record: Record, *, lora: bool, progress: bool) -> None:
     """Writes the adapters if there are any, and the model with the adapters merged."""
     if lora:
         from hmf_jax.training.lora import merge_lora, save_lora
 
-        shutil.rmtree(output / "adapter", ignore_errors=True)  # of an earlier, shorter run
-        save_lora(model, output / "adapter")
+        with record.writing(ADAPTER) as directory:
+            shutil.rmtree(directory, ignore_errors=True)
+            save_lora(model, directory)
         model = merge_lora(model)
-    save_pretrained(model, output / "model", overwrite=True, progress=progress)
+    with record.writing(MODEL) as directory:
+        save_pretrained(model, directory, overwrite=True, progress=progress)
 
 
 @dataclasses.dataclass
@@ -126,6 +221,7 @@ class Run:
       model_config: its config, with the overrides.
       mesh: the devices; None: one.
       batch_size: rows of a batch, on all processes together.
+      tokenizer: that of the model.
       batches: makes the data of the run from their beginning.
       seen: such data, read to their end if the length of the run depends on them, else not yet.
       steps: of the whole run.
@@ -137,16 +233,22 @@ class Run:
     model_config: HybridConfig
     mesh: Mesh | None
     batch_size: int
-    batches: Callable[..., Batches]
-    seen: Batches
-    steps: int
-    optimizer: optax.GradientTransformation
-    step: jax.stages.Wrapped
+    tokenizer: Any = None
+    batches: functools.partial[Batches] = dataclasses.field(init=False)
+    seen: Batches = dataclasses.field(init=False)
+    steps: int = 0
+    optimizer: optax.GradientTransformation = dataclasses.field(init=False)
+    step: jax.stages.Wrapped = dataclasses.field(init=False)
 
     @classmethod
     def prepare(cls, config: TrainConfig, loss: Loss | None) -> Self:
         """Finds what is wrong with a config: raises what `fine_tune` raises. Joins the other
         processes if the config says so."""
+        if not isinstance(config, TrainConfig):
+            raise TypeError(
+                f"config must be a TrainConfig, not {type(config).__name__}; TrainConfig.load "
+                "reads a file, TrainConfig.of takes a dict"
+            )
         if config.distributed and not jax.distributed.is_initialized():
             _join_processes()
         source = resolve(config.model)
@@ -154,17 +256,20 @@ class Run:
         mesh = for_model(_mesh(config), model_config)
         parts = 1 if mesh is None else row_parts(mesh)
         each = config.accumulate * parts
-        batch_size = config.batch_size or each
+        batch_size = config.batch_size or each * (config.per_device_batch_size or 1)
         if batch_size % each:
             raise ValueError(
                 f"batch_size={batch_size} is not a multiple of accumulate x dp x fsdp = "
                 f"{config.accumulate} x {parts}"
             )
+        run = cls(config, source, model_config, mesh, batch_size)
+        check_output(Path(config.output).expanduser(), run.inputs(), run.writes(), contents=False)
         index, count = data_shard(mesh)
-        make = functools.partial(
+        run.tokenizer = load_tokenizer(source)
+        run.batches = functools.partial(
             Batches,
-            [config.data] if isinstance(config.data, str) else config.data,
-            load_tokenizer(source),
+            _listed(config.data),
+            run.tokenizer,
             length=config.seq_len,
             batch_size=batch_size // count,
             epochs=config.epochs,
@@ -172,17 +277,47 @@ class Run:
             process_count=count,
             **{name: getattr(config, name) for name in _DATA},
         )
-        steps, seen = config.steps, make(epochs=config.epochs or 1)
-        if steps is None:  # the schedule must know, so all data are read once
-            steps = sum(1 for _ in seen)
-            if jax.process_count() > 1:
-                steps = int(multihost_utils.process_allgather(np.asarray(steps)).max())
-        optimizer = config.optimizer(steps)
+        run.seen = run.batches(epochs=config.epochs or 1)
+        run.steps = config.steps or _count(run.seen)  # the schedule must know
+        run.optimizer = config.optimizer(run.steps)
         options = {name: getattr(config, name) for name in _STEP}
-        step = make_train_step(optimizer, loss=loss, **options)
-        return cls(
-            config, source, model_config, mesh, batch_size, make, seen, steps, optimizer, step
-        )
+        run.step = make_train_step(run.optimizer, loss=loss, **options)
+        return run
+
+    def inputs(self) -> dict[str, list[Path]]:
+        """What the run reads, by the field that names it."""
+        data = {name: data_files(getattr(self.config, name)) for name in ("data", "eval_data")}
+        return {"model": [self.source], **data}
+
+    def writes(self) -> list[str]:
+        """What the run writes in its directory."""
+        lora = self.config.lora_rank is not None
+        return [name for name in WRITES if lora or name != ADAPTER]
+
+    def identity(self) -> dict[str, Any]:
+        """What this is a run of, as run.json holds it; reads all inputs."""
+        c, inputs = self.config, self.inputs()
+        return {
+            "fields": fields_compared(c),
+            "rows": self.batch_size,
+            "steps": {"of": self.steps, "decide": depends_on_length(c)},
+            "config": json.loads(json.dumps(self.model_config.to_dict())),
+            "base weights": fingerprint(weight_files(self.source)),
+            **tokenizer_identity(self.source, self.tokenizer),
+            "data": [[str(f), fingerprint([f])] for f in inputs["data"]],
+            "eval_data": [[str(f), fingerprint([f])] for f in inputs["eval_data"]],
+        }
+
+    def evaluation(self, loss: Loss | None) -> Evaluation | None:
+        """The validation loss, if the config wants it."""
+        c = self.config
+        if c.eval_data is None:
+            return None
+        rows = self.batches.keywords["batch_size"] // c.accumulate  # a micro-batch
+        arguments = self.batches.keywords | {"epochs": 1, "shuffle": False, "batch_size": rows}
+        batches = Batches(_listed(c.eval_data), self.tokenizer, **arguments)
+        options = {name: getattr(c, name) for name in ("num_iter", "impl", "chunk_size")}
+        return Evaluation(batches, loss=loss, **options)
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -227,6 +362,18 @@ class Run:
             f"length   {self.steps} steps of {self.batch_size} rows of {c.seq_len} tokens, "
             f"{c.accumulate} micro-batch(es) each"
         )
+
+
+def _listed(files: str | list[str]) -> list[str]:
+    return [files] if isinstance(files, str) else files
+
+
+def _count(batches: Batches) -> int:
+    """How many batches there are; of the process that has most."""
+    count = sum(1 for _ in batches)
+    if jax.process_count() > 1:
+        count = int(multihost_utils.process_allgather(np.asarray(count)).max())
+    return count
 
 
 def _join_processes() -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+from hmf_jax.training import original
+from hmf_jax.training.fields import (
+    Count,
+    Positive,
+    Range,
+    parse_yaml,
+    read_yaml,
+    typed,
+    unknown,
+    yaml_module,
+)
 from hmf_jax.training.optimizer import RECIPES, Recipe
+
+__all__ = ["TrainConfig", "yaml_module"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,9 +31,9 @@ class TrainConfig(Recipe):
     Attributes:
       model: directory or repository of the model to start from, see `from_pretrained`.
       data: a JSONL or Parquet file of texts or chats, or a list of them, see `Batches`.
-      output: directory of the run: config.yaml, checkpoints/, metrics.jsonl, loss.png, and at the
-        end model/, a Hugging Face directory (and adapter/, with LoRA). A run that is started again
-        goes on from its last checkpoint.
+      output: directory of the run: run.json (what it is a run of), config.yaml, checkpoints/,
+        metrics.jsonl, loss.png, and at the end model/, a Hugging Face directory (and adapter/, with
+        LoRA). A run that is started again goes on from its last checkpoint.
       recipe: a name of `RECIPES` whose values hold where the file says nothing.
       dtype: of the model's computations, "bfloat16" or "float32"; what is exported has the dtypes
         of the original.
@@ -31,19 +41,32 @@ class TrainConfig(Recipe):
       lora_rank: train adapters of this rank and nothing else, see `apply_lora` (also for the
         next three); None: no adapters. `trainable` is then "lora", unless it is given.
       lora_alpha, lora_modules, lora_quantize: see `apply_lora`.
-      batch_size: rows of one optimizer step, on all devices together; None: one per micro-batch
-        and data parallel device.
+      batch_size: rows of one optimizer step, on all devices together; None: those of a device
+        times micro-batches and data parallel devices.
+      per_device_batch_size: rows of a micro-batch on one data parallel device; None: 1, unless
+        batch_size says otherwise.
       column, template_options, packing, on_bad, padding_side, shuffle, seed: of `Batches`.
+      eval_data: files like `data`, for the validation loss: the mean over all their targets, each
+        document once, packed like `data` and in the order of the files. None: no validation.
+      eval_every: steps between validations (there is one at the end, too); None: save_every.
+      export: which weights become output/model: "last", or "best", those of the smallest validation
+        loss; their checkpoint is kept beside the newest.
       remat, num_iter, impl, chunk_size: of `make_train_step`.
       dp, fsdp, sp, tp: the mesh, see `make_mesh`; fsdp None: all devices that the others leave.
       distributed: join the other processes of the run (`jax.distributed`): found by itself under
         SLURM, Open MPI and Kubernetes, else described by the variables JAX_COORDINATOR_ADDRESS
         (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
       save_every, keep: steps between checkpoints, and how many stay.
+      log_every: steps between printed lines, where no bar is shown.
       tensorboard: also write the metrics to output/tensorboard (needs google-metrax).
       wandb: also send them to this Weights & Biases project (needs google-metrax and wandb).
       profile: trace three steps into output/profile.
+
+    Raises:
+      ValueError: a value of another type or out of its range, in one line that names the field.
     """
+
+    stages: typing.ClassVar[tuple[str, ...]] = ("pt", "sft")  # of the original
 
     model: str
     data: str | list[str]
@@ -51,29 +74,34 @@ class TrainConfig(Recipe):
     recipe: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     master_weights: bool = True
-    lora_rank: int | None = None
-    lora_alpha: float = 32.0
+    lora_rank: Count | None = None
+    lora_alpha: Positive = 32.0
     lora_modules: str = "proj"
     lora_quantize: Literal["int8", "nf4"] | None = None
-    batch_size: int | None = None
+    batch_size: Count | None = None
+    per_device_batch_size: Count | None = None
     column: str | None = None
     template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     packing: str = "first_fit"
     on_bad: str = "skip"
     padding_side: str = "right"
     shuffle: bool = True
-    seed: int = 0
+    seed: Annotated[int, Range(0)] = 0
+    eval_data: str | list[str] | None = None
+    eval_every: Count | None = None
+    export: Literal["last", "best"] = "last"
     remat: str | dict[str, str] = "block"
-    num_iter: int | None = None
+    num_iter: Annotated[int, Range(0)] | None = None
     impl: str = "auto"
-    chunk_size: int = 512
-    dp: int = 1
-    fsdp: int | None = None
-    sp: int = 1
-    tp: int = 1
+    chunk_size: Count = 512
+    dp: Count = 1
+    fsdp: Count | None = None
+    sp: Count = 1
+    tp: Count = 1
     distributed: bool = False
-    save_every: int = 500
-    keep: int = 2
+    save_every: Count = 500
+    keep: Count = 2
+    log_every: Count = 1
     tensorboard: bool = False
     wandb: str | None = None
     profile: bool = False
@@ -81,40 +109,43 @@ class TrainConfig(Recipe):
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Reads a YAML file of these fields; overrides ("learning_rate=1e-5") replace its values.
-        One of steps or epochs also replaces the other.
+        One of steps or epochs also replaces the other. A file in the format of the original is
+        read as well, see `original`.
 
         Raises:
-          FileNotFoundError: there is no such file.
+          OSError: there is no such file, or it cannot be read.
           ValueError: not YAML, an unknown field (with the nearest known one), a value of the wrong
-            type, or a required field that is missing.
+            type or out of its range, a required field that is missing, or a field that is given
+            twice, in two spellings or by two overrides.
         """
-        yaml = yaml_module()
+        values = original.translated(read_yaml(path), cls.stages, str(path))
+        given: dict[str, Any] = {}
+        for override in overrides:
+            name, separator, value = override.partition("=")
+            name = name.strip()
+            if not separator:
+                raise ValueError(f"{override!r} is no field=value, e.g. learning_rate=1e-5")
+            if name in given:
+                raise ValueError(f"{name} is given twice: {override!r} comes after another value")
+            given[name] = parse_yaml(value, override)
+        for name, others in _INSTEAD.items():
+            if name in given:
+                values = {n: v for n, v in values.items() if n not in others}
         try:
-            given = yaml.safe_load(Path(path).read_text())
-            if not isinstance(given, Mapping):
-                raise ValueError(f"{path} must hold fields, one `name: value` per line")
-            values = dict(given)
-            for override in overrides:
-                name, separator, value = override.partition("=")
-                if not separator:
-                    raise ValueError(f"{override!r} is no field=value, e.g. learning_rate=1e-5")
-                name = name.strip()
-                values.pop({"steps": "epochs", "epochs": "steps"}.get(name), None)
-                values[name] = yaml.safe_load(value)
-        except yaml.YAMLError as e:
-            raise ValueError(f"{path}: no YAML: {' '.join(str(e).split())}") from e
-        return cls.of(values)
+            return cls.of({**values, **original.renamed(given)})
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from e
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """The config with these values of its fields, those of its recipe, and defaults."""
-        known = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
+            if name not in known and original.RENAMED.get(name) in known:
+                raise ValueError(f"unknown field {name!r}; here it is {original.RENAMED[name]!r}")
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-                raise ValueError(f"unknown field {name!r}; {hint}")
-        recipe = values.get("recipe")
+                raise ValueError(unknown(name, [f.name for f in dataclasses.fields(cls)]))
+        recipe = typed("recipe", values.get("recipe"), str | None)
         if recipe is not None and recipe not in RECIPES:
             raise ValueError(f"unknown recipe {recipe!r}; there are {', '.join(RECIPES)}")
         base = {} if recipe is None else dataclasses.asdict(RECIPES[recipe])
@@ -122,7 +153,7 @@ class TrainConfig(Recipe):
             base |= {"steps": None, "epochs": None}  # the length is the file's, not the recipe's
         if values.get("lora_rank") is not None:
             base["trainable"] = "lora"
-        merged = {n: _typed(n, v, known[n]) for n, v in {**base, **values}.items()}
+        merged = {**base, **values}
         required = [
             f.name for f in dataclasses.fields(cls) if f.default is f.default_factory
         ]  # both MISSING
@@ -135,39 +166,24 @@ class TrainConfig(Recipe):
         super().__post_init__()
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give the length of the run: either steps or epochs")
-        for name in ("steps", "epochs", "batch_size", "dp", "fsdp", "tp", "save_every", "keep"):
+        if self.batch_size is not None and self.per_device_batch_size is not None:
+            raise ValueError("give either batch_size or per_device_batch_size")
+        for name in ("model", "data", "output", "eval_data"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            files = value if isinstance(value, list) else [value]
+            if not files or any(f is not None and not f.strip() for f in files):
+                raise ValueError(f"{name} is empty; name a file or directory")
+        if self.eval_data is None:
+            if self.eval_every is not None:
+                raise ValueError("eval_every needs eval_data, the files to validate on")
+            if self.export == "best":
+                raise ValueError("export: best needs eval_data, the files to validate on")
 
 
-def yaml_module() -> Any:
-    """PyYAML; ImportError, which says how to install it, if it is missing."""
-    try:
-        import yaml
-    except ImportError as e:
-        raise ImportError("configs are read with PyYAML: pip install 'hmf-jax[train]'") from e
-    return yaml
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as a field of this type holds it. (YAML reads 1e-4 as text; has no tuples.)"""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    options = typing.get_args(hint) if union else (hint,)
-    for option in options:
-        kind, args = typing.get_origin(option) or option, typing.get_args(option)
-        if kind is Literal and value in args or type(value) is kind and kind is not tuple:
-            return value
-        if kind is tuple and isinstance(value, list | tuple) and len(value) == len(args):
-            return tuple(_typed(name, v, a) for v, a in zip(value, args, strict=True))
-    if float in options and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    wanted = [
-        " or ".join(map(repr, typing.get_args(o)))
-        if typing.get_origin(o) is Literal
-        else {type(None): "null", dict: "a mapping"}.get(typing.get_origin(o) or o)
-        or (o.__name__ if isinstance(o, type) else str(o))
-        for o in options
-    ]
-    raise ValueError(f"{name} must be {' or '.join(wanted)}, not {value!r}")
+# Fields of which one replaces the others that a file holds.
+_INSTEAD = {
+    "steps": ("epochs",),
+    "epochs": ("steps",),
+    "batch_size": ("per_device_batch_size",),
+    "per_device_batch_size": ("batch_size",),
+}

@@ -20,6 +20,7 @@ from hmf_jax.block import Block
 from hmf_jax.layers import exact, exact_dtype
 from hmf_jax.mixers import KINDS, Context
 from hmf_jax.model import HybridLM
+from hmf_jax.packed import Origin
 from hmf_jax.parameters import abstract_params, flat_params
 from hmf_jax.sharding import constrain
 from hmf_jax.training.loss import next_token_loss
@@ -72,23 +73,27 @@ def select_parameters(model: HybridLM, trainable: str | Sequence[str] | None = N
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A model without its arrays: its structure, and the path and dtype of each parameter."""
+    """A model without its arrays: structure, origin, and the path and dtype of each parameter."""
 
     structure: Any
     names: tuple[str, ...]
     dtypes: tuple[np.dtype, ...]
+    origin: tuple[str | None, bool, bool]  # that in the structure equals all others
 
     @classmethod
     def of(cls, model: HybridLM) -> Self:
         """That of this model, or of its abstract twin."""
         params = flat_params(model)
         dtypes = tuple(np.dtype(a.dtype) for a in params.values())
-        return cls(jax.tree.structure(model), tuple(params), dtypes)
+        return cls(jax.tree.structure(model), tuple(params), dtypes, dataclasses.astuple(model.origin))
 
     def model(self, params: Params) -> HybridLM:
         """The model with these parameters, each in the dtype that it came with."""
         pairs = zip(self.names, self.dtypes, strict=True)
-        return jax.tree.unflatten(self.structure, [params[n].astype(d) for n, d in pairs])
+        leaves = [params[name].astype(dtype) for name, dtype in pairs]
+        model = jax.tree.unflatten(self.structure, leaves)
+        model.origin = Origin(*self.origin)
+        return model
 
 
 @jax.tree_util.register_dataclass

@@ -275,15 +275,32 @@ class RecurrentLaws:
         grads = self.grad(zeros, zero_state, None, jnp.ones_like(out), jnp.ones_like(final))
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
-    def test_bfloat16_in_and_out_float32_inside(self):
-        arrays, state = self.arguments()
+    @pytest.mark.parametrize("impl", ["chunked", "reference"])
+    def test_bfloat16_in_and_out_float32_inside(self, impl):
+        """To the bit: float32 arithmetic on the given numbers, rounded once at the end."""
+        arrays, state = self.arguments(T=20)
         low = {n: x.astype(jnp.bfloat16) for n, x in arrays.items()}
-        out, final = self.run(low, state)
+        out, final = self.run(low, state.astype(jnp.bfloat16), impl=impl)
         assert out.dtype == jnp.bfloat16 and final.dtype == jnp.float32
         high = {n: x.astype(jnp.float32) for n, x in low.items()}
-        out_high, final_high = self.run(high, state)
-        assert rel(final, final_high) < 2e-6
-        assert rel(out.astype(jnp.float32), out_high) < 3e-3  # one rounding, 2**-9 at most
+        high_state = state.astype(jnp.bfloat16).astype(jnp.float32)
+        out_high, final_high = self.run(high, high_state, impl=impl)
+        np.testing.assert_array_equal(final, final_high)
+        np.testing.assert_array_equal(out, out_high.astype(jnp.bfloat16))
+
+    def test_a_bfloat16_step_rounds_once(self):
+        arrays, state = self.arguments(T=1)
+        low = {
+            n: (x[:, 0] if n in self.per_token else x).astype(jnp.bfloat16)
+            for n, x in arrays.items()
+        }
+        high = {n: x.astype(jnp.float32) for n, x in low.items()}
+        state = state.astype(jnp.float32)
+        step = jax.jit(type(self).step)
+        (out, final), (out_high, final_high) = (step(**x, state=state) for x in (low, high))
+        assert out.dtype == jnp.bfloat16 and final.dtype == jnp.float32
+        np.testing.assert_array_equal(final, final_high)
+        np.testing.assert_array_equal(out, out_high.astype(jnp.bfloat16))
 
     def test_bad_shapes_name_the_argument(self):
         arrays, state = self.arguments(T=3)

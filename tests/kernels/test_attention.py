@@ -165,6 +165,18 @@ def test_bfloat16_in_and_out(impl):
         assert rel(a, b) < limit
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_bfloat16_scores_are_float32(window):
+    """Scores near 100, which bfloat16 would round by 0.2, and many small terms of a sum."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(1))
+    run = functools.partial(attention, window=window, scale=12.0)
+    low = jax.jit(functools.partial(run, impl="chunked"))(q, k, v)
+    high = jax.jit(functools.partial(run, impl="reference"))(
+        *(x.astype(jnp.float32) for x in (q, k, v))
+    )
+    assert low.dtype == jnp.bfloat16 and rel(low, high) < 4e-3
+
+
 def test_zero_keys_give_the_mean():
     _, _, v = qkv(heads=2)
     q = np.zeros_like(v)

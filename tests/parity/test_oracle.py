@@ -21,9 +21,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from hmf_jax import table
+from hmf_jax.config import HybridConfig
 from hmf_jax.loading import from_pretrained
 from hmf_jax.mixers import AttentionState, BMojoState, WindowState
 from hmf_jax.model import HybridLM
+from hmf_jax.parameters import with_params
 from hmf_jax.state import ModelState
 from tests.goldens import cases, expected, golden
 from tests.parity import oracle
@@ -38,7 +41,7 @@ BASE: dict[str, Any] = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=32,
-    rms_norm_eps=1e-5,
+    rms_norm_eps=3e-5,  # that of no norm which has its own
     max_position_embeddings=64,
     rope_parameters={"rope_type": "default", "rope_theta": 3e4},
     swa_config={"window_size": 5},
@@ -557,6 +560,49 @@ def test_formulas(case: str, cuts: tuple[int, ...], tmp_path: Path, float64):
     """Each kind of piece (prefill, continuation, step) compiles every layer: quickly, no second."""
     checkpoint = Checkpoint(CASES[case], tmp_path)
     compare(checkpoint.wide_model(), checkpoint, checkpoint.tokens(), cuts=cuts).check(1e-11)
+
+
+# Options that "six other" does not have; those of one line do not hide each other.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gka": CASES["plain gka"],
+    "gka without gates": dict(
+        gka_config=dict(use_forgetting_gate=False, use_beta_gate=False, kv_proj_rank=2, num_iter=2)
+    ),
+    "gka of equal heads": dict(num_key_value_heads=4, gka_config=dict(kv_proj_rank=5, num_iter=0)),
+    "gdn": dict(gdn_config=dict(use_gate=False, use_short_conv=False, kv_proj_rank=4)),
+    "gdn as it is": {},
+    "mamba": dict(mamba2_config=dict(use_qk_norm=False)),
+    "mamba as it is": {},
+}
+SYMBOLS = {"gka": "GKA", "gdn": "GDN", "mamba": "M2"}
+
+
+def test_options_of_mixers(float64):
+    """The recurrent mixers alone, all in one program: a model of each would take minutes."""
+    tokens, x = np.arange(6)[None], np.random.default_rng(0).standard_normal((1, 6, 40))
+    mixers, wanted, ctx = [], [], None
+    for case, changes in OPTIONS.items():
+        name = case.split(" ")[0]
+        config = config_for(
+            changes | {"hybrid_override_pattern": SYMBOLS[name], "rms_norm_eps": 0.1}
+        )
+        tensors = {n: random_tensor(n, shape) for n, shape in shapes_for(config).items()}
+        ours = HybridConfig.from_dict(config)
+        params = {}
+        for entry in table.entries(ours):
+            rows = tensors[entry.name][entry.start : entry.start + entry.shape[0]]
+            rows = np.asarray(rows.squeeze(1) if entry.layout == "conv" else rows, np.float64)
+            params[entry.path] = jnp.asarray(rows.T if entry.transposed else rows)
+        abstract = nnx.eval_shape(lambda ours=ours: HybridLM(ours, dtype=jnp.float64))
+        model = with_params(abstract, params)
+        ctx = model.embed(jnp.asarray(tokens), impl="reference")[1]
+        mixers.append(model.layers[0].mixer)
+        weights = oracle.Weights(tensors, f"model.layers.0.{name}.")
+        geometry = oracle.Geometry(config, tokens[0])
+        wanted.append(oracle.linear_mixer(name, geometry, weights, x[0], None)[0])
+    found = jax.jit(lambda mixers, x: [mixer(x, ctx)[0] for mixer in mixers])(mixers, x)
+    for case, ours, oracles in zip(OPTIONS, found, wanted, strict=True):
+        assert rel(ours[0], oracles) < 1e-11, case
 
 
 @pytest.mark.slow

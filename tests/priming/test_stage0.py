@@ -26,6 +26,7 @@ from hmf_jax.priming import (
     teacher,
     unfuse,
 )
+from hmf_jax.priming.stage0 import _gate
 from hmf_jax.sharding import make_mesh
 from tests.goldens import _recipe, cases, expected, golden
 from tests.util import random_model, rel, tiny_config
@@ -117,6 +118,19 @@ def test_gates_start_from_o_and_v(base, repeat):
             source = row // (H // Hkv) if repeat == "rows" else of_head
             wanted[row] = (o[:, row] + v[source]) / 2
         np.testing.assert_allclose(params[f"layers.{layer}.{name}.kernel"], wanted.T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("repeat", ["rows", "heads"])
+def test_order_of_a_gate(repeat):
+    """Of numbers that say where they come from: channel c of key/value head k is 10 k + c."""
+    v = jnp.asarray([[0.0, 1, 2, 10, 11, 12]] * 2)  # [d, Hkv D], d = 2, D = 3
+    o = jnp.asarray(np.arange(24).reshape(12, 2) * 100.0)  # [H D, d], H = 4
+    rows = {
+        "rows": [0, 0, 1, 1, 2, 2, 10, 10, 11, 11, 12, 12],
+        "heads": [0, 1, 2, 0, 1, 2, 10, 11, 12, 10, 11, 12],
+    }[repeat]
+    found = _gate(2, 3, repeat, jnp.float32, None)(o, v)
+    np.testing.assert_array_equal(found, (np.asarray(o).T + np.asarray(rows)) / 2)
 
 
 def test_a_fused_model_holds_its_base_and_shares_nothing_with_it(base):

@@ -15,7 +15,7 @@ import pytest
 
 from hmf_jax.config import BMojoConfig, GKAConfig
 from hmf_jax.model import HybridLM
-from hmf_jax.sharding import for_model, make_mesh
+from hmf_jax.sharding import for_model, make_mesh, row_parts
 from tests.util import mesh_of, place, random_model, rel, tiny_config
 
 SIX = ("*", "GKA", "SWA", "GDN", "BMF", "M2")
@@ -71,9 +71,9 @@ def collectives(kinds, mesh, T=1, **changes) -> tuple[collections.Counter, str]:
     """
     config = tiny_config(kinds, **{**HEADS, **changes})
     model = place(random_model(config, jnp.float32), config, mesh)
-    state = dataclasses.replace(model.init_state(4, 32), fresh=T > 1)
-    step = jax.jit(lambda m, t, s: m(t, state=s))
-    text = step.lower(model, jnp.zeros((4, T), jnp.int32), state).compile().as_text()
+    step = jax.jit(lambda m, t, s: m(t, state=dataclasses.replace(s, fresh=T > 1)))
+    args = model, jnp.zeros((4, T), jnp.int32), model.init_state(4, 32)
+    text = step.lower(*args).compile().as_text()
     names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     assert text is not None
     found = collections.Counter()
@@ -135,11 +135,38 @@ def test_bad_meshes():
         make_mesh(tp=3)
     with pytest.raises(ValueError, match="tp=3 does not divide num_attention_heads=8"):
         for_model(make_mesh(tp=3, devices=jax.devices()[:3]), config)
+    two = make_mesh(tp=2, devices=jax.devices()[:2])
+    for name, odd in (("intermediate_size", 65), ("vocab_size", 63)):
+        with pytest.raises(ValueError, match=f"tp=2 does not divide {name}={odd}"):
+            for_model(two, dataclasses.replace(config, **{name: odd}))
+    both = dataclasses.replace(config, num_key_value_heads=4)
+    with pytest.raises(ValueError, match="sp=2 x tp=4 does not divide num_key_value_heads=4"):
+        for_model(make_mesh(sp=2, tp=4), both)
+    assert for_model(make_mesh(sp=2, tp=2, fsdp=2), both) is not None
     odd = tiny_config(("*",), **{**HEADS, "num_attention_heads": 6, "num_key_value_heads": 3})
     with pytest.raises(ValueError, match="num_key_value_heads=3"):
         for_model(make_mesh(tp=2, devices=jax.devices()[:2]), odd)
     with pytest.raises(ValueError, match="axes"):
         for_model(jax.make_mesh((8,), ("model",)), config)
+
+
+def test_axes_of_a_model():
+    """Any order of axes is taken; "tp" beyond the key/value heads becomes "rep"."""
+    config = tiny_config(("*",), **HEADS)
+    for tp, split in ((1, (1, 1)), (2, (2, 1)), (4, (2, 2)), (8, (2, 4))):
+        mesh = for_model(make_mesh(fsdp=8 // tp, tp=tp), config)
+        assert mesh is not None
+        assert dict(mesh.shape) == dict(dp=1, fsdp=8 // tp, sp=1, tp=split[0], rep=split[1])
+        assert mesh.devices.ravel().tolist() == jax.devices()
+    devices = np.asarray(jax.devices())
+    turned = for_model(jax.sharding.Mesh(devices.reshape(2, 4), ("tp", "fsdp")), config)
+    assert turned is not None and dict(turned.shape) | {"fsdp": 4, "tp": 2} == dict(turned.shape)
+    assert turned.devices.ravel().tolist() == devices.reshape(2, 4).T.ravel().tolist()
+    for sizes in (dict(dp=3), dict(dp=0), dict(tp=16), dict(dp=2, fsdp=2)):
+        with pytest.raises(ValueError, match="needs .* devices, but there are 8"):
+            make_mesh(**sizes)
+    assert make_mesh(dp=2, tp=4).axis_names == ("dp", "fsdp", "sp", "tp")
+    assert row_parts(make_mesh(dp=2, fsdp=2, tp=2)) == 4
 
 
 @pytest.mark.parametrize(

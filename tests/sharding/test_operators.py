@@ -32,6 +32,7 @@ from hmf_jax.pallas_kernels import (
     two_window_decode,
 )
 from hmf_jax.pallas_kernels.shapes import SHAPES
+from hmf_jax.sharding import spec
 from tests.util import rel
 
 # b batch, t tokens, h heads, k key/value heads, d and e head_dim, s cache, w taps, z = w - 1.
@@ -230,10 +231,21 @@ def test_keys_of_all_heads_are_split_like_queries(op: Any) -> None:
         assert rel(got, want) < 1e-5
 
 
-def test_a_batch_that_does_not_divide_stays_whole() -> None:
-    mesh = _mesh("dp2 fsdp2 tp2")
-    q, k, v = (_random(letters, i)[:3] for i, letters in enumerate(QKV.values()))
-    assert rel(attention(q, k, v, mesh=mesh), attention(q, k, v)) < 1e-5
+@pytest.mark.parametrize(("rows", "split"), [(1, False), (3, False), (4, True), (6, False)])
+def test_a_batch_that_does_not_divide_stays_whole(rows: int, split: bool) -> None:
+    """More rows than devices do not make a batch that they divide."""
+    mesh = _mesh(DP)
+    expected = ("dp", "fsdp") if split else ()
+    assert sharded.batch_parts(mesh) == 4 and sharded.batch_axes(mesh, rows) == expected
+    assert sharded.spec(mesh, "bth", rows) == PartitionSpec(expected or None, None, ("tp", "rep"))
+    assert spec(mesh, ("batch", None, "heads"), (rows, 6, 8)) == sharded.spec(mesh, "bth", rows)
+
+
+def test_six_rows_on_four_devices() -> None:
+    mesh = _mesh(DP)
+    q, k, v = (jnp.tile(_random(d, i), (2, 1, 1, 1))[:6] for i, d in enumerate(QKV.values()))
+    run = partial(attention, q, k, v)
+    assert rel(jax.jit(partial(run, mesh=mesh))(), jax.jit(run)()) < 1e-5
 
 
 def test_mesh_axes_are_named_in_one_place() -> None:

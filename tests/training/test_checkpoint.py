@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+from hmf_jax.convert.directories import write_checksums
 from hmf_jax.training import Checkpoints, Recipe, TrainState
 from tests.training.test_step import on_mesh, same
 from tests.util import random_model, tiny_config
@@ -132,11 +135,112 @@ def test_what_does_not_fit_is_refused(saved):
 
 
 def test_data_of_more_processes_is_refused(saved):
-    file = saved / "3" / "about" / "metadata"
+    file = saved / "3" / "about.json"
     about = json.loads(file.read_text())
     file.write_text(json.dumps(about | {"data": about["data"] * 2}))
+    write_checksums(saved / "3")
     with pytest.raises(ValueError, match="data of 2 processes; there are 1"):
         Checkpoints(saved, CONFIG).restore(state_of(2, trainable="self_attn"), Data())
+
+
+FITS: dict[str, Any] = dict(trainable="self_attn")
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.rglob("*") if p.is_file())
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "a bit": flip_a_bit,
+    "half of it is lost": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, damage):
+    """Whatever happens to whichever file: what is read is the intact one before it."""
+    with Checkpoints(saved, CONFIG) as checkpoints:
+        checkpoints.save(6, state_of(2, **FITS), Data(9))
+    whole = tmp_path / "whole"
+    shutil.copytree(saved, whole)
+    wanted = state_of(1, **FITS)
+    files = files_of(saved / "6")
+    assert len(files) > 8
+    for number, file in enumerate(files):
+        DAMAGES[damage](file)
+        again = Checkpoints(saved, CONFIG)
+        assert again.latest == 3, file
+        assert len(again.problems) == 1 and "/6 " in again.problems[0], again.problems
+        if number % 8 == 0:
+            data = Data()
+            got, step = again.restore(state_of(0, **FITS), data)
+            assert step == 3 and data.at == 7
+            same((got.params, got.opt_state), (wanted.params, wanted.opt_state))
+        shutil.rmtree(saved)
+        shutil.copytree(whole, saved)
+    flip_a_bit(files[0])
+    with Checkpoints(saved, CONFIG) as again:  # a run that goes on from step 3 writes its own
+        again.save(6, wanted)
+    assert Checkpoints(saved, CONFIG).latest == 6
+
+
+def test_no_intact_checkpoint_is_refused(saved):
+    flip_a_bit(files_of(saved / "3")[-1])
+    before = [(p, p.read_bytes()) for p in files_of(saved)]
+    with pytest.raises(ValueError, match=r"no intact checkpoint in \S*saved: .*/3 is damaged"):
+        Checkpoints(saved, CONFIG).restore(state_of(2, **FITS))
+    assert [(p, p.read_bytes()) for p in files_of(saved)] == before
+    (saved / "3").rename(saved / "5")
+    with pytest.raises(ValueError, match="no intact checkpoint"):
+        Checkpoints(saved, CONFIG).restore(state_of(2, **FITS))
+
+
+def test_a_checkpoint_under_the_name_of_another_step(saved):
+    (saved / "3").rename(saved / "5")
+    with pytest.raises(ValueError, match="/5 is that of another step"):
+        assert Checkpoints(saved, CONFIG).latest
+
+
+def test_what_a_killed_save_leaves_is_removed(saved):
+    shutil.copytree(saved / "3" / "state", saved / ".unfinished-6" / "state.tmp")
+    with Checkpoints(saved, CONFIG) as again:
+        assert again.latest == 3 and not again.problems
+        again.save(6, state_of(2, **FITS))
+    assert {p.name for p in saved.iterdir()} == {"3", "6"}
+    with pytest.raises(ValueError, match="already has a checkpoint of step 6"):
+        again.save(6, state_of(2, **FITS))
+
+
+def test_the_best_is_kept(tmp_path):
+    with Checkpoints(tmp_path, CONFIG, keep=1) as checkpoints:
+        for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
+            checkpoints.save(step, state_of(step), val_loss=loss)
+    assert {p.name for p in tmp_path.iterdir()} == {"2", "4"}
+    again = Checkpoints(tmp_path, CONFIG, keep=1)
+    assert again.restore(state_of(0))[1] == 4 and again.best == (2, 1.0)
+    same(again.restore(state_of(0), step=2)[0].params, state_of(2).params)
+    with again:
+        again.save(5, state_of(5), val_loss=0.5)
+    assert {p.name for p in tmp_path.iterdir()} == {"5"} and again.best == (5, 0.5)
+    flip_a_bit(files_of(tmp_path / "5")[-1])
+    with pytest.raises(ValueError, match="damaged"):
+        again.restore(state_of(0), step=5)
+
+
+def test_frozen_numbers_that_change_places_are_noticed(saved):
+    """The sum of all numbers would be the same."""
+    other = state_of(2, **FITS)
+    name = "layers.0.mlp.up_proj.kernel"
+    other.frozen[name] = other.frozen[name][::-1]
+    with pytest.raises(ValueError, match="on top of other weights"):
+        Checkpoints(saved, CONFIG).restore(other)
 
 
 @contextlib.contextmanager

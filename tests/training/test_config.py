@@ -179,8 +179,10 @@ def test_the_command(files):
 
     again = run("run.yaml", "lora_rank=2", "lora_alpha=4", "epochs=2")
     assert f"Going on from step {steps}." in again.stdout and read_metrics(out) == records
-    error = run("run.yaml", "lora_rank=3", code=1).stderr
-    assert "only in" not in error and "lora_A" in error
+    kept = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    error = run("run.yaml", "lora_rank=3", "lora_alpha=4", "epochs=2", code=1).stderr
+    assert "run holds another run: lora_rank 2 -> 3. Choose" in error and error.count("\n") == 1
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == kept
 
 
 def test_tensorboard(files):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmf_jax.demo import build_tokenizer
-from hmf_jax.training import Batches, Documents, encode_chat, encode_text
+from hmf_jax.training import Batches, Documents, encode_chat, encode_text, sources
 
 needs_grain = pytest.mark.skipif(
     importlib.util.find_spec("grain") is None,
@@ -238,55 +240,6 @@ def test_a_template_that_rewrites_replies_is_an_error(monkeypatch):
         encode_chat(TOKENIZER, TALK)
 
 
-@pytest.mark.parametrize(
-    ("row", "bad", "why"),
-    [
-        ({"text": "fine"}, None, ""),
-        ({"messages": TALK}, None, ""),
-        ({"messages": [{**TALK[1], "name": None}, TALK[2]]}, None, ""),
-        (
-            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-            None,
-            "",
-        ),
-        ({"text": " \n"}, "empty", "empty text"),
-        ({"text": None}, "empty", "nothing in column messages or conversations or text"),
-        ({"messages": []}, "empty", "no messages"),
-        ({"text": 3}, "malformed", "holds int"),
-        ({"text": "\ud800"}, "malformed", ""),
-        ({"messages": None, "text": "fine"}, None, ""),
-        (
-            {"body": "x"},
-            "malformed",
-            "nothing in column messages or conversations or text; there are body",
-        ),
-        ({"messages": "[]x"}, None, ""),  # a text, whatever the column is called
-        ({"messages": [3]}, "malformed", ""),
-        ({"messages": chat("a")}, "malformed", "no message of the assistant"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "malformed", "not a chat message"),
-        ({"messages": [{"role": "user", "content": [1]}]}, "malformed", "not a chat message"),
-        ({"conversations": [{"from": "alien", "value": "a"}]}, "malformed", "not a chat message"),
-        (["text"], "malformed", "not list"),
-    ],
-)
-def test_rows(row, bad, why):
-    document = Documents([row], TOKENIZER)[0]
-    assert document.bad == bad and why in document.why
-    assert bool(len(document.tokens)) == (bad is None) and document.where == "row 0"
-    assert document.tokens.dtype == np.int32 and document.targets.dtype == bool
-
-
-def test_system_and_tools_columns(monkeypatch):
-    row = {"messages": chat("a", "b"), "system": "Be kind.", "tools": [{"name": "f"}]}
-    template = "{{ tools | tojson }}" + TOKENIZER.chat_template
-    monkeypatch.setattr(TOKENIZER, "chat_template", template)
-    document = Documents([row], TOKENIZER)[0]
-    assert TOKENIZER.decode(document.tokens).startswith(
-        '[{"name": "f"}]<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user'
-    )
-    assert TOKENIZER.decode(document.tokens[document.targets]) == "b<|im_end|>"
-
-
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -308,35 +261,144 @@ def test_jsonl_files(tmp_path):
     assert [d.bad for d in found] == [None, "empty", None, "malformed", None]
     assert [text_of(d) for d in found if d.bad is None] == ["one é", "two", "three"]
     assert [d.where for d in found] == [f"{a}:{i}" for i in range(1, 5)] + [f"{b}:1"]
-    b.write_bytes(b'{"text": "\xff"}\r\n' + b'{"text": "x"}\r\n' + b"[" * 100000)
-    documents = Documents(b, TOKENIZER)
-    assert [documents[i].bad for i in range(3)] == ["malformed", None, "malformed"]
 
 
-def test_parquet_files(tmp_path):
+def test_damaged_lines_are_named(tmp_path):
+    """A byte order mark and line ends of Windows are no damage."""
+    file, good = tmp_path / "a.jsonl", b'{"text": "x"}'
+    lines = {
+        b"\xef\xbb\xbf" + good + b"\r": "",
+        b'{"text": "\xff"}': "no UTF-8: byte 0xff at 10",
+        b"[" * 100000: "no JSON: nested too deeply",
+        b'{"text": "x", "n": NaN}': "no JSON: NaN is no number",
+        b'{"text": "x", "n": 1e999}': "no JSON: '1e999' is too large",
+        b'{"text": "x", "text": "y"}': "no JSON: key 'text' twice",
+        b'{"text": "x\0"}': "no JSON: Invalid control character",
+        b'{"text": "\\u0000"}': "text holds a NUL",
+        b'{"text": "\\ud800"}': "text holds half of a surrogate pair",
+        b'{"\x1b[31m": 1}': "no JSON: Invalid control character",
+        b'{"\\u001b[31m": 1}': "no column .* there are '.x1b",
+        b'{"text": "' + b"q" * 300 + b'"}': "too long: 313 bytes, max_row_bytes is 200",
+        good[:-1]: "no JSON: ",
+        b"null": "a row must be an object with columns: this is null",
+    }
+    file.write_bytes(b"\n".join(lines))
+    documents = Documents(file, TOKENIZER, max_row_bytes=200_000)
+    assert documents[len(lines) - 3].bad is None
+    documents = Documents(file, TOKENIZER, max_row_bytes=200)
+    for i, why in enumerate(lines.values()):
+        why = "too long" if i == 2 else why
+        assert (documents[i].bad is None) == (why == ""), i
+        assert re.search(why, documents[i].why) and documents[i].where == f"{file}:{i + 1}"
+        assert documents[i].why.isprintable()
+    said = documents.describe()
+    assert f"{file}: 14 rows of format 'text'" in said
+    assert (
+        "of 14 rows looked at, 13 are left out: 6 no JSON, " in said and f"{file}:2: no UTF" in said
+    )
+    file.write_bytes(good.decode().encode("utf-16"))
+    with pytest.raises(ValueError, match="a.jsonl is UTF-16"):
+        Documents(file, TOKENIZER)
+
+
+def test_lists_and_packed_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_FREE", 1 << 20)
+    rows = [{"text": "one"}, {"text": "two"}]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    write_lines(tmp_path / "lines.json", *rows)
+    for name in ("list.json", "lines.json"):
+        packed = gzip.compress((tmp_path / name).read_bytes())
+        (tmp_path / f"{name}.gz").write_bytes(packed)
+        for file in (tmp_path / name, tmp_path / f"{name}.gz"):
+            documents = Documents(file, TOKENIZER)
+            assert [text_of(documents[i]) for i in (0, 1)] == ["one", "two"]
+    (tmp_path / "damaged.jsonl.gz").write_bytes(packed[:-9])
+    (tmp_path / "not.jsonl.gz").write_text("{}")
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(bytes(1 << 22)))
+    (tmp_path / "bad.json").write_text('[{"text": "a"},\n{"text": }]')
+    for name, why in {
+        "damaged.jsonl.gz": "is damaged or not gzipped",
+        "not.jsonl.gz": "is damaged or not gzipped",
+        "bomb.jsonl.gz": "unpacks to more than 200 times its size",
+        "bad.json": "bad.json: no JSON: .*line 2",
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            Documents(tmp_path / name, TOKENIZER)
+
+
+def test_directories_and_patterns(tmp_path):
+    for name in ("b", "a", ".hidden"):
+        write_lines(tmp_path / f"{name}.jsonl", {"text": name})
+    (tmp_path / "README.md").write_text("")
+    for source in (tmp_path, str(tmp_path / "?.jsonl"), [tmp_path / "a*", tmp_path / "b.jsonl"]):
+        documents = Documents(source, TOKENIZER)
+        assert [text_of(documents[i]) for i in range(len(documents))] == ["a", "b"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    for source, error, why in (
+        (tmp_path / "*.parquet", FileNotFoundError, "matches no file"),
+        (tmp_path / "empty", FileNotFoundError, "holds no .jsonl"),
+        (tmp_path / "saved", ValueError, "written by save_to_disk: pass datasets.load_from_disk"),
+    ):
+        with pytest.raises(error, match=why):
+            Documents(source, TOKENIZER)
+
+
+def test_parquet_files(tmp_path, monkeypatch):
     arrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    talk = [TALK[1], {"role": "assistant", "tool_calls": [call]}]
     rows = [{"messages": TALK, "id": 1}, {"messages": None, "id": 2}, {"messages": [], "id": 3}]
+    rows.append({"messages": talk, "id": 4})
     path = tmp_path / "a.parquet"
     parquet.write_table(arrow.Table.from_pylist(rows), path)
     documents = Documents(path, TOKENIZER)
-    assert [documents[i].bad for i in range(3)] == [None, "empty", "empty"]
+    assert [documents[i].bad for i in range(4)] == [None, "empty", "empty", None]
     assert documents[0].tokens.tolist() == encode_chat(TOKENIZER, TALK)[0]
-    assert "nothing in column id2; there are " in Documents(path, TOKENIZER, "id2")[2].why
-    assert documents[2].where == f"{path}:3"
+    assert documents[3].tokens.tolist() == encode_chat(TOKENIZER, talk)[0]
+    assert documents[2].where == f"{path}:3" and "not used: 'id'" in documents.describe()
+    assert "nothing in column 'id2': there are " in Documents(path, TOKENIZER, "id2")[2].why
+    monkeypatch.setattr(sources, "_FREE", 1 << 20)
+    bomb = arrow.table({"text": ["q" * 1000] * 4000})
+    parquet.write_table(bomb, path, compression="zstd")
+    with pytest.raises(ValueError, match="a.parquet unpacks to more than 200 times its size"):
+        Documents(path, TOKENIZER)
     path.write_text("no table")
     with pytest.raises(ValueError, match="a.parquet is not a Parquet file"):
         Documents(path, TOKENIZER)
 
 
+class Frame:
+    """Has a length and is indexed by columns, as a table of pandas."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
 def test_sources_that_cannot_be(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         Documents(tmp_path / "nowhere.jsonl", TOKENIZER)
-    with pytest.raises(ValueError, match="a.csv: training data are .jsonl or .parquet"):
-        Documents([tmp_path / "a.csv"], TOKENIZER)
     for nothing in ([], write_lines(tmp_path / "a.jsonl")):
         with pytest.raises(ValueError, match="no rows in"):
             Documents(nothing, TOKENIZER)
+    for source, why in (
+        ([tmp_path / "a.csv"], "a.csv: training data are .jsonl, .jsonl.gz"),
+        (tmp_path / "a.txt", "a.txt: training data are .jsonl"),
+        ({"train": []}, r"dict of splits \(train\)"),
+        ([tmp_path / "a.jsonl", {"text": "a"}], "of files or a list of rows, not of both"),
+        (Frame(), "Frame gives no rows by number .KeyError"),
+        (iter([{"text": "a"}]), "gives no rows by number: `Batches` streams it"),
+        (3, "int gives no rows"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            Documents(source, TOKENIZER)
+    with pytest.raises(ValueError, match="max_row_bytes must be an integer >= 1, got 0"):
+        Documents([{"text": "a"}], TOKENIZER, max_row_bytes=0)
 
 
 # --- packing ------------------------------------------------------------------------------------
@@ -414,7 +476,7 @@ def test_bad_rows_are_counted_or_errors_that_name_file_and_line(tmp_path):
         {"text": ""},
         {"text": "q" * 99},
         good,
-        {"messages": chat("q" * 99, "a")},
+        {"text": ["q"]},
     ]
     path = write_lines(tmp_path / "a.jsonl", *lines)
     options: dict[str, Any] = dict(shuffle=False, epochs=1)
@@ -422,11 +484,18 @@ def test_bad_rows_are_counted_or_errors_that_name_file_and_line(tmp_path):
     iterator = batches(path, **options)
     documents = documents_of(iterator)
     assert [len(d) for d in documents].count(32) == 1 and len(documents) == 4
-    expected = {"rows": 7, "documents": 4, "empty": 1, "malformed": 1, "overlong": 2}
+    cut = len(encode_text(TOKENIZER, "q" * 99)[0]) - 32
+    expected = {"rows": 7, "documents": 4, "empty": 1, "malformed": 2, "overlong": 1, "cut": cut}
     assert iterator.counts == {**iterator.counts, **expected}
+    assert iterator.reasons == {"no JSON": 1, "empty text": 1, "text must be a text": 1}
     assert [p.split(":")[1] for p in iterator.problems] == ["2", "4", "7"]
-    assert "a.jsonl:7: overlong row: " in iterator.problems[2]
+    assert "a.jsonl:7: malformed row: text must be a text: this is a list" in iterator.problems[2]
+    said = iterator.describe()
+    assert f"{path}: 7 rows of format 'text'\nleft out of 7 rows: 1 empty text, 1 no JSON, " in said
+    assert "a.jsonl:2: malformed row: no JSON" in said
+    assert f"{cut} tokens beyond length 32 are left out" in said
     iterator = batches(path, overlong="skip", **options)
+    assert "of 7 rows looked at, 3 are left out: 1 no JSON, " in iterator.describe()
     assert len(documents_of(iterator)) == iterator.counts["documents"] == 3
 
     with pytest.raises(ValueError, match="a.jsonl:2: malformed row: "):
@@ -458,6 +527,13 @@ def test_arguments_out_of_range():
         {"batch_size": 0},
         {"window": 0},
         {"epochs": 0},
+        {"length": math.nan},
+        {"batch_size": 2.0},
+        {"epochs": -1},
+        {"seed": -1},
+        {"seed": 1 << 32},
+        {"shuffle": "no"},
+        {"threads": -1},
         {"process_index": 1},
         {"process_count": 9},
     ):
@@ -527,6 +603,58 @@ def test_resumed_equals_uninterrupted(packing, overlong):
             assert resumed.counts == iterator.counts
         else:
             assert same([next(resumed)], whole[start : start + 1])
+
+
+class Streaming:
+    """A streaming dataset: rows one after another, as often as one asks."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+@needs_grain
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_streams(shuffle):
+    rows = [*texts(30), {"text": ""}]
+    options = dict(shuffle=shuffle, epochs=2, threads=0)
+    stream = batches(Streaming(rows), **options)
+    whole, states = [], []
+    for batch in stream:
+        whole.append(batch)
+        states.append(json.dumps(stream.get_state()))
+    everything = sorted(tuple(encode_text(TOKENIZER, r["text"])[0]) for r in rows[:-1])
+    assert sorted(documents_of(whole)) == sorted(2 * everything)
+    assert stream.counts["empty"] == 2 and stream.problems[0].startswith("row 30: empty row")
+    if not shuffle:
+        assert same(whole, list(batches(rows, **options)))
+    for at in (0, len(states) // 2, len(states) - 1):
+        resumed = batches(Streaming(rows), **options)
+        resumed.set_state(json.loads(states[at]))
+        assert same(list(resumed), whole[at + 1 :]) and resumed.counts == stream.counts
+    parts = [
+        documents_of(batches(Streaming(rows), process_index=i, process_count=3, **options))
+        for i in range(3)
+    ]
+    assert sorted(sum(parts, [])) == sorted(2 * everything)
+
+
+@needs_grain
+def test_streams_that_cannot_be():
+    once = documents_of(batches((r for r in texts(9)), epochs=1))
+    assert len(once) == 9
+    with pytest.raises(ValueError, match="generator can be read only once: pass epochs=1"):
+        list(batches((r for r in texts(9)), epochs=2))
+    with pytest.raises(ValueError, match="no rows in Streaming"):
+        next(batches(Streaming([])))
+    with pytest.raises(ValueError, match="row 0: column 'kto_tag': preference data"):
+        next(batches(Streaming([{"instruction": "a", "output": "b", "kto_tag": True}])))
+    with pytest.raises(ValueError, match="row 1: refused row: another format than row 0"):
+        next(batches(Streaming([{"text": "a"}, {"messages": TALK}]), shuffle=False))
+    with pytest.raises(ValueError, match="are files or rows, not int"):
+        batches(3)
 
 
 @needs_grain

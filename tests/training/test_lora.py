@@ -22,6 +22,7 @@ from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.model import HybridLM
 from hmf_jax.training import TrainState, make_train_step, next_token_loss, select_parameters
 from hmf_jax.training.lora import LoRALinear, apply_lora, load_lora, merge_lora, save_lora
+from hmf_jax.training.peft import AdapterConfig
 from tests.training.test_step import HEADS, SIX, gathered, on_mesh, tokens_for, uneven
 from tests.util import random_model, rel, tiny_config
 
@@ -290,8 +291,14 @@ def test_selection_and_bad_arguments():
         (dict(modules="norm"), "'norm' selects no projection; there are .*mixer.q_proj"),
         (dict(modules="lm_head"), "'lm_head' selects no projection"),
         (dict(modules=" , "), "holds no pattern"),
-        (dict(rank=0), "rank=0"),
-        (dict(alpha=0.0), "alpha=0.0"),
+        (dict(rank=0), "rank must be an integer >= 1, got 0"),
+        (dict(rank=2.0), "rank must be an integer"),
+        (dict(rank=97), r"rank=97 is larger than every projection"),
+        (dict(alpha=0.0), "alpha=0.0 must be a positive number"),
+        (dict(alpha=-1), "alpha=-1"),
+        (dict(alpha=float("nan")), "alpha=nan"),
+        (dict(alpha=float("inf")), "alpha=inf"),
+        (dict(seed=-1), "seed must be an integer >= 0"),
         (dict(quantize="int3"), "quantize='int3'"),
     ]
     for bad, message in arguments:
@@ -319,9 +326,171 @@ def test_bad_files(tmp_path: Path):
         load_lora(random_model(tiny_config(("*",), hidden_size=48), jnp.bfloat16), good)
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.lora_A.weight: no such proj"):
         load_lora(random_model(tiny_config(("GKA",)), jnp.bfloat16), good)
-    file = good / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
-    with pytest.raises(ValueError, match="not use_dora=True"):
-        load_lora(plain, good)
     with safe_open(good / "adapter_model.safetensors", framework="numpy") as f:
         assert f.metadata()["format"] == "pt"
+
+
+@pytest.fixture(scope="module")
+def two_layers() -> HybridLM:
+    return random_model(tiny_config(("*", "*"), **ODD), jnp.float32)
+
+
+Q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+
+
+def write_adapters(
+    directory: Path, config: dict[str, Any], layers: tuple[int, ...] = (0, 1), **more: Any
+) -> Path:
+    """Adapters as PEFT writes them: A and B of ones, rank 2, beside the q_proj of these layers."""
+    directory.mkdir(exist_ok=True)
+    base = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps({**base, **config}))
+    tensors = {Q.format(i, "A"): np.ones((2, 32), np.float32) for i in layers}
+    tensors |= {Q.format(i, "B"): np.ones((64, 2), np.float32) for i in layers}
+    tensors = {k: v for k, v in {**tensors, **more}.items() if v is not None}
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("config", "alphas"),
+    [
+        ({}, (8, 8)),
+        ({"alpha_pattern": {"q_proj": 64}}, (64, 64)),
+        ({"alpha_pattern": {"model.layers.0.self_attn.q_proj": 64}}, (64, 8)),
+        ({"alpha_pattern": {"0.self_attn.q_proj": 64, "q_proj": 16}}, (64, 16)),
+        ({"alpha_pattern": {"q_proj": 16, "0.self_attn.q_proj": 64}}, (16, 16)),  # the first
+        ({"alpha_pattern": {r"layers\.[1-3]\.self_attn\.(q|k)_proj": 2.5}}, (8, 2.5)),
+        ({"use_rslora": True}, (8 * 2**0.5, 8 * 2**0.5)),
+        ({"r": 4, "rank_pattern": {"self_attn.q_proj": 2}}, (8, 8)),
+        ({"target_modules": r".*\.q_proj", "layers_pattern": None}, (8, 8)),
+        ({"target_modules": "all-linear", "init_lora_weights": "eva"}, (8, 8)),
+        ({"target_modules": None, "init_lora_weights": False, "lora_dropout": 0.1}, (8, 8)),
+        ({"use_dora": False, "modules_to_save": None, "new_variant": False}, (8, 8)),
+    ],
+)
+def test_the_scale_is_that_of_peft(config, alphas, tmp_path, two_layers):
+    model = load_lora(two_layers, write_adapters(tmp_path, config))
+    found: list[Any] = [layer.mixer for layer in model.layers]
+    found = [mixer.q_proj for mixer in found]
+    assert [(a.alpha, a.rank) for a in found] == [(pytest.approx(alpha), 2) for alpha in alphas]
+
+
+@pytest.mark.parametrize(
+    ("config", "modules"),
+    [
+        ({"target_modules": ["q_proj"]}, "0q 1q 11q"),
+        ({"target_modules": ["proj"]}, ""),
+        ({"target_modules": "q_proj"}, ""),  # a regular expression for the whole name
+        ({"target_modules": r".*\.1\..*"}, "1q 1k"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["1.self_attn.q_proj"]}, "0q 11q"),
+        ({"target_modules": ["q_proj"], "exclude_modules": r".*1\.self.*"}, "0q"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 1}, "1q"),
+        ({"target_modules": ["k_proj", "q_proj"], "layers_to_transform": [0, 11]}, "0q 11q"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+            "0q",
+        ),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "h"}, ""),
+        ({"target_modules": ["model.layers.1.self_attn.k_proj"], "layers_to_transform": 0}, "1k"),
+    ],
+)
+def test_modules_are_chosen_as_peft_does(config, modules, tmp_path):
+    names = {f"{i}{p}": f"model.layers.{i}.self_attn.{p}_proj" for i, p in ("0q", "1q", "1k")}
+    names["11q"] = "model.layers.11.self_attn.q_proj"
+    read = AdapterConfig.read(write_adapters(tmp_path, config) / "adapter_config.json")
+    assert [short for short, name in names.items() if read.targets(name)] == modules.split()
+    if modules == "":
+        with pytest.raises(ValueError, match="means no projection of this model"):
+            read.check_modules(names.values())
+
+
+ONES = np.ones((2, 32), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        *(
+            ({name: value}, {}, f"only plain LoRA can be loaded, not {name}=")
+            for name, value in {
+                "use_dora": True,
+                "use_qalora": True,
+                "lora_bias": True,
+                "bias": "all",
+                "fan_in_fan_out": True,
+                "modules_to_save": ["lm_head"],
+                "trainable_token_indices": [1],
+                "target_parameters": ["mlp.weight"],
+                "layer_replication": [[0, 2], [1, 2]],
+                "alora_invocation_tokens": [1, 2],
+                "megatron_config": {"x": 1},
+                "init_lora_weights": "pissa_niter_4",
+                "use_new_variant": True,
+                "new_config": {"a": 1},
+            }.items()
+        ),
+        ({"init_lora_weights": "olora"}, {}, "it changes the base weights"),
+        ({"init_lora_weights": 1}, {}, "init_lora_weights=1"),
+        ({"peft_type": "LOHA"}, {}, "peft_type is 'LOHA', not LORA"),
+        ({"r": 0}, {}, "r must be an integer of at least 1, is 0"),
+        ({"r": True}, {}, "r must be"),
+        ({"r": None}, {}, "r must be there"),
+        ({"lora_alpha": 0}, {}, "lora_alpha must be a positive number, is 0"),
+        ({"lora_alpha": -8}, {}, "lora_alpha must be"),
+        ({"lora_alpha": "8"}, {}, "lora_alpha must be"),
+        ({"lora_alpha": float("nan")}, {}, "NaN"),
+        ({"alpha_pattern": {"q_proj": 0}}, {}, "alpha_pattern must be positive numbers by name"),
+        ({"alpha_pattern": [8]}, {}, "alpha_pattern must be"),
+        ({"alpha_pattern": {"(q": 8}}, {}, r"alpha_pattern '\(q' is no usable pattern"),
+        ({"alpha_pattern": {"(q+)+x": 8}}, {}, "nested repetition"),
+        ({"rank_pattern": {"q_proj": 2.0}}, {}, "rank_pattern must be"),
+        ({"target_modules": [3]}, {}, "target_modules must be a name or a list of names"),
+        ({"target_modules": ["k_proj"]}, {}, "0.*q_proj: not among the target_modules"),
+        ({"layers_to_transform": [-1]}, {}, "layers_to_transform must be layer numbers"),
+        ({"layers_to_transform": [1]}, {}, "layers.0.self_attn.q_proj: not among the target"),
+        ({"r": 4}, {}, "q_proj: rank 2, but adapter_config.json says 4"),
+        ({}, {Q.format(1, "B"): None}, "1.self_attn.q_proj: only one of lora_A and lora_B"),
+        ({}, {Q.format(1, "A"): ONES * np.nan}, "1.self_attn.q_proj: holds NaN or infinity"),
+        ({}, {Q.format(1, "A"): ONES[0]}, r"lora_A \(32,\), lora_B \(64, 2\) for a \(64, 32\)"),
+        ({}, {Q.format(1, "A"): ONES.astype(np.int8)}, "is I8, adapters are"),
+        ({}, {Q.format(2, "A"): ONES}, "layers.2.self_attn.q_proj.lora_A.weight: no such proj"),
+        ({}, {Q.format(1, "magnitude_vector"): ONES}, "lora_magnitude_vector.weight: no such"),
+        ({}, {"base_model.model.lm_head.weight": ONES}, "lm_head.weight: no such projection"),
+    ],
+)
+def test_adapters_that_are_something_else(config, tensors, message, tmp_path, two_layers):
+    directory = write_adapters(tmp_path / "a", config, **tensors)
+    with pytest.raises(ValueError, match=message) as error:
+        load_lora(two_layers, directory)
+    assert str(tmp_path / "a") in str(error.value)
+
+
+def test_adapters_that_are_warned_of(tmp_path, two_layers):
+    config = {"note": "mine", "alpha_pattern": {"up": 4}, "base_model_name_or_path": "org/other"}
+    directory, base = (
+        write_adapters(tmp_path, config, layers=(0,)),
+        jax.tree.map(jnp.copy, two_layers),
+    )
+    base.source = "/cache/models--org--base/snapshots/0123"
+    with pytest.warns() as record:
+        model = load_lora(base, directory)
+    said = " / ".join(str(w.message) for w in record)
+    assert "trained on org/other, and this model is org/base" in said
+    assert "unknown keys note" in said and "alpha_pattern up match nothing" in said
+    assert "lacks the adapters of model.layers.1.self_attn.q_proj" in said
+    assert isinstance(q_projection(model), LoRALinear)
+
+
+def test_damaged_adapter_files(tmp_path, two_layers):
+    weights = write_adapters(tmp_path, {}) / "adapter_model.safetensors"
+    good, config = weights.read_bytes(), tmp_path / "adapter_config.json"
+    for damage in (good[:-8], good[:20], b"", good[:8] + b"[" + good[9:]):
+        weights.write_bytes(damage)
+        with pytest.raises(ValueError, match="adapter_model.safetensors"):
+            load_lora(two_layers, tmp_path)
+    weights.write_bytes(good)
+    for damage in ("", "[]", "{", '{"r": 2, "r": 3}', "[" * 9999):
+        config.write_text(damage)
+        with pytest.raises(ValueError, match="adapter_config.json"):
+            load_lora(two_layers, tmp_path)

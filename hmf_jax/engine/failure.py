@@ -1,0 +1,63 @@
+"""Where logits that are not finite come from: looked for only after a row has failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from hmf_jax.mixers import KINDS
+from hmf_jax.model import HybridLM
+from hmf_jax.state import ModelState
+
+
+def first_bad_layer(
+    model: HybridLM, tokens: Sequence[int], *, num_iter: int | None, chunk: int, capacity: int
+) -> str | None:
+    """Reads the tokens of a row again, and names the first part whose output is not finite.
+
+    Args:
+      model: the model.
+      tokens: all that the row has read.
+      num_iter: of the request.
+      chunk: tokens are read in pieces of this many.
+      capacity: of the row.
+
+    Returns:
+      None if everything is finite this time.
+    """
+    state = model.init_state(1, capacity)
+    for start in range(0, len(tokens), chunk):
+        piece = jnp.asarray(tokens[start : start + chunk], jnp.int32)[None]
+        x, ctx = model.embed(piece, state=state, num_iter=num_iter)
+        if not _finite(x):
+            return "the embeddings"
+        layers = []
+        for i, layer in enumerate(model.blocks(x, ctx, state)):
+            if not _finite(layer.x):
+                part = "MLP" if _finite(layer.mixed) else "mixer"
+                return f"the {part} of layer {i} ({_label(model, i)})"
+            layers.append(layer.state)
+            x = layer.x
+        assert ctx.position is not None
+        length = state.length + piece.shape[1]
+        state = ModelState(tuple(layers), length, ctx.position, capacity)
+    logits, _ = model(jnp.asarray(tokens[-1:], jnp.int32)[None], num_iter=num_iter)
+    return None if _finite(logits) else "the output head"
+
+
+def first_bad_state(model: HybridLM, state: ModelState) -> str | None:
+    """Names the first layer that remembers something that is not finite, in any row."""
+    for i, layer in enumerate(state.layers):
+        if not all(_finite(x) for x in jax.tree.leaves(layer)):
+            return f"the state of layer {i} ({_label(model, i)})"
+    return None
+
+
+def _finite(x: jax.Array) -> bool:
+    return bool(jnp.isfinite(x).all())
+
+
+def _label(model: HybridLM, layer: int) -> str:
+    return KINDS[model.config.student_kinds[layer]].label
