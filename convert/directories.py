@@ -153,7 +153,8 @@ def _check_existing(directory: Path, overwrite: bool, model_types: Collection[st
             )
         if not overwrite:
             raise FileExistsError(
-                f"{directory} is not empty; choose another directory or pass overwrite=True"
+                f"{directory} exists and is not empty; choose another directory or pass "
+                "overwrite=True (--overwrite)"
             )
     if os.path.ismount(directory):
         raise OSError(f"{directory} is a mount point; choose a directory inside it")

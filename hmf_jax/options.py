@@ -15,7 +15,7 @@ from typing import Any
 
 # The most that a model can have: far above all that exist, and low enough that a damaged or hostile
 # config.json takes neither memory nor time.
-MOST_LAYERS, WIDEST, MOST_POSITIONS, LONGEST_WINDOW = 1024, 2**20, 2**31 - 1, 2**20
+MOST_LAYERS, WIDEST, MOST_POSITIONS, LONGEST_WINDOW = 512, 2**20, 2**31 - 1, 2**20
 MOST_ITERATIONS = 1000  # of a solver; the one of GKA has converged long before
 
 _ROPE_LIMITS = {
@@ -131,8 +131,9 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 def nearest(name: Any, known: Iterable[str]) -> str:
     """ ", did you mean 'x'?" if one of the known names is like this one, else nothing."""
-    found = difflib.get_close_matches(str(name)[:80], list(known), 1)
-    return f", did you mean {found[0]!r}?" if found else ""
+    lower = {candidate.lower(): candidate for candidate in known}
+    found = difflib.get_close_matches(str(name)[:80].lower(), list(lower), 1)
+    return f", did you mean {lower[found[0]]!r}?" if found else ""
 
 
 def names(keys: Iterable[Any], most: int = 8) -> str:

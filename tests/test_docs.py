@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from hmf_jax import embedded, loading
 from hmf_jax.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PYTORCH = ROOT / "docs" / "from_pytorch.md"  # a table whose rows are code: tested below
+PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {PYTORCH})]
 BLOCK = re.compile(r"(<!-- not run: .+? -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CHATS = [
     {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}]}
@@ -131,3 +133,34 @@ def test_commands_in_a_sentence_exist(line: str):
     assert shown.exit_code == 0, shown.output
     for option in re.findall(r"--[\w-]+", line):
         assert option in shown.output or option == "--help", f"{line}: no {option}"
+
+
+# What takes seconds.
+COMPILES = (
+    "model(tokens",
+    "trace",
+    "generate",
+    "ChatSession",
+    "make_mesh",
+    "jax.grad",
+    "apply_lora",
+)
+
+
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_from_pytorch(tmp_path, everything: bool) -> None:
+    """Row by row in one namespace; without `everything` what takes seconds is left out."""
+    text = PYTORCH.read_text()
+    rows = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| `")]
+    code = [re.findall(r"`([^`]+)`", row)[0] for row in rows]
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code) > 20 and len(blocks) == 2
+    space: dict[str, Any] = {"path": embedded.directory("gka"), "directory": tmp_path / "saved"}
+    exec(blocks[0], space)
+    for line in code:
+        if everything or not any(name in line for name in COMPILES):
+            if everything or "gradients" not in line:
+                exec(line, space)
+    if everything:
+        exec(blocks[1], space)
+    assert space["half"].dtype == "float16" and (tmp_path / "saved/config.json").is_file()

@@ -27,8 +27,6 @@ def convert(
     """Convert a model from Hugging Face to Orbax format, or back. Numbers stay bit-identical."""
     from hmf_jax.loading import convert_directory
 
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another directory or pass --overwrite.")
     written = convert_directory(
         source,
         target,

@@ -25,7 +25,13 @@ Model = Annotated[
         "such as org/name, which is downloaded."
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Longest answer, in tokens. Default: what the model's generation_config.json says, "
+        "else 128, in a chat 1024."
+    ),
+]
 Temperature = Annotated[
     float | None,
     typer.Option(

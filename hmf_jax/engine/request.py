@@ -34,6 +34,11 @@ class Request:
       after: an earlier request of the same engine that was kept: its row is continued.
       keep: when it has ended, its row keeps what it holds until a request comes `after` it or
         `Engine.release` is called. (A request that ends with an error is not kept.)
+      marks: numbers of tokens in the row, within this prompt, to which a later request can go back;
+        with `keep`. Each takes memory for a copy of what has a fixed size: recurrent states and
+        windows, not the keys and values of full attention. Of the marks of the row that is
+        continued, those that are not named here are given up.
+      back_to: with `after`, a mark of that row: what it holds beyond is forgotten.
       min_new_tokens: no end token before that many new tokens.
       top_logprobs: how many of the most likely tokens to tell at each place, see `New.top`.
 
@@ -47,6 +52,8 @@ class Request:
     num_iter: int | None = None
     after: int | None = None
     keep: bool = False
+    marks: Sequence[int] = ()
+    back_to: int | None = None
     min_new_tokens: int = 0
     top_logprobs: int = 0
 
@@ -63,6 +70,12 @@ class Request:
             check_whole("num_iter", self.num_iter, 0)
         if not isinstance(self.sampling, SamplingParams):
             raise ValueError(f"sampling={self.sampling!r} must be SamplingParams.")
+        for place in self.marks:
+            check_whole("marks", place, 1)
+        if self.marks and not self.keep:
+            raise ValueError("marks are for requests whose rows are kept: pass keep=True.")
+        if self.back_to is not None and self.after is None:
+            raise ValueError(f"back_to={self.back_to} needs after=, the request to go back in.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +125,7 @@ def requests(
 
     Args:
       settings: how to choose tokens by name, see `SamplingParams.of`; instead of `sampling`.
-      defaults: what holds where nothing is said, see `hmf_jax.engine.defaults.of_directory`.
+      defaults: what holds where nothing is said, see `hmf_jax.generation_config`.
 
     Raises:
       ValueError: see `hmf_jax.generate`.

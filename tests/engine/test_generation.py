@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.engine import Engine, Finished, New, Request, generate, programs, stream, warmup
+from hmf_jax.engine import Engine, Finished, New, Request, generate, programs, score, stream, warmup
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
 from hmf_jax.sampling import SamplingParams
@@ -188,6 +188,21 @@ def test_num_iter_per_prompt(model):
     assert [g.tokens for g in both] == [one[0], one[30]]
     assert one[0] != one[30]
     assert generate(model, [prompt] * 2, max_new_tokens=8)[0].tokens == one[30]
+
+
+@pytest.mark.slow
+def test_the_other_solver(model):
+    """Its tokens are those of forward passes with it."""
+    prompts = prompts_of(20, 9)
+    settings: dict[str, Any] = dict(solver="cg", num_iter=3)
+    out = generate(model, prompts, max_new_tokens=8, logprobs=True, **settings)
+    for prompt, g in zip(prompts, out, strict=True):
+        tokens = jnp.array([prompt + g.tokens])
+        expected = score(model, tokens, **settings)[0, len(prompt) - 1 :]
+        np.testing.assert_allclose(g.logprobs, expected, atol=2e-3)
+    assert [g.tokens for g in out] != [
+        g.tokens for g in generate(model, prompts, max_new_tokens=8, num_iter=3)
+    ]
 
 
 def test_second_prompt_compiles_nothing(model):
@@ -379,10 +394,11 @@ def test_rows_are_donated(model):
 
 
 def test_halves_of_a_chunk_on_several_devices(model, monkeypatch):
-    """Prompts that end in the first half of a chunk and in the second half of a later one."""
+    """Prompts that end in the first half of a chunk and in the second half of a later one; and the
+    tokens after them are those of one device."""
     sharded = build(("*", "GKA"), make_mesh(tp=4, devices=jax.devices()[:4]))
     prompts = prompts_of(90, 9)
-    settings: dict[str, Any] = dict(max_new_tokens=1, prefill_chunk=48, logprobs=True)
+    settings: dict[str, Any] = dict(max_new_tokens=6, prefill_chunk=48, logprobs=True)
     expected = generate(model, prompts, **settings)
     monkeypatch.setattr(programs, "why_no_hopper", lambda: None)
     monkeypatch.setattr(programs, "SMALLEST_HALF", 24)
@@ -396,7 +412,7 @@ def test_halves_of_a_chunk_on_several_devices(model, monkeypatch):
     for a, b in zip(generate(sharded, prompts, **settings), expected, strict=True):
         assert a.tokens == b.tokens
         assert rel(np.array(a.logprobs), np.array(b.logprobs)) < 1e-4
-    assert seen == {24}
+    assert seen == {24, 1}
 
 
 def test_bad_requests(model):

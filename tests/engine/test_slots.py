@@ -18,7 +18,7 @@ VOCAB = 64
 
 @pytest.fixture(scope="module")
 def model() -> HybridLM:
-    config = HybridConfig.preset("tiny", layer_kinds=("BMF", "*"), vocab_size=VOCAB, hidden_size=32)
+    config = HybridConfig.preset("tiny", layer_kinds=("GKA", "*"), vocab_size=VOCAB, hidden_size=32)
     return HybridLM.init(config, dtype=jnp.float32)
 
 

@@ -120,7 +120,7 @@ def test_terms_are_the_differences_of_two_models(pattern):
 def test_only_the_student_is_differentiated():
     """As if the teacher's side were a constant: norms, MLPs and embeddings are shared."""
     with jax.enable_x64():
-        model, tokens = fused_model("M2*-*DA", jnp.float64), tokens_for()
+        model, tokens = fused_model("SWA*-*DA", jnp.float64), tokens_for()
         goal = teacher(model).trace(tokens)[2]
         final = teacher(model).hidden(tokens)
 

@@ -169,15 +169,8 @@ def test_axes_of_a_model():
     assert row_parts(make_mesh(dp=2, fsdp=2, tp=2)) == 4
 
 
-@pytest.mark.parametrize(
-    ("kinds", "tp"),
-    [
-        (("*", "GKA"), 4),
-        pytest.param(("*", "GKA"), 2, marks=pytest.mark.slow),
-        pytest.param(SIX, 2, marks=pytest.mark.slow),
-        pytest.param(SIX, 4, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # tests/engine generates on a mesh in the default suite
+@pytest.mark.parametrize(("kinds", "tp"), [(("*", "GKA"), 2), (SIX, 2), (SIX, 4)])
 def test_generation_agrees_token_by_token(kinds, tp):
     """Greedy, float32, prompts of different lengths, chunked prefill: several devices as one."""
     config = tiny_config(kinds, **HEADS)
