@@ -14,6 +14,8 @@
 # %% [markdown]
 # # Quickstart: load a hybrid model, chat, stream
 #
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hmf-jax/hmf-jax/blob/main/notebooks/01_quickstart.ipynb)
+#
 # A *hybrid* model is a Transformer in which some attention layers were replaced by layers with a
 # state of fixed size. This notebook loads one from a Hugging Face directory and talks to it. With
 # a GPU, all of it runs there.
@@ -77,7 +79,7 @@ for name in ("Rada", "Make", "Buse", "Ruga"):
 #
 # `hmf_jax.warmup(model, capacity=...)` compiles everything ahead of time, and
 # `hmf_jax.enable_compilation_cache()`, called first, keeps programs on disk, where the next process
-# finds them. (The command line does that by itself.) On a GPU an 8B model takes about half a minute.
+# finds them. (The command line does that by itself.) On a GPU an 8B model takes half a minute.
 
 # %%
 seconds: list[float] = []

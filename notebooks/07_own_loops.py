@@ -14,11 +14,13 @@
 # %% [markdown]
 # # Loops of your own: best-of-n, steering, policy gradients
 #
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hmf-jax/hmf-jax/blob/main/notebooks/07_own_loops.ipynb)
+#
 # Research rarely fits into `generate`. Three pure functions of arrays do what it does inside a
 # program of yours: the model itself with a state, `hmf_jax.sample`, which continues prompts, and
 # `hmf_jax.score`, whose log-probabilities have gradients. They work under `jit`, `vmap`, `scan` and
 # `grad`. This notebook uses them on the tiny trained hybrid that comes with the package; all of it
-# runs on a laptop CPU in a few minutes.
+# runs on a laptop CPU in a minute or two.
 
 # %%
 # On Colab, or wherever hmf-jax is not installed yet.
@@ -162,7 +164,7 @@ plt.show()
 # second term keeps the model near what it was on ordinary text, measured by the frozen model.
 
 # %%
-GROUP, NAMES, STEPS = 16, 8, 30
+GROUP, NAMES, STEPS = 16, 8, 20
 optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4))
 frozen = model
 
@@ -192,12 +194,13 @@ exam = corpus.questions(random.Random(2), 64, 128, 4, 42)
 print(f"recall before: {accuracy(model, exam):.0%}")
 for i in range(STEPS):
     strangers = tokens(*(f"Q: {name}?\nA: {name} has " for name in rng.sample(corpus.NAMES, NAMES)))
-    ordinary = jnp.asarray(corpus.rows(rng, 8, 128, level=2).tokens)
+    ordinary = jnp.asarray(corpus.rows(rng, 4, 96, level=2).tokens)
     model, opt_state, reward = improve(
         model, opt_state, strangers, ordinary, jax.random.fold_in(key, i)
     )
     rewards.append(float(reward))
-print(f"reward of the first five steps {np.mean(rewards[:5]):.2f}, last five {np.mean(rewards[-5:]):.2f}")
+early, late = np.mean(rewards[:5]), np.mean(rewards[-5:])
+print(f"reward of the first five steps {early:.2f}, of the last five {late:.2f}")
 print(f"recall after: {accuracy(model, exam):.0%}")
 
 fig, ax = plt.subplots(figsize=(6, 3))
