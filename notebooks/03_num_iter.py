@@ -14,6 +14,8 @@
 # %% [markdown]
 # # How many solver iterations does Gated KalmaNet need?
 #
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hmf-jax/hmf-jax/blob/main/notebooks/03_num_iter.ipynb)
+#
 # For every token GKA solves $(H + \lambda I)\,x = q$, $\lambda = 0.02\,\lVert H\rVert_F$, by 30
 # Chebyshev steps.
 #
@@ -28,6 +30,16 @@
 #
 # First the answer on a trained model, then where it comes from: easy and ill-conditioned keys, the
 # spectrum, two ideas, rounding and gradients.
+
+# %%
+# On Colab, or wherever hmf-jax is not installed yet.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("hmf_jax") is None:
+    source = "hmf-jax[notebooks,train] @ git+https://github.com/hmf-jax/hmf-jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 # %%
 import contextlib
