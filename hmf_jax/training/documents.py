@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -33,6 +35,7 @@ from hmf_jax.training.sources import (
     without_nulls,
 )
 
+_LOOK_SECONDS = 2.0
 Column = str | Mapping[str, str] | None
 # What rows and templates can do wrong: no JSON, no UTF-8, other types, too deeply nested.
 _WRONG = (ValueError, TypeError, LookupError, AttributeError, RecursionError, TemplateError)
@@ -130,18 +133,24 @@ class Documents:
         """Files, formats, columns that are not read, and what would be left out of some rows.
 
         Args:
-          sample: so many rows, evenly spread, are encoded to see what is wrong with them.
+          sample: so many rows, evenly spread, are encoded to see what is wrong with them; fewer if
+            that takes more than two seconds.
         """
-        lines = []
+        looked = np.unique(np.linspace(0, len(self) - 1, min(sample, len(self)), dtype=np.int64))
+        lines, more = [], self._unused(looked)
         for part, first in zip(self._parts, self._first, strict=True):
             kind, extra = ("no format", []) if first is None else (first.format, first.unused)
-            extra = [*extra, *getattr(part, "unread", [])]
+            extra = list(dict.fromkeys([*extra, *more[id(part)], *getattr(part, "unread", [])]))
             ignored = f"; not used: {', '.join(map(repr, extra[:10]))}" if extra else ""
             lines.append(f"{part.name}: {len(part):,} rows of format {kind!r}{ignored}")
         if len(lines) > 10:
             lines[10:] = [f"and {len(lines) - 10} more files"]
-        looked = np.unique(np.linspace(0, len(self) - 1, min(sample, len(self)), dtype=np.int64))
-        found = [self[int(i)] for i in looked]
+        found, end = [], time.monotonic() + _LOOK_SECONDS
+        for i in np.random.default_rng(0).permutation(looked):
+            if time.monotonic() > end:
+                break
+            found.append((int(i), self[int(i)]))
+        found = [document for _, document in sorted(found, key=lambda pair: pair[0])]
         reasons = collections.Counter(reason(d) for d in found if d.bad)
         if reasons:
             what = ", ".join(f"{n} {why}" for why, n in reasons.most_common(5))
@@ -151,6 +160,15 @@ class Documents:
                 f"the first is {where.where}: {where.why}"
             )
         return "\n".join(lines)
+
+    def _unused(self, looked: np.ndarray) -> dict[int, list[str]]:
+        """What is not read of these rows, for each part (its id)."""
+        found: dict[int, list[str]] = {id(part): [] for part in self._parts}
+        for index in looked:
+            part, i, _ = self._locate(int(index))
+            with contextlib.suppress(*_WRONG):
+                found[id(part)] += unused(part[i], self._column)
+        return found
 
 
 class Stream:

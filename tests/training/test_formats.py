@@ -242,11 +242,9 @@ def test_the_format_is_that_of_the_first_row():
     documents = Documents(rows, TOKENIZER)
     assert [documents[i].bad for i in range(4)] == ["empty", None, "refused", None]
     assert "another format than row 1: 'messages', not 'text'" in documents[2].why
-    rows = [{"messages": [{**U, "lang": "en"}, A], "prompt": "ask", "source": "web"}]
+    rows = [{"messages": [{**U, "lang": "en"}, A], "prompt": "ask"}, {"messages": [U, A], "id": 1}]
     said = Documents(rows, TOKENIZER).describe()
-    assert said == (
-        "list: 1 rows of format 'messages'; not used: 'prompt', 'source', 'messages.lang'"
-    )
+    assert said == "list: 2 rows of format 'messages'; not used: 'prompt', 'messages.lang', 'id'"
 
 
 IGNORES = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
