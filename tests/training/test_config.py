@@ -225,7 +225,7 @@ def test_two_processes(files):
         ]
         try:
             for process in ours:
-                _, error = process.communicate(timeout=120)
+                _, error = process.communicate(timeout=300)
                 assert process.returncode == 0, error.decode()[-2000:]
         finally:
             for process in ours:
