@@ -17,10 +17,10 @@
 # For every token GKA solves $(H + \lambda I)\,x = q$, $\lambda = 0.02\,\lVert H\rVert_F$, by 30
 # Chebyshev steps.
 #
-# **The answer.** Keep the 30 that a checkpoint says, unless you have measured that fewer do: a model
-# answers with far fewer, but its logits move. Conjugate gradients (`solver="cg"`) are as accurate as
-# 30 Chebyshev steps after 20 at most, whatever the keys, and mostly after 8 to 15. Both are options
-# of a call, and changing `num_iter` compiles nothing:
+# **The answer.** Keep the 30 that a checkpoint says, unless you have measured that fewer do: a
+# model answers with far fewer, but its logits move. Conjugate gradients (`solver="cg"`) are as
+# accurate as 30 Chebyshev steps after 20 at most, whatever the keys, and usually after 8 to 15.
+# Both are options of a call, and changing `num_iter` compiles nothing:
 #
 # ```python
 # logits, state = model(tokens, num_iter=20, solver="cg")
