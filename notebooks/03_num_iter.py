@@ -14,13 +14,15 @@
 # %% [markdown]
 # # How many solver iterations does Gated KalmaNet need?
 #
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hmf-jax/hmf-jax/blob/main/notebooks/03_num_iter.ipynb)
+#
 # For every token GKA solves $(H + \lambda I)\,x = q$, $\lambda = 0.02\,\lVert H\rVert_F$, by 30
 # Chebyshev steps.
 #
 # **The answer.** Keep the 30 that a checkpoint says, unless you have measured that fewer do: a
 # model answers with far fewer, but its logits move. Conjugate gradients (`solver="cg"`) are as
-# accurate as 30 Chebyshev steps after 20 at most, whatever the keys, and usually after 8 to 15.
-# Both are options of a call, and changing `num_iter` compiles nothing:
+# accurate as 30 Chebyshev steps after 20 at most, whatever the keys, and mostly after 8 to 15. Both
+# are options of a call, and changing `num_iter` compiles nothing:
 #
 # ```python
 # logits, state = model(tokens, num_iter=20, solver="cg")
@@ -28,6 +30,16 @@
 #
 # First the answer on a trained model, then where it comes from: easy and ill-conditioned keys, the
 # spectrum, two ideas, rounding and gradients.
+
+# %%
+# On Colab, or wherever hmf-jax is not installed yet.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("hmf_jax") is None:
+    source = "hmf-jax[notebooks,train] @ git+https://github.com/hmf-jax/hmf-jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 # %%
 import contextlib
