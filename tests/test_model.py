@@ -154,7 +154,9 @@ class TestSource:
             new.source = "/models/b"
             assert model.source == "/models/a"
 
-    def test_models_of_two_directories_share_programs_and_map_together(self, model) -> None:
+    def test_models_of_two_directories_share_programs_and_map_together(
+        self, model: HybridLM, tmp_path
+    ) -> None:
         other = cast(model, jnp.float32)
         model.source, other.source = "/models/a", "/models/b"
         traced = []
@@ -166,6 +168,8 @@ class TestSource:
 
         assert double(model).source is None and double(other).source is None
         assert len(traced) == 1 and double(model).origin.lost
+        with pytest.warns(UserWarning, match="jitted function.*no tokenizer files.*source="):
+            double(model).save_pretrained(tmp_path / "saved", progress=False)
         assert jax.tree.map(jnp.add, model, other).source == "/models/a"
         assert PackedModel.of(model).structure is PackedModel.of(other).structure
         assert PackedModel.of(model).model().source is None
