@@ -46,9 +46,8 @@ def load_tokenizer(directory: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), config=PreTrainedConfig(), trust_remote_code=False, local_files_only=True
         )
-        tokenizer.decode(
-            tokenizer.encode("Try é.\n")
-        )  # some damage is noticed only when it is used
+        # Some damage is noticed only when it is used: a setting of a wrong type, for example.
+        tokenizer.decode(tokenizer("Try é.\n")["input_ids"])
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # also what the Rust library panics with

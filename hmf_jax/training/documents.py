@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from hmf_jax.options import check_int
+from hmf_jax.text.template import render
 from hmf_jax.training.encode import encode_chat, encode_completion, encode_text
 from hmf_jax.training.formats import (
     COLUMNS,
@@ -24,7 +25,13 @@ from hmf_jax.training.formats import (
     read_row,
     unused,
 )
-from hmf_jax.training.sources import MAX_ROW_BYTES, Rows, open_rows, shuffled
+from hmf_jax.training.sources import (
+    MAX_ROW_BYTES,
+    Rows,
+    open_rows,
+    shuffled,
+    without_nulls,
+)
 
 Column = str | Mapping[str, str] | None
 # What rows and templates can do wrong: no JSON, no UTF-8, other types, too deeply nested.
@@ -62,7 +69,8 @@ class Documents:
       tokenizer: a fast Hugging Face tokenizer.
       column: None: the format is known by the columns, see docs/training.md. The name of a column:
         only that one is trained, as a text, or as a chat if it holds messages. A mapping renames
-        columns, for example {"prompt": "question", "completion": "answer"}.
+        columns, for example {"prompt": "question", "completion": "answer"}; where a row has columns
+        of two formats, those in the mapping decide.
       template_options: further variables of the chat template.
       max_row_bytes: the longest row, in bytes of its line or its text. Longer ones are malformed:
         tokenizers need some 200 times as much memory.
@@ -205,7 +213,10 @@ class Stream:
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
         first = None
-        for i, row in enumerate(self._source):
+        rows = (
+            map(without_nulls, self._source) if hasattr(self._source, "features") else self._source
+        )
+        for i, row in enumerate(rows):
             first = first or _format(row, self._column, f"row {i}")
             yield row, first, f"row {i}"
 
@@ -253,6 +264,7 @@ def _encoder(
             raise ValueError(f"column maps {wrong}; it can map {', '.join(sorted(known))}")
     check_int("max_row_bytes", max_row_bytes, 1)
     tokenizer("a")  # settles the tokenizer's options before several threads use it
+    _check_template(tokenizer, options or {})
 
     def encode(example: Example) -> tuple[list[int], list[bool]]:
         if example.messages is not None:
@@ -284,6 +296,18 @@ def _encoder(
         return Document(np.asarray(tokens, np.int32), np.asarray(targets, bool), None, where)
 
     return document
+
+
+def _check_template(tokenizer: Any, options: dict[str, Any]) -> None:
+    """Raises ValueError if the chat template does not come to an end, or fills the memory."""
+    if tokenizer.chat_template is None:
+        return
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        render(tokenizer, chat, **options)
+    except ValueError as e:
+        if e.__cause__ is None:  # else it refuses this chat, which says nothing of the rows
+            raise
 
 
 def _type_name(value: Any) -> str:
