@@ -238,7 +238,7 @@ def convert_directory(
     check_target(target, overwrite, model_types=model_types())
     directory = resolve(source, progress=progress)
     if to is None:
-        to = "orbax" if any(directory.glob("*.safetensors")) else "hf"
+        to = "hf" if is_orbax(directory) else "orbax"
     model = from_pretrained(directory, dtype=None, progress=progress)
     if to == "orbax":
         save_orbax(model, target, overwrite=overwrite)
@@ -334,6 +334,12 @@ def _source(model: HybridLM, source: str | Path | None) -> str | Path | None:
             stacklevel=3,
         )
         return None
+    if model.origin.lost:
+        warnings.warn(
+            "The model came out of a jitted function, so its source is not known and no tokenizer "
+            "files are written with it; pass source=, or set model.source",
+            stacklevel=3,
+        )
     return model.source
 
 
