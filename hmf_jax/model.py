@@ -31,7 +31,7 @@ from hmf_jax.layers import (
 from hmf_jax.mixers import Context
 from hmf_jax.mixers.base import abstract_zeros, zeros
 from hmf_jax.moved import TORCH_METHODS
-from hmf_jax.options import check_choice, check_int
+from hmf_jax.options import MOST_POSITIONS, check_choice, check_int
 from hmf_jax.packed import Origin
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
 from hmf_jax.padding import (
@@ -217,8 +217,8 @@ class HybridLM(nnx.Module):
                 "the mesh splits sequences (sp), which is for training; states live on meshes of "
                 "dp, fsdp and tp."
             )
-        if batch < 1 or capacity < 1:
-            raise ValueError(f"batch={batch} and capacity={capacity} must be at least 1.")
+        for name, value in (("batch", batch), ("capacity", capacity)):
+            check_int(name, value, 1, MOST_POSITIONS)
         layers = tuple(
             block.mixer.init_state(batch, capacity, self.dtype, self.mesh) for block in self.layers
         )

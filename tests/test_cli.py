@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import typer
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -25,9 +26,10 @@ from hmf_jax.cli import app
 from hmf_jax.cli.errors import guarded, settings
 from hmf_jax.config import HybridConfig
 from hmf_jax.demo import write_checkpoint
-from hmf_jax.engine.api import enable_compilation_cache
+from hmf_jax.engine.api import enable_compilation_cache, warmup
 from hmf_jax.loading import from_pretrained
 from hmf_jax.memory import memory_table, plan_memory, state_memory
+from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.sharding import make_mesh
 from hmf_jax.text import ChatSession, generate_text, load_tokenizer
@@ -448,3 +450,14 @@ def test_meshes_of_more_than_there_is():
         make_mesh(tp=10**9)
     with pytest.raises(ValueError, match="to use fewer"):
         make_mesh(devices=devices * 2)
+
+
+@pytest.mark.parametrize("size", [0, 1.5, True, "3", 2**40])
+def test_states_of_nothing(size):
+    model = nnx.eval_shape(lambda: HybridLM(HybridConfig.preset("tiny", layer_kinds=("*",))))
+    with pytest.raises(ValueError, match="batch must be an integer"):
+        model.init_state(size, 8)
+    with pytest.raises(ValueError, match="capacity must be an integer"):
+        model.init_state(1, size)
+    with pytest.raises(ValueError, match="batch=.* must be a whole number"):
+        warmup(model, capacity=8, batch=size)

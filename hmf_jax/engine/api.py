@@ -285,6 +285,9 @@ def warmup(
     Runs the model on dummy tokens: each prefill bucket as a first and as a later piece of a prompt,
     and the decode loop.
     """
+    named = {"capacity": capacity, "batch": batch, "prefill_chunk": prefill_chunk}
+    for name, value in named.items():
+        check_whole(name, value, 3 if name == "capacity" else 1)
     longest = min(prefill_chunk, capacity - 2)
     sizes = {longest}
     while longest > SMALLEST_CHUNK:
