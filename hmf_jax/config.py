@@ -192,7 +192,7 @@ class HybridConfig(Backbone):
         """
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
-        if not file.is_file():
+        if not file.exists():
             raise FileNotFoundError(
                 f"{file} does not exist; pass a Hugging Face model directory (with config.json and "
                 "*.safetensors) or a config.json"

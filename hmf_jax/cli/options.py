@@ -31,6 +31,7 @@ MaxNewTokens = Annotated[
         help="Longest answer, in tokens. Default: what the model's generation_config.json says, "
         "else 128, in a chat 1024.",
         min=1,
+        max=2**31 - 1,
     ),
 ]
 Temperature = Annotated[

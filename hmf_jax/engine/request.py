@@ -12,6 +12,7 @@ import numpy as np
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.generation_config import GenerationDefaults
+from hmf_jax.options import shown
 from hmf_jax.sampling import SamplingParams
 
 GREEDY = SamplingParams()
@@ -309,6 +310,8 @@ def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless `value` is a whole number, at least `least`."""
+    """Raises ValueError unless `value` is a whole number, `least` or more, that fits into int32."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number >= {least}.")
+    if value >= 2**31:
+        raise ValueError(f"{name}={shown(value)} must be a whole number < 2**31.")

@@ -446,6 +446,7 @@ def test_bad_requests(model):
         ([[1]], {"capacity": 0}, "capacity=0 must be a whole number >= 1"),
         ([[1]], {"prefill_chunk": 0}, "prefill_chunk=0 must be a whole number >= 1"),
         ([[1]], {"num_iter": -1}, "num_iter=-1 must be a whole number >= 0"),
+        ([[1]], {"max_new_tokens": 2**31}, "max_new_tokens=2147483648 must be a whole number < 2"),
         ([[1], [2]], {"num_iter": [3, -2]}, "num_iter=-2 must be"),
         ([[1]], {"num_iter": 1.5}, "num_iter"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number >= 1"),
