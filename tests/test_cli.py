@@ -105,7 +105,7 @@ def test_convert_there_and_back(checkpoint, tmp_path):
         assert load_tokenizer(path).chat_template
         assert (path / "generation_config.json").is_file()
     assert "not a directory" in error_of("convert", tmp_path / "nothing", tmp_path / "x")
-    assert "pass --overwrite" in error_of("convert", checkpoint, tmp_path / "orbax")
+    assert "--overwrite" in error_of("convert", checkpoint, tmp_path / "orbax")
     run("convert", checkpoint, tmp_path / "orbax", "--overwrite")
 
 
