@@ -157,7 +157,9 @@ def select(
         raise ValueError("--base needs --data to score it on, or --variants to write.")
     options = {"length": length, "rows": rows, "dtype": dtype and dtype.value}
     scoring: dict[str, Any] = {name: x for name, x in options.items() if x is not None}
-    windowed = {} if window is None else {"window": check_int("--window", window, 1)}
+    windowed: dict[str, Any] = (
+        {} if window is None else {"window": check_int("--window", window, 1)}
+    )
     if (scoring and data is None) or (windowed and base is None):
         raise ValueError(f"--{next(iter(scoring), 'window')} is for scoring: it needs --data.")
     selection.pattern([], 1, kind)  # says whether there is such a kind
