@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from hmf_jax import families, overrides, presets
@@ -42,6 +41,7 @@ from hmf_jax.options import (
     nearest,
     shown,
 )
+from hmf_jax.pallas_kernels.compat import is_traced
 from hmf_jax.sections import check_sections, stored_section, take_sections
 
 __all__ = ["KNOWN_MODEL_TYPES", "HybridConfig", "RopeConfig", "split_symbol", "streams"]
@@ -175,7 +175,7 @@ class HybridConfig(Backbone):
         """
         if value is None:
             return
-        if not isinstance(value, jax.core.Tracer):
+        if not is_traced(value):
             given = np.asarray(value)
             whole = given.dtype.kind in "iu" and given.ndim < 2 and given.size > 0
             if not whole or given.min() < 0 or given.max() > MOST_ITERATIONS:

@@ -53,10 +53,6 @@ class GenerationDefaults:
         """The settings; greedy unless the file says do_sample."""
         return SamplingParams.of({}, self.settings)
 
-    def by_name(self) -> dict[str, Any]:
-        """The settings and eos_ids, as `hmf_jax.engine.requests` takes them."""
-        return {**self.settings, "eos_ids": self.eos_ids}
-
     def limit(self, prompt: int, otherwise: int) -> int:
         """Most new tokens after a prompt of so many tokens; `otherwise` if nothing is given.
 

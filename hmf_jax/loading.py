@@ -238,7 +238,7 @@ def convert_directory(
     check_target(target, overwrite, model_types=model_types())
     directory = resolve(source, progress=progress)
     if to is None:
-        to = "orbax" if any(directory.glob("*.safetensors")) else "hf"
+        to = "hf" if is_orbax(directory) else "orbax"
     model = from_pretrained(directory, dtype=None, progress=progress)
     if to == "orbax":
         save_orbax(model, target, overwrite=overwrite)

@@ -47,9 +47,7 @@ _BACKBONE_LIMITS = {
 }
 
 
-def check_fields(
-    settings: Any, limits: Mapping[str, tuple[float, float]], prefix: str = ""
-) -> None:
+def check_fields(settings: Any, limits: Mapping[str, tuple[Any, Any]], prefix: str = "") -> None:
     """Checks every field of a frozen dataclass by its annotation and `limits`, its range.
 
     Numbers of NumPy become Python's, so that the settings can be written as JSON.
@@ -69,6 +67,10 @@ def check_fields(
         object.__setattr__(settings, field.name, value)
 
 
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
     """The value, an integer of at least `low`, and at most `high`.
 
@@ -76,8 +78,7 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
 
     Raises ValueError for anything else.
     """
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < low:
+    if not _is(value, numbers.Integral) or value < low:
         raise ValueError(f"{name} must be an integer >= {low}, got {shown(value)}")
     if high is not None and value > high:
         raise ValueError(f"{name} must be an integer <= {high}, got {shown(value)}")
@@ -93,8 +94,8 @@ def check_number(
 
     Raises ValueError for anything else.
     """
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not -math.inf < value < math.inf or value < low or (above and value == low):
+    finite = _is(value, numbers.Real) and -math.inf < value < math.inf
+    if not finite or value < low or (above and value == low):
         least = f"{'>' if above else '>='} {low:g}"
         raise ValueError(f"{name} must be a finite number {least}, got {shown(value)}")
     if high is not None and value > high:

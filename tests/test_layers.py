@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -254,6 +255,99 @@ def test_fresh_decays():
 def test_layers_of_one_model_start_differently(fresh):
     one, other = fresh["layers.0.mixer.A_log"], fresh["layers.1.mixer.A_log"]
     assert (one != other).all()
+
+
+# symbol: name in checkpoints, kind of the same parameters, can be fused, has an entry per token,
+# keys that a token of a row of 100 sees at most, name in layer_types.
+FACTS = {
+    "*": ("self_attn", None, True, True, 100, "full_attention"),
+    "SWA": ("swa", "*", True, False, 5, "sliding_attention"),
+    "GKA": ("gka", None, True, False, 0, None),
+    "GDN": ("gdn", None, False, False, 0, None),
+    "M2": ("mamba", None, True, False, 0, None),
+    "BMF": ("bmojo_f", None, True, False, 8, None),
+}
+
+
+def test_facts_of_the_kinds():
+    sections = tiny_config(tuple(KINDS)).sections
+    assert FACTS == {
+        symbol: (k.name, k.like, k.fuses, k.grows, k.sees(sections, 100), k.layer_type)
+        for symbol, k in KINDS.items()
+    }
+    tied, untied = (tiny_config(("BMF",), bmojo=BMojoConfig(4, t, "M2")) for t in (True, False))
+    for part, uses in (("k_proj", 2), ("v_proj", 2), ("q_proj", 1), ("o_proj", 1)):
+        path = f"bmojo_attn.{part}.kernel"
+        assert KINDS["BMF"].uses(tied.sections, path) == uses
+        assert KINDS["BMF"].uses(untied.sections, path) == 1
+    assert KINDS["BMF"].inner(tied.sections) == ("M2",)
+
+
+def abstract(kind: str, **changes: Any) -> HybridLM:
+    """A model of one layer without its arrays."""
+    return jax.eval_shape(lambda: HybridLM(tiny_config((kind,), **changes), dtype=jnp.float32))
+
+
+def tokens(T: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+
+def mix(model: HybridLM, tokens: jax.Array, state: Any, fresh: bool = True) -> Any:
+    """What the mixer of the first layer makes of the embedded tokens."""
+    state = None if state is None else dataclasses.replace(state, fresh=fresh)
+    x, ctx = model.embed(tokens, state=state)
+    return model.layers[0].mixer(x, ctx, None if state is None else state.layers[0])
+
+
+def test_options_of_gated_kalmanet_reach_the_operator(monkeypatch):
+    """Of a sequence and of a token; the gradient of lambda and the chunks have no other witness."""
+    seen: list[dict[str, Any]] = []
+
+    def spy(q, *args, **options):
+        seen.append(options)
+        states = (jnp.zeros((q.shape[0], 4, 16, 16)),) * 2
+        return jnp.zeros((*q.shape[:-2], 4, 16)), states
+
+    monkeypatch.setattr("hmf_jax.mixers.gka.gka", spy)
+    monkeypatch.setattr("hmf_jax.mixers.gka.gka_step", spy)
+    options: dict[str, Any] = dict(num_iter=7, ridge_strength=0.3, use_forgetting_gate_kk=False)
+    config = GKAConfig(**options, bp_lambda=False, gla_rescale=False, chunk_size=16)
+    model = abstract("GKA", gka=config)
+    for T in (3, 1):
+        jax.eval_shape(mix, model, tokens(T), model.abstract_state(1, 4))
+    expected = {"num_iter": 7, "ridge": 0.3, "scale": 1.0, "decay_kk": False}
+    (sequence, token) = seen
+    for found in seen:
+        assert {name: found[name] for name in expected} == expected
+    assert sequence["bp_lambda"] is False and sequence["chunk_size"] == 16
+    assert "bp_lambda" not in token
+
+
+@pytest.mark.parametrize("kind", ["*", "SWA"])
+def test_what_attention_is_asked_for(monkeypatch, kind):
+    """A first prefill is plain causal attention, which more kernels know, not one over a cache."""
+    seen: list[tuple[str, bool, bool]] = []
+
+    def spy(name):
+        def run(q, k, v, *args, **options):
+            seen.append((name, "offset" in options, k.shape[1] == q.shape[1]))
+            return jnp.zeros_like(q)
+
+        return run
+
+    for name in ("attention", "decode_attention"):
+        monkeypatch.setattr(f"hmf_jax.mixers.attention.{name}", spy(name))
+    model = abstract(kind)
+    state = model.abstract_state(1, 32)
+    for T, given, fresh in (
+        (6, None, True),
+        (6, state, True),
+        (6, state, False),
+        (1, state, False),
+    ):
+        jax.eval_shape(functools.partial(mix, fresh=fresh), model, tokens(T), given)
+    own, continued = ("attention", False, True), ("attention", True, False)
+    assert seen == [own, own, continued, ("decode_attention", False, False)]
 
 
 def test_mixers_are_made_by_their_symbols():

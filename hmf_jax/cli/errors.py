@@ -116,9 +116,10 @@ def _prepare() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+    streams: list[tuple[Any, str]] = [(sys.stdin, "replace"), (sys.stdout, "backslashreplace")]
+    for stream, errors in streams:
         if hasattr(stream, "reconfigure"):  # text that the terminal's encoding does not have
-            stream.reconfigure(errors=errors)  # pyright: ignore[reportOptionalMemberAccess]
+            stream.reconfigure(errors=errors)
     ours = threading.current_thread() is threading.main_thread()
     if ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)

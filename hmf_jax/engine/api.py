@@ -20,6 +20,7 @@ from hmf_jax.engine.request import (
     Prompts,
     Request,
     Sampling,
+    Whole,
     check_room,
     check_top,
     check_whole,
@@ -39,17 +40,17 @@ def generate(
     model: HybridLM,
     prompts: Prompts,
     *,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: Whole | None = None,
     sampling: Sampling = None,
     eos_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    num_iter: int | Sequence[int] | None = None,
+    num_iter: Whole | None = None,
     capacity: int | None = None,
     prefill_chunk: int = 2048,
     slots: int | None = None,
     state: ModelState | None = None,
     logprobs: bool | int = False,
     prompt_logprobs: bool | int = False,
-    min_new_tokens: int | Sequence[int] = 0,
+    min_new_tokens: Whole = 0,
     processor: Processor | None = None,
     solver: str = "chebyshev",
     **settings: Unpack[SamplingSettings],
@@ -69,7 +70,8 @@ def generate(
     Args:
       model: the model.
       prompts: token ids of each prompt; lengths may differ. Or an array [B, T].
-      max_new_tokens: most new tokens, one number or one per prompt.
+      max_new_tokens: most new tokens, one number or one per prompt; None = what
+        generation_config.json says, else 128.
       sampling: how to choose tokens, one setting or one per prompt: `SamplingParams`, taken as it
         is, or a dict, {"temperature": 0.7, "top_p": 0.9}, which is read like `settings`. A prompt's
         random bits depend on its own seed and positions only, not on the rest of the batch.
@@ -113,7 +115,7 @@ def generate(
     asked = requests(
         model.config, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids,
         num_iter=num_iter, min_new_tokens=min_new_tokens, top_logprobs=most, settings=settings,
-        defaults=generation_defaults(model).by_name(),
+        defaults=generation_defaults(model),
     )  # fmt: skip
     check_top(model.config, of_prompt)
     engine, ids = start(
@@ -150,13 +152,13 @@ def stream(
     prompts: Prompts,
     *,
     tokens_per_dispatch: int = 8,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: Whole | None = None,
     sampling: Sampling = None,
     eos_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    num_iter: int | Sequence[int] | None = None,
+    num_iter: Whole | None = None,
     capacity: int | None = None,
     prefill_chunk: int = 2048,
-    min_new_tokens: int | Sequence[int] = 0,
+    min_new_tokens: Whole = 0,
     processor: Processor | None = None,
     solver: str = "chebyshev",
     **settings: Unpack[SamplingSettings],
@@ -174,7 +176,7 @@ def stream(
     asked = requests(
         model.config, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids,
         num_iter=num_iter, min_new_tokens=min_new_tokens, settings=settings,
-        defaults=generation_defaults(model).by_name(),
+        defaults=generation_defaults(model),
     )  # fmt: skip
     engine, ids = start(
         model, asked, capacity=capacity, prefill_chunk=prefill_chunk, processor=processor,

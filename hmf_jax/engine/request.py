@@ -11,11 +11,14 @@ import jax
 import numpy as np
 
 from hmf_jax.config import HybridConfig
+from hmf_jax.generation_config import GenerationDefaults
 from hmf_jax.sampling import SamplingParams
 
 GREEDY = SamplingParams()
+MAX_NEW_TOKENS = 128  # where neither the caller nor generation_config.json says how many
 FinishReason = Literal["eos", "length", "capacity", "stop", "error"]
 Tokens = Sequence[int] | np.ndarray | jax.Array
+Whole = int | Sequence[int] | np.ndarray | jax.Array  # one number, or one per prompt
 Prompts = Sequence[Tokens] | np.ndarray | jax.Array  # an array: [B, T]
 # None: what holds where nothing is said.
 Sampling = SamplingParams | Mapping[str, Any] | Sequence[SamplingParams | Mapping[str, Any]] | None
@@ -46,7 +49,7 @@ class Request:
     """
 
     prompt: Sequence[int]
-    max_new_tokens: int = 128
+    max_new_tokens: int = MAX_NEW_TOKENS
     sampling: SamplingParams = GREEDY
     eos_ids: Sequence[int] = ()
     num_iter: int | None = None
@@ -112,14 +115,14 @@ def requests(
     config: HybridConfig,
     prompts: Prompts,
     *,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: Whole | None = None,
     sampling: Sampling = None,
     eos_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    num_iter: int | Sequence[int] | None = None,
-    min_new_tokens: int | Sequence[int] = 0,
+    num_iter: Whole | None = None,
+    min_new_tokens: Whole = 0,
     top_logprobs: int = 0,
     settings: Mapping[str, Any] | None = None,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: GenerationDefaults | None = None,
 ) -> list[Request]:
     """One request per prompt; the other arguments are for all prompts or one per prompt.
 
@@ -131,14 +134,15 @@ def requests(
       ValueError: see `hmf_jax.generate`.
     """
     checked = check_prompts(prompts, config.vocab_size)
-    count, defaults = len(checked), dict(defaults or {})
+    defaults, count = defaults or GenerationDefaults(), len(checked)
+    if max_new_tokens is None:
+        max_new_tokens = [defaults.limit(len(prompt), MAX_NEW_TOKENS) for prompt in checked]
     if eos_ids is None:
-        eos_ids = defaults.pop("eos_ids", None)
-    defaults.pop("eos_ids", None)
+        eos_ids = defaults.eos_ids or None
     columns = (
         checked,
         _per_prompt("max_new_tokens", max_new_tokens, count),
-        sampling_of(sampling, settings or {}, defaults, count),
+        sampling_of(sampling, settings or {}, defaults.settings, count),
         _end_ids(config, eos_ids, count),
         _per_prompt("num_iter", num_iter, count),
         _per_prompt("min_new_tokens", min_new_tokens, count),

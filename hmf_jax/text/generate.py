@@ -14,8 +14,6 @@ from hmf_jax.sampling import SamplingSettings
 from hmf_jax.text.detokenizer import TextStream
 from hmf_jax.text.tokenizer import directory_of, stop_ids, tokenizer_of
 
-MAX_NEW_TOKENS = 128  # where neither the caller nor the model's directory says
-
 
 @dataclass(frozen=True)
 class Reply:
@@ -152,8 +150,6 @@ def _begin(
     defaults = generation_defaults(model, directory)
     texts = [TextStream(tokenizer, stop, ends) for _ in prompts]
     tokens = [tokenizer.encode(p) for p in prompts]
-    if max_new_tokens is None:
-        max_new_tokens = [defaults.limit(len(t), MAX_NEW_TOKENS) for t in tokens]
     asked = requests(
         model.config,
         tokens,
@@ -162,7 +158,7 @@ def _begin(
         eos_ids=ends,
         num_iter=num_iter,
         settings=settings,
-        defaults=defaults.by_name(),
+        defaults=defaults,
     )
     engine, ids = start(model, asked, capacity=capacity, prefill_chunk=prefill_chunk)
     return engine, dict(zip(ids, texts, strict=True)), [len(t) for t in tokens]

@@ -79,7 +79,7 @@ def test_sample_then_score(model, kinds):
     gap = jnp.concatenate([jnp.arange(7) < LENGTHS[:, None], jnp.ones((2, STEPS), bool)], axis=1)
     both, ids = jnp.concatenate([PROMPTS, new], axis=1), gap.astype(jnp.int32)
     apart = jax.jit(lambda m, t, ids: hmf_jax.score(m, t, segment_ids=ids))(model, both, ids)
-    np.testing.assert_allclose(apart[:, 6:], logprobs, atol=1e-5)
+    np.testing.assert_allclose(apart[:, 6:], logprobs, atol=1e-4)
 
 
 @SLOW

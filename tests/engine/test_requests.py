@@ -140,7 +140,7 @@ def test_generation_config(model, plain, tmp_path):
         "do_sample": True,
         "temperature": 0.5,
         "eos_token_id": [end],
-        "transformers_version": "",
+        "max_new_tokens": 6,
     }
     (tmp_path / "generation_config.json").write_text(json.dumps(stored))
     leaves, tree = jax.tree.flatten(model)
@@ -153,13 +153,13 @@ def test_generation_config(model, plain, tmp_path):
     expected = generate(model, [ONE, TWO], temperature=0.5, seed=4, eos_ids=(), **options)
     assert got == expected
     greedy = generate(model, [ONE, TWO], eos_ids=(), **options)
+    short = generate(loaded, [ONE, TWO], eos_ids=(), capacity=64)
+    assert [len(g.tokens) for g in short] == [6, 6]
     for off in ({"sampling": SamplingParams()}, {"do_sample": False}, {"temperature": 0}):
         assert generate(loaded, [ONE, TWO], eos_ids=(), **off, **options) == greedy
     for text, message in [
-        ("{", "is not valid JSON"),
-        ("[]", "is not a JSON object"),
-        ('{"eos_token_id": "</s>"}', "eos_token_id='</s>' must be"),
-        ('{"do_sample": 1}', "do_sample=1 must be"),
+        ("{", "generation_config.json"),
+        ('{"do_sample": 1}', "generation_config.json: do_sample=1 must be"),
         ('{"do_sample": true, "top_p": 7}', "generation_config.json: top_p=7"),
     ]:
         (tmp_path / "generation_config.json").write_text(text)

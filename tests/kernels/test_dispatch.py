@@ -112,6 +112,12 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[str
     (gated_delta_rule, (*qkv(64, BF16), *gates(2, T)), {}, ("chunked", "jla", *CHUNKED[2:])),
     (gated_delta_rule, (*qkv(128, BF16), *gates(2, T)), IDS, ("chunked", "jla", *CHUNKED[2:])),
     (gated_delta_rule, (*qkv(32, BF16), *gates(2, T)), {}, CHUNKED),
+    (
+        gated_delta_rule,
+        (*qkv(64, BF16)[:2], array(B, T, K, 32, dtype=BF16), *gates(2, T)),
+        {},
+        CHUNKED,
+    ),
     (gated_delta_rule, (*qkv(64, F32), *gates(2, T)), {}, CHUNKED),
     (gated_delta_rule, (*qkv(64, BF16, F32, BF16), *gates(2, T)), {}, CHUNKED),
     (

@@ -15,7 +15,7 @@ from tests.mutated import texts  # noqa: F401  (its kinds add themselves)
 from tests.mutated.judge import TEXT, wrong
 from tests.mutated.kinds import KINDS, REFUSED, Kind
 
-DIRECTORIES = int(os.environ.get("MUTATED_DIRECTORIES", "600"))
+DIRECTORIES = int(os.environ.get("MUTATED_DIRECTORIES", "770"))
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and files of Linux")
 

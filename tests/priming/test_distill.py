@@ -181,6 +181,9 @@ def test_errors_of_padding_do_not_count():
     a, b = (jnp.asarray(np.random.default_rng(s).random((1, T, 5)), jnp.float32) for s in (0, 1))
     wanted = ((a - b) ** 2).mean(-1)[np.asarray(arrange(jnp.asarray(ids), ctx.place)) != 0].sum()
     assert np.isclose(_square_error(a, b, weights), wanted, rtol=1e-6)
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    exact = _square_error(*(x.astype(jnp.float32) for x in (a, b)), weights)
+    assert _square_error(a, b, weights) == exact  # computed in float32
 
 
 def test_tokens_count_as_much_as_what_they_predict():
