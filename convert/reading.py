@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 CHECKSUMS = "checksums.sha256"
 _CHECKSUMS_LIMIT = 1 << 26  # bytes
+_LAST_LINE = "# end\n"  # a comment for sha256sum: without it the rest of the file was lost
 _DEPTH = 100
 
 
@@ -149,7 +150,7 @@ def write_checksums(directory: str | Path) -> None:
         if path.is_file() and path.relative_to(directory).as_posix() != CHECKSUMS
     )
     lines = zip(_digests(directory, names), names, strict=True)
-    text = "".join(f"{digest}  {name}\n" for digest, name in lines)
+    text = "".join(f"{digest}  {name}\n" for digest, name in lines) + _LAST_LINE
     (directory / CHECKSUMS).write_text(text, encoding="utf-8")
 
 
@@ -165,10 +166,14 @@ def check_checksums(directory: str | Path) -> bool:
     if file.stat().st_size > _CHECKSUMS_LIMIT:
         raise ValueError(f"{file} is too large: more than {_CHECKSUMS_LIMIT:,} bytes")
     wanted: dict[str, str] = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    damaged = ValueError(f"{file} is damaged; restore {directory} from a copy")
+    *lines, last = file.read_text(encoding="utf-8", errors="replace").splitlines(True) or [""]
+    if last != _LAST_LINE:
+        raise damaged
+    for line in lines:
         found = re.fullmatch(r"([0-9a-f]{64})  ([^/\\].*)\n", line)
         if found is None or ".." in Path(found[2]).parts:
-            raise ValueError(f"{file} is damaged; restore {directory} from a copy")
+            raise damaged
         wanted[found[2]] = found[1]
     missing = [name for name in wanted if not (directory / name).is_file()]
     names = [name for name in wanted if name not in missing]

@@ -309,9 +309,12 @@ def test_checksums(tmp_path):
             with pytest.raises(ValueError, match="is missing"):
                 check_checksums(tmp_path)
         file.write_bytes(raw)
-    (tmp_path / "checksums.sha256").write_text(f"{'0' * 64}  ../outside\n")
-    with pytest.raises(ValueError, match="is damaged"):
-        check_checksums(tmp_path)
+    sums = tmp_path / "checksums.sha256"
+    lines = sums.read_text().splitlines(keepends=True)
+    for left in ([f"{'0' * 64}  ../outside\n", lines[-1]], lines[:-1], lines[:1], []):
+        sums.write_text("".join(left))  # also one that lost whole lines at its end
+        with pytest.raises(ValueError, match="is damaged"):
+            check_checksums(tmp_path)
 
 
 @pytest.mark.parametrize(

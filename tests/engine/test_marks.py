@@ -12,7 +12,7 @@ from hmf_jax.engine import Engine, New, Request
 from hmf_jax.mixers import KINDS
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingParams
-from tests.util import random_model, tiny_config
+from tests.util import mesh_of, random_model, tiny_config
 
 # The penalty acts on every token of the row: forgotten tokens must not count.
 PENALTY = SamplingParams(repetition_penalty=1.3)
@@ -65,6 +65,23 @@ def test_a_row_that_went_back_is_like_a_fresh_one(model, together, new):
         np.testing.assert_allclose(logprobs, scores, atol=2e-4)
         assert engine.context(id) == [*start, *prompt, *tokens[:-1]]
         assert engine.marks(id) == sorted(marks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [dict(tp=2), dict(dp=2)], ids=["tp2", "dp2"])
+def test_rows_of_a_mesh_go_back_and_grow(sizes):
+    config = tiny_config(SOME)
+    spread = HybridLM.init(config, dtype=jnp.float32, mesh=mesh_of(sizes))
+    alone = HybridLM.init(config, dtype=jnp.float32)
+    first, more = words(0, 30), words(1, 12)
+    _, expected, scores = answer(make(alone), Request([*first[:21], *more], 12))
+    for together in (True, False):
+        engine = Engine(spread, 2, capacity=64, prefill_chunk=64, together=together)
+        id, _, _ = answer(engine, Request(first, 12, keep=True, marks=(9, 21)))
+        engine.grow(128)
+        _, tokens, logprobs = answer(engine, Request(more, 12, after=id, back_to=21))
+        assert tokens == expected
+        np.testing.assert_allclose(logprobs, scores, atol=2e-4)
 
 
 def test_only_what_has_a_fixed_size_is_copied(model):
