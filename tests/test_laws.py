@@ -250,7 +250,7 @@ def test_bad_input():
         model(tokens, segment_ids=tokens[:, :-1])
     with pytest.raises(ValueError, match="init_state"):
         model(tokens, state=model.init_state(3, T))
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="must be an integer >= 1"):
         model.init_state(0, T)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="must be an integer >= 1"):
         model.init_state(1, 0)
