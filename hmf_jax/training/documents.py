@@ -324,7 +324,7 @@ def _check_template(tokenizer: Any, options: dict[str, Any]) -> None:
     try:
         render(tokenizer, chat, **options)
     except ValueError as e:
-        # Errors of jinja are those of a template that refuses this chat, which rows may not be like.
+        # Errors of jinja only say that the template refuses this chat; rows may be different.
         if e.__cause__ is None or isinstance(e.__cause__, ValueError):
             raise
 
