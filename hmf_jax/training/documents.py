@@ -318,13 +318,14 @@ def _encoder(
 
 def _check_template(tokenizer: Any, options: dict[str, Any]) -> None:
     """Raises ValueError if the chat template does not come to an end, or fills the memory."""
-    if tokenizer.chat_template is None:
+    if not isinstance(tokenizer.chat_template, str):
         return
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         render(tokenizer, chat, **options)
     except ValueError as e:
-        if e.__cause__ is None:  # else it refuses this chat, which says nothing of the rows
+        # Errors of jinja only say that the template refuses this chat; rows may be different.
+        if e.__cause__ is None or isinstance(e.__cause__, ValueError):
             raise
 
 
