@@ -139,7 +139,7 @@ def _biases(bias: Bias) -> tuple[tuple[int, float], ...]:
         ok = all(
             isinstance(token, Integral)
             and not isinstance(token, bool)
-            and token >= 0
+            and int(token) >= 0
             and isinstance(value, Real)
             and not isinstance(value, bool)
             and value < math.inf

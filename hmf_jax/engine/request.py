@@ -164,7 +164,7 @@ def check_request(config: HybridConfig, request: Request) -> None:
     check_top(config, request.top_logprobs)
     V = config.vocab_size
     config.check_num_iter(request.num_iter)
-    for token, _ in request.sampling.logit_bias:
+    for token in dict(request.sampling.logit_bias):
         if token >= V:
             raise ValueError(f"logit_bias names token {token}, outside the vocabulary of {V}.")
 

@@ -199,7 +199,7 @@ def test_the_other_solver(model):
     for prompt, g in zip(prompts, out, strict=True):
         tokens = jnp.array([prompt + g.tokens])
         expected = score(model, tokens, **settings)[0, len(prompt) - 1 :]
-        np.testing.assert_allclose(g.logprobs, expected, atol=2e-3)
+        np.testing.assert_allclose(np.array(g.logprobs), expected, atol=2e-3)
     assert [g.tokens for g in out] != [
         g.tokens for g in generate(model, prompts, max_new_tokens=8, num_iter=3)
     ]

@@ -55,7 +55,7 @@ def gates(count: int, *tokens: int) -> list[Any]:
 
 
 def states(D: int, dtype: Any = F32) -> tuple[Any, Any]:
-    return (array(B, H, D, D, dtype=dtype),) * 2
+    return array(B, H, D, D, dtype=dtype), array(B, H, D, D, dtype=dtype)
 
 
 def ssd_arguments(D: int, *dtypes: Any) -> tuple[Any, ...]:
