@@ -19,6 +19,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Collection, Iterator
@@ -73,6 +74,7 @@ COMPANIONS = (
 )
 _TEMPORARY, _ASIDE = ".hmf-jax-save-", ".hmf-jax-old-"
 _LOCK = ".hmf-jax.lock"
+_OLD = 86400.0  # seconds that no save takes
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
@@ -153,12 +155,14 @@ def _check_existing(directory: Path, overwrite: bool, model_types: Collection[st
             )
         if not overwrite:
             raise FileExistsError(
-                f"{directory} is not empty; choose another directory or pass overwrite=True"
+                f"{directory} exists and is not empty; choose another directory or pass "
+                "overwrite=True (--overwrite)"
             )
     if os.path.ismount(directory):
         raise OSError(f"{directory} is a mount point; choose a directory inside it")
-    if Path.cwd().is_relative_to(directory.resolve()):
-        raise OSError(f"{directory} is the working directory; work in another one to replace it")
+    with contextlib.suppress(FileNotFoundError):  # the working directory may be gone
+        if Path.cwd().is_relative_to(directory.resolve()):
+            raise OSError(f"{directory} is the working directory; change to another one first")
 
 
 @contextlib.contextmanager
@@ -222,9 +226,11 @@ def _is_empty(directory: Path) -> bool:
 def _temporary(parent: Path) -> tuple[Path, int]:
     """A new hidden directory, and its descriptor, which holds a lock for as long as we live."""
     while True:
-        tmp = parent / f"{_TEMPORARY}{uuid.uuid4().hex[:16]}"
+        tmp = parent / f"{_TEMPORARY}{_host()}-{uuid.uuid4().hex[:16]}"
         try:
             tmp.mkdir()
+            if fcntl is None:  # no lock is possible, and Windows opens no directories
+                return tmp, -1
             held = os.open(tmp, os.O_RDONLY)
         except FileNotFoundError:  # cleaned as a leftover before it was locked
             continue
@@ -235,17 +241,27 @@ def _temporary(parent: Path) -> tuple[Path, int]:
         os.close(held)
 
 
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
 def _clean(parent: Path) -> None:
-    """Removes the temporary directories of processes that have ended."""
+    """Removes the temporary directories of processes that have ended.
+
+    Those of other machines only when they are old: some network file systems let every machine
+    have a lock of its own.
+    """
     with os.scandir(parent) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(_TEMPORARY)]
     for name in names:
-        if not re.fullmatch(re.escape(_TEMPORARY) + "[0-9a-f]{16}", name):
+        found = re.fullmatch(re.escape(_TEMPORARY) + "([0-9a-f]{8})-[0-9a-f]{16}", name)
+        if found is None:
             continue
         with contextlib.suppress(OSError):
             held = os.open(parent / name, os.O_RDONLY | _NOFOLLOW)
             try:
-                if _flock(held):
+                old = time.time() - os.fstat(held).st_mtime > _OLD
+                if (found[1] == _host() or old) and _flock(held):
                     shutil.rmtree(parent / name, ignore_errors=True)
             finally:
                 os.close(held)
@@ -331,7 +347,7 @@ def _flush(directory: Path) -> None:
             if not os.path.isfile(path) or os.path.islink(path):
                 continue
             try:
-                fd = os.open(path, os.O_RDONLY)
+                fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
             except PermissionError:  # a kept file of somebody else: nothing of ours is in it
                 continue
             try:

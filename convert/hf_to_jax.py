@@ -177,7 +177,7 @@ def _place(
         x = jax.make_array_from_callback(block.shape, source, lambda index: block[index])
     if entry.transposed or x.dtype != target.dtype:
         return _convert(entry.transposed, jnp.dtype(target.dtype), sharding)(x)
-    return x, _all_finite(x)
+    return x, all_finite(x)
 
 
 def _transposed(sharding: Sharding) -> Sharding:
@@ -200,7 +200,8 @@ def _convert(transpose: bool, dtype: np.dtype, sharding: Sharding | None):
 
 
 @jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether no number is NaN or infinite."""
     return jnp.isfinite(x).all()
 
 
@@ -226,7 +227,8 @@ def _scan(checkpoint: Checkpoint, tensors: Mapping[str, Any], renamed: Mapping[s
 
 
 def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
-    if checkpoint.tensors[a].shape != checkpoint.tensors[b].shape:
+    one, two = checkpoint.tensors[a], checkpoint.tensors[b]
+    if one.shape != two.shape or one.dtype not in DTYPES:
         return False
     pairs = zip(_pieces(checkpoint, a), _pieces(checkpoint, b), strict=True)
     return all(np.array_equal(x.astype(np.float32), y.astype(np.float32)) for x, y in pairs)

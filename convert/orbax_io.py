@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,19 @@ from hmf_jax.convert.reading import first_line, printable, summary
 
 
 def write(directory: Path, params: Mapping[str, jax.Array]) -> None:
-    """Writes `params/`, a tree with one level per part of the parameters' paths."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory / PARAMS, _nested(params))
+    """Writes `params/`, a tree with one level per part of the parameters' paths.
+
+    Raises OSError, one line, if they cannot be written.
+    """
+    try:
+        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory / PARAMS, _nested(params))
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as e:
+        full = os.strerror(errno.ENOSPC) in str(e)
+        code = errno.ENOSPC if full else errno.EIO
+        raise OSError(code, first_line(e), str(directory / PARAMS)) from None
 
 
 def dtypes(directory: Path) -> dict[str, Any]:
@@ -69,10 +82,23 @@ def _metadata(directory: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's log: what goes wrong is raised, and said once."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextlib.contextmanager
 def _reading(directory: Path) -> Iterator[None]:
     """What Orbax says about damaged files, of many types and pages long, in one line."""
     try:
-        yield
+        with _quiet():
+            yield
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as e:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 CHECKSUMS = "checksums.sha256"
+_CHECKSUMS_LIMIT = 1 << 26  # bytes
 _DEPTH = 100
 
 
@@ -52,14 +54,18 @@ def inside(directory: Path, name: str) -> Path:
     Raises ValueError for names and symbolic links that lead out of it. Links of the Hugging Face
     cache are followed: they lead from snapshots/REVISION to the blobs of the same repository.
     """
-    path = directory / name
-    if Path(name).is_absolute() or ".." in re.split(r"[/\\\\]", name) or "\0" in name:
+    path, parts = directory / name, re.split(r"[/\\\\]", name)
+    try:
+        too_long = max(len(os.fsencode(part)) for part in parts) > 255
+    except UnicodeEncodeError:
+        too_long = True
+    if Path(name).is_absolute() or ".." in parts or "\0" in name or too_long:
         raise ValueError(f"{directory}: {printable(name)} is not the name of a file in it")
-    root, real = directory.resolve(), path.resolve()
+    root, real = (Path(os.path.realpath(p)) for p in (directory, path))
     roots = [root]
     if "snapshots" in root.parts:
         roots += [p.parent / "blobs" for p in (root, *root.parents) if p.name == "snapshots"]
-    if not any(real.is_relative_to(allowed.resolve()) for allowed in roots):
+    if not any(real.is_relative_to(os.path.realpath(allowed)) for allowed in roots):
         raise ValueError(
             f"{directory}: {printable(name)} is a symbolic link that leads out of the directory; "
             "copy the file or use a hard link"
@@ -156,6 +162,8 @@ def check_checksums(directory: str | Path) -> bool:
     file = directory / CHECKSUMS
     if not file.is_file():
         return False
+    if file.stat().st_size > _CHECKSUMS_LIMIT:
+        raise ValueError(f"{file} is too large: more than {_CHECKSUMS_LIMIT:,} bytes")
     wanted: dict[str, str] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         found = re.fullmatch(r"([0-9a-f]{64})  ([^/\\].*)\n", line)

@@ -100,7 +100,8 @@ def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
     where = f"{file}: {printable(name)}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a JSON object")
-    dtype, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    values: list[Any] = [entry.get(key) for key in ("dtype", "shape", "data_offsets")]
+    dtype, shape, ends = values
     if dtype not in list(_BITS):
         raise ValueError(f"{where} has the unknown dtype {printable(dtype)}")
     if not _are_sizes(shape):
@@ -225,6 +226,7 @@ class Checkpoint:
         path = Path(path)
         files, index = ([path], {}) if path.is_file() else _files(path)
         self.tensors: dict[str, TensorInfo] = {}
+        self._found = {file: _identity(file.stat()) for file in files}
         twice: list[str] = []
         for file in files:
             header = read_header(file)
@@ -258,6 +260,8 @@ class Checkpoint:
         begin = -memory.ctypes.data % 64
         data = memory[begin : begin + count]
         with info.file.open("rb", buffering=0) as f:
+            if _identity(os.fstat(f.fileno())) != self._found[info.file]:
+                raise ValueError(f"{info.file} was replaced while it was read; load it again")
             f.seek(offset)
             done = 0
             while done < count:
@@ -269,6 +273,10 @@ class Checkpoint:
     def dtypes(self) -> dict[str, str]:
         """Name -> stored dtype ("BF16", "F32", ...)."""
         return {name: t.dtype for name, t in self.tensors.items()}
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.layers import MLP, RMSNorm
+from hmf_jax.layers import MLP, RMSNorm, untabulated
 from hmf_jax.mixers import Context, Mixer, make_mixer, split_symbol
 from hmf_jax.sharding import constrain
 
@@ -38,11 +38,12 @@ class Block(nnx.Module):
         x, mixed, _, state = self.run(self.mixer, x, ctx, state)
         return x, mixed, state
 
+    @untabulated
     def run(
         self, mixer: Mixer, x: Array, ctx: Context, state: Any = None
     ) -> tuple[Array, Array, Array, Any]:
         """The block with this mixer: (hidden states, mixer's output, MLP's output, new state)."""
-        mixed, state = mixer(self.input_layernorm(x), ctx, state)
+        mixed, state = mixer(self.input_layernorm(x), ctx=ctx, state=state)
         x = constrain(x + mixed, ctx.mesh, "batch", "tokens", None)
         fed = self.mlp(self.post_attention_layernorm(x))
         return constrain(x + fed, ctx.mesh, "batch", "tokens", None), mixed, fed, state
@@ -60,4 +61,4 @@ class LayerOutput(NamedTuple):
 @jax.jit
 def run_block(block: Block, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
     """One inner jit: layers of the same kind have equal tree structures and are traced once."""
-    return block(x, ctx, state)
+    return block(x, ctx=ctx, state=state)

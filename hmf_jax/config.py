@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from hmf_jax import families, overrides, presets
@@ -42,6 +41,7 @@ from hmf_jax.options import (
     nearest,
     shown,
 )
+from hmf_jax.pallas_kernels.compat import is_traced
 from hmf_jax.sections import check_sections, stored_section, take_sections
 
 __all__ = ["KNOWN_MODEL_TYPES", "HybridConfig", "RopeConfig", "split_symbol", "streams"]
@@ -78,8 +78,8 @@ class HybridConfig(Backbone):
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     family: str = "qwen3"
-    extra: str = "{}"
-    stock: str | None = None
+    extra: str = dataclasses.field(default="{}", repr=False)
+    stock: str | None = dataclasses.field(default=None, repr=False)
 
     def __init__(
         self,
@@ -160,6 +160,12 @@ class HybridConfig(Backbone):
         base = all(symbol in KINDS and KINDS[symbol].layer_type for symbol in self.layer_kinds)
         return self.stock is not None and base
 
+    @property
+    def solves(self) -> bool:
+        """Whether there are layers that iterate: GKA, also inside B'MOJO-F, or as a teacher."""
+        kinds = {kind for symbol in self.layer_kinds for kind in split_symbol(symbol) if kind}
+        return any(kind.solves for kind in kinds_within(kinds, self.sections))
+
     def check_num_iter(self, value: Any) -> None:
         """Looks at a number of solver iterations that a call gives in place of the config's.
 
@@ -169,15 +175,13 @@ class HybridConfig(Backbone):
         """
         if value is None:
             return
-        if not isinstance(value, jax.core.Tracer):
+        if not is_traced(value):
             given = np.asarray(value)
             whole = given.dtype.kind in "iu" and given.ndim < 2 and given.size > 0
             if not whole or given.min() < 0 or given.max() > MOST_ITERATIONS:
                 limits = f">= 0 and <= {MOST_ITERATIONS}"
                 raise ValueError(f"num_iter={shown(value)} must be a whole number {limits}")
-        kinds = {kind for symbol in self.layer_kinds for kind in split_symbol(symbol) if kind}
-        types = [kind.section.type for kind in kinds_within(kinds, self.sections) if kind.section]
-        if not any(field.name == "num_iter" for t in types for field in dataclasses.fields(t)):
+        if not self.solves:
             raise ValueError("this model has no GKA layers: leave num_iter out")
 
     @classmethod
@@ -237,11 +241,12 @@ class HybridConfig(Backbone):
         sections = take_sections(rest, backbone, len(values["layer_kinds"]), notes)
         kept = {section.key for section in all_sections()} | {"rope_parameters"}
         families.check_rest({k: v for k, v in rest.items() if k not in kept}, notes)
+        known = _constants(family) if hybrid else {}  # written in any case
         config = cls(
             **values,
             sections=sections,
             family=family.name,
-            extra=_text(rest),
+            extra=_text({k: v for k, v in rest.items() if k not in known or v != known[k]}),
             stock=None if hybrid else _text(data),
         )
         return config, notes
@@ -289,7 +294,7 @@ class HybridConfig(Backbone):
             for kind in kinds:
                 out |= kind.base_keys(self.sections) if kind else {}
         else:
-            out |= family.constants
+            out |= _constants(family)
             out["model_type"], out["architectures"] = family.hybrid, [family.architectures[0]]
             out["layer_types"] = list(self.layer_kinds)
             out["hybrid_override_pattern"] = self.hybrid_override_pattern
@@ -335,7 +340,7 @@ class HybridConfig(Backbone):
         ignored = [path for path in _unread(new) - _unread(self) if {path, path[:1]} & set(paths)]
         for path in ignored:
             if not families.is_known(path[0]):
-                raise ValueError(overrides.unknown(path, _known_keys(new)))
+                raise ValueError(overrides.unknown(path, _known_keys(self)))
         hybrid = new.stock is None
         for key in families.WINDOW_KEYS:
             if (key,) in paths and data[key] and (hybrid or set(new.layer_kinds) == {BASE}):
@@ -360,6 +365,11 @@ class HybridConfig(Backbone):
 
 
 _OWN = ("layer_kinds", "sections", "family", "extra", "stock", "attention_bias", *TOKENS)
+
+
+def _constants(family: families.Family) -> dict[str, Any]:
+    """What every hybrid of the family is written with."""
+    return {"dtype": "bfloat16", **family.constants}
 
 
 def _check_token(name: str, value: Any) -> int | None:

@@ -241,7 +241,7 @@ def take_layers(
         if layer_types and tuple(layer_types) != symbols and not set(layer_types) <= base:
             notes.append("layer_types has no effect: it differs from hybrid_override_pattern")
     elif hybrid:
-        symbols = tuple(layer_types)
+        symbols = tuple(layer_types or ())
     else:
         if layer_types is None and count is None:
             count = family.num_hidden_layers

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from hmf_jax.loading import save_pretrained
-from hmf_jax.memory import describe, size_text
+from hmf_jax.memory import describe
 from hmf_jax.mixers import KINDS, kinds_within, split_symbol
 from hmf_jax.model import HybridLM
 
@@ -123,10 +123,10 @@ def model_card(
         f'```python\nimport hmf_jax\n\nmodel = hmf_jax.from_pretrained("{repo_id}")\n'
         'print(hmf_jax.generate_text(model, "The capital of France is")[0].text)\n```',
     ]
-    if any(kind.solves for kind in kinds) and model.config.gka is not None:
+    if model.config.solves and model.config.gka is not None:
         sections.append(
             f"Gated KalmaNet layers run {model.config.gka.num_iter} solver iterations per token. "
-            f"Fewer are faster and less exact: `from_pretrained(\"{repo_id}\", num_iter=10)`, or "
+            f'Fewer are faster and less exact: `from_pretrained("{repo_id}", num_iter=10)`, or '
             "`num_iter=` of a call."
         )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +32,27 @@ def one_row_twice(f: Callable[[Array], Array], x: Array) -> Array:
     return f(jnp.broadcast_to(x, (1, 2, *x.shape[2:])))[:, :1]
 
 
-def in_dtype_of_first(arrays: tuple[Array | None, ...], **options: Any) -> tuple[Any, ...]:
+def in_dtype_of_first[T: tuple[Any, ...]](
+    arrays: T, /, *, dtype: Any = None, inexact: bool = True
+) -> T:
     """The `promote_dtype` of NNX layers that compute in their input's dtype, whatever their
     parameters have: (input, kernel, bias), or the table of embeddings alone."""
-    first: Any = arrays[0]
-    return tuple(None if x is None else x.astype(first.dtype) for x in arrays)
+    found: Any = tuple(None if x is None else x.astype(arrays[0].dtype) for x in arrays)
+    return found
+
+
+class _Untabulated:
+    def __init__(self, method: Callable[..., Any]):
+        self.__doc__, self._method = method.__doc__, method
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else MethodType(self._method, instance)
+
+
+def untabulated[F: Callable[..., Any]](method: F) -> F:
+    """A method that `nnx.tabulate` leaves alone. It runs every function of a module's class as a
+    program of its own, which those that take or return more than arrays do not survive."""
+    return cast(F, _Untabulated(method))
 
 
 def without_dtype[L: nnx.Linear | nnx.Embed](layer: L) -> L:

@@ -33,17 +33,16 @@ from hmf_jax.convert.directories import (
     check_checksums,
     check_target,
     is_orbax,
-    printable,
     read_json,
     recover,
     replacing,
     write_checksums,
 )
-from hmf_jax.convert.reading import first_line
+from hmf_jax.convert.reading import first_line, summary
 from hmf_jax.convert.safetensors_io import DTYPES, dtype_name, parse_size
 from hmf_jax.families import model_types
 from hmf_jax.model import HybridLM
-from hmf_jax.parameters import abstract_params, flat_params, with_params
+from hmf_jax.parameters import abstract_params, flat_params, float_dtype, with_params
 from hmf_jax.sharding import for_model
 
 __all__ = [
@@ -91,7 +90,7 @@ def from_pretrained(
         list of the tensors that are missing, unexpected, wrong-shaped or not finite.
     """
     automatic = dtype is None or (isinstance(dtype, str) and dtype == "auto")
-    dtype = None if automatic else _floating(dtype)
+    dtype = None if automatic else float_dtype(dtype)
     if mesh is not None and not isinstance(mesh, Mesh):
         raise ValueError(f"mesh must be a jax.sharding.Mesh, see hmf_jax.make_mesh; got {mesh!r}")
     directory = resolve(repo_or_dir, revision=revision, progress=progress)
@@ -104,7 +103,7 @@ def from_pretrained(
         config = dataclasses.replace(config, gka=gka)
     mesh = for_model(mesh, config)
     entries = table.entries(config)
-    rules = {"aliases": table.aliases(config), "copies": table.copies(config)}
+    rules: dict[str, Any] = {"aliases": table.aliases(config), "copies": table.copies(config)}
     # Before the model is made, which takes long for a config that asks for too much.
     if is_orbax(directory):
         check_checksums(directory)
@@ -124,6 +123,8 @@ def from_pretrained(
         }
     if is_orbax(directory):
         params = orbax_io.restore(directory, abstract)
+        if bad := [p for p, x in params.items() if not hf_to_jax.all_finite(x)]:
+            raise ValueError(summary(f"{directory}: not finite:", bad))
     else:
         params = hf_to_jax.load(directory, entries, abstract, progress=progress, **rules)
     model = with_params(model, params)
@@ -237,7 +238,7 @@ def convert_directory(
     check_target(target, overwrite, model_types=model_types())
     directory = resolve(source, progress=progress)
     if to is None:
-        to = "orbax" if any(directory.glob("*.safetensors")) else "hf"
+        to = "hf" if is_orbax(directory) else "orbax"
     model = from_pretrained(directory, dtype=None, progress=progress)
     if to == "orbax":
         save_orbax(model, target, overwrite=overwrite)
@@ -299,22 +300,6 @@ def resolve(repo_or_dir: str | Path, *, revision: str | None = None, progress: b
             f"the download of {name} stopped ({first_line(e)}); try again, it continues where it "
             "stopped"
         ) from e
-
-
-def _floating(dtype: Any) -> np.dtype:
-    """The dtype to load a model in."""
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found not in DTYPES.values():
-        raise ValueError(
-            "dtype must be bfloat16, float16, float32 or float64, or None or 'auto' for the stored "
-            f"one; got {printable(repr(dtype))}"
-        )
-    if found == DTYPES["F64"] and not jax.config.jax_enable_x64:
-        raise ValueError("dtype float64 needs jax.config.update('jax_enable_x64', True)")
-    return found
 
 
 def _check_format(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from hmf_jax.config import HybridConfig
 from hmf_jax.mixers import BASE, KINDS, split_symbol
 from hmf_jax.model import HybridLM
+from hmf_jax.options import MOST_POSITIONS, check_int, check_number
 from hmf_jax.parameters import abstract_params
 from hmf_jax.sharding import row_parts
 from hmf_jax.state import ModelState
@@ -48,15 +50,22 @@ def state_memory(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS, *, 
       config: architecture.
       contexts: capacities in tokens.
       dtype: dtype of the model, default bfloat16 (recurrent states are float32 in any case).
+
+    Raises:
+      ValueError: a context is no number of tokens.
     """
-    model = nnx.eval_shape(lambda: HybridLM(config, dtype=dtype or jnp.bfloat16))
+    for context in contexts:
+        check_int("context", context, 1, MOST_POSITIONS)
+    counts = Counter(config.layer_kinds)  # layers of one symbol have states of one size
+    one_of_each = dataclasses.replace(config, layer_kinds=tuple(counts))
+    model = nnx.eval_shape(lambda: HybridLM(one_of_each, dtype=dtype or jnp.bfloat16))
     out: dict[int, StateMemory] = {}
     for context in contexts:
         state = jax.eval_shape(lambda n=context: model.init_state(1, n))
         growing = fixed = 0
-        for symbol, layer in zip(config.student_kinds, state.layers, strict=True):
-            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layer))
-            if KINDS[symbol].grows:
+        for symbol, layer in zip(counts, state.layers, strict=True):
+            size = counts[symbol] * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layer))
+            if KINDS[split_symbol(symbol)[0]].grows:
                 growing += size
             else:
                 fixed += size
@@ -116,14 +125,18 @@ def plan_memory(
     Args:
       config: architecture.
       context: most tokens of a sequence, prompt and answer together.
-      memory: bytes of one device; fraction: the part of them to use.
+      memory: bytes of one device; fraction: the part of them to use, at most 1.
       prefill_chunk: tokens per prefill call.
       dtype: dtype of the model, default bfloat16.
       mesh: the devices, see `hmf_jax.make_mesh`; None: one.
 
     Raises:
-      ValueError: not even one sequence fits; says what is needed.
+      ValueError: not even one sequence fits; says what is needed. An argument out of range.
     """
+    check_int("context", context, 1, MOST_POSITIONS)
+    check_number("memory", memory, 0, 1e18, above=True)
+    check_number("fraction", fraction, 0, 1, above=True)
+    check_int("prefill_chunk", prefill_chunk, 1, MOST_POSITIONS)
     dtype = jnp.dtype(dtype or jnp.bfloat16)
     model = nnx.eval_shape(lambda: HybridLM(config, dtype=dtype, mesh=mesh))
     parts = 1 if model.mesh is None else row_parts(model.mesh)

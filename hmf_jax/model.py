@@ -25,14 +25,15 @@ from hmf_jax.layers import (
     linear,
     one_row_twice,
     rope_table,
+    untabulated,
     without_dtype,
 )
-from hmf_jax.mixers import Context, kinds_within
+from hmf_jax.mixers import Context
 from hmf_jax.mixers.base import abstract_zeros, zeros
 from hmf_jax.moved import TORCH_METHODS
+from hmf_jax.options import check_choice, check_int
 from hmf_jax.packed import Origin
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
-from hmf_jax.options import check_int
 from hmf_jax.padding import (
     arrange,
     check_room,
@@ -76,7 +77,8 @@ class HybridLM(nnx.Module):
     ):
         if not isinstance(config, HybridConfig):
             raise TypeError(
-                f"config must be a HybridConfig, such as HybridConfig.preset('tiny'), not {config!r}."
+                "config must be a HybridConfig, such as HybridConfig.preset('tiny'), "
+                f"not {type(config).__name__}."
             )
         rngs, dtype = nnx.Rngs(0) if rngs is None else rngs, float_dtype(dtype)
         d, V = config.hidden_size, config.vocab_size
@@ -104,7 +106,7 @@ class HybridLM(nnx.Module):
         cls, config: HybridConfig, *, dtype=jnp.bfloat16, mesh: Mesh | None = None, seed: int = 0
     ) -> HybridLM:
         """A model with random parameters."""
-        check_int("seed", seed, 0)
+        check_int("seed", seed, 0, 2**32 - 1)
         return cls(config, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(seed))
 
     @classmethod
@@ -339,6 +341,7 @@ class HybridLM(nnx.Module):
             seen.append((layer.mixed, x))
         return self._head(x), _advance(state, layers, ctx, tokens.shape[1]), seen
 
+    @untabulated
     def embed(
         self,
         tokens: Array,
@@ -361,7 +364,7 @@ class HybridLM(nnx.Module):
         """
         check_tokens(tokens, positions, segment_ids, lengths, self.mesh)
         self.config.check_num_iter(num_iter)
-        _check_solver(solver, self.config)
+        check_solver(solver, self.config)
         float_dtype(self.dtype)  # parameters may have been cast to anything
         B, T = tokens.shape
         if state is not None:
@@ -403,6 +406,7 @@ class HybridLM(nnx.Module):
         x = constrain(x, self.mesh, "batch", None, "tokens")
         return constrain(x, self.mesh, "batch", "tokens", None), ctx
 
+    @untabulated
     def blocks(
         self, x: Array, ctx: Context, state: ModelState | None = None
     ) -> Iterator[LayerOutput]:
@@ -422,12 +426,11 @@ class HybridLM(nnx.Module):
         return constrain(logits, self.mesh, "batch", "tokens", "vocab")
 
 
-def _check_solver(solver: str, config: HybridConfig) -> None:
-    """Raises ValueError for another solver where no layer has any; the operator knows the names."""
-    if solver != "chebyshev":
-        kinds = kinds_within(config.student_kinds, config.sections)
-        if not any(kind.solves for kind in kinds):
-            raise ValueError(f"solver={solver!r}: the model has no layers with a solver (GKA).")
+def check_solver(solver: str, config: HybridConfig) -> None:
+    """Raises ValueError for an unknown solver, or another one where no layer has any."""
+    check_choice("solver", solver, ("chebyshev", "cg"))
+    if solver != "chebyshev" and not config.solves:
+        raise ValueError(f"solver={solver!r}: the model has no layers with a solver (GKA).")
 
 
 def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelState | None:

@@ -1,4 +1,4 @@
-"""Names that are not here: those that moved, and those of other libraries. Asking says what to do."""
+"""Names that are elsewhere, and those of other libraries: asking for one says what to write."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import Any
 
 # The most that a model can have: far above all that exist, and low enough that a damaged or hostile
 # config.json takes neither memory nor time.
-MOST_LAYERS, WIDEST, MOST_POSITIONS, LONGEST_WINDOW = 1024, 2**20, 2**31 - 1, 2**20
+MOST_LAYERS, WIDEST, MOST_POSITIONS, LONGEST_WINDOW = 512, 2**20, 2**31 - 1, 2**20
 MOST_ITERATIONS = 1000  # of a solver; the one of GKA has converged long before
 
 _ROPE_LIMITS = {
@@ -47,9 +47,7 @@ _BACKBONE_LIMITS = {
 }
 
 
-def check_fields(
-    settings: Any, limits: Mapping[str, tuple[float, float]], prefix: str = ""
-) -> None:
+def check_fields(settings: Any, limits: Mapping[str, tuple[Any, Any]], prefix: str = "") -> None:
     """Checks every field of a frozen dataclass by its annotation and `limits`, its range.
 
     Numbers of NumPy become Python's, so that the settings can be written as JSON.
@@ -69,6 +67,10 @@ def check_fields(
         object.__setattr__(settings, field.name, value)
 
 
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
     """The value, an integer of at least `low`, and at most `high`.
 
@@ -76,8 +78,7 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
 
     Raises ValueError for anything else.
     """
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < low:
+    if not _is(value, numbers.Integral) or value < low:
         raise ValueError(f"{name} must be an integer >= {low}, got {shown(value)}")
     if high is not None and value > high:
         raise ValueError(f"{name} must be an integer <= {high}, got {shown(value)}")
@@ -93,8 +94,8 @@ def check_number(
 
     Raises ValueError for anything else.
     """
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not -math.inf < value < math.inf or value < low or (above and value == low):
+    finite = _is(value, numbers.Real) and -math.inf < value < math.inf
+    if not finite or value < low or (above and value == low):
         least = f"{'>' if above else '>='} {low:g}"
         raise ValueError(f"{name} must be a finite number {least}, got {shown(value)}")
     if high is not None and value > high:
@@ -131,8 +132,9 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 def nearest(name: Any, known: Iterable[str]) -> str:
     """ ", did you mean 'x'?" if one of the known names is like this one, else nothing."""
-    found = difflib.get_close_matches(str(name)[:80], list(known), 1)
-    return f", did you mean {found[0]!r}?" if found else ""
+    lower = {candidate.lower(): candidate for candidate in known}
+    found = difflib.get_close_matches(str(name)[:80].lower(), list(lower), 1)
+    return f", did you mean {lower[found[0]]!r}?" if found else ""
 
 
 def names(keys: Iterable[Any], most: int = 8) -> str:

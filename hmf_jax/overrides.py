@@ -24,7 +24,7 @@ def edit(data: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[dict[str,
     Raises ValueError for changes that are no JSON, contradict each other, or reach into a value
     that is no object.
     """
-    data = json.loads(json.dumps(data))
+    out: dict[str, Any] = json.loads(json.dumps(data))
     wanted: dict[Path, Any] = {}
     for name, value in changes.items():
         for path, new in _present_names(name, _as_json(name, value)):
@@ -32,12 +32,12 @@ def edit(data: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[dict[str,
                 raise ValueError(f"{'.'.join(path)} is given twice, under two of its names")
             wanted[path] = new
     if any(path[0] == _ROPE for path in wanted):
-        _join_rope(data)
+        _join_rope(out)
     if (_ROPE, _ORIGINAL) in wanted:
-        data.pop(_ORIGINAL, None)  # it would come first
+        out.pop(_ORIGINAL, None)  # it would come first
     for path in sorted(wanted, key=len):  # whole objects before what is in them
-        _put(data, path, wanted[path])
-    return data, list(wanted)
+        _put(out, path, wanted[path])
+    return out, list(wanted)
 
 
 def unknown(path: Path, known: Iterable[str]) -> str:

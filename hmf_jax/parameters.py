@@ -75,7 +75,7 @@ def with_params[M: nnx.Module](module: M, params: Mapping[str, Any]) -> M:
     problems = [f"{path} is no parameter of the module" for path in params.keys() - own.keys()]
     for path, old in own.items():
         new = params[path]
-        if not jnp.issubdtype(getattr(new, "dtype", None), jnp.floating):
+        if not _floats(new):
             problems.append(f"{path} must be a floating-point array, got {_kind(new)}")
         elif new.shape != old.shape:
             problems.append(f"{path} has shape {list(new.shape)}, must be {list(old.shape)}")
@@ -106,6 +106,14 @@ def float_dtype(dtype: Any) -> np.dtype:
     if jax.dtypes.canonicalize_dtype(found) != found:
         raise ValueError(f"dtype=float64 needs jax_enable_x64; or choose {known}.")
     return found
+
+
+def _floats(x: Any) -> bool:
+    """Whether it is an array of a floating dtype, or describes one; PyTorch's have other dtypes."""
+    try:
+        return jnp.issubdtype(np.dtype(x.dtype), jnp.floating)
+    except (AttributeError, TypeError):
+        return False
 
 
 def _kind(x: Any) -> str:

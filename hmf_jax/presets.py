@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hmf_jax.mixers import BASE, BMojoConfig, SWAConfig
-from hmf_jax.options import RopeConfig
+from hmf_jax.options import RopeConfig, nearest, shown
 
 _QWEN3_8B = dict(
     vocab_size=151936,
@@ -57,13 +57,19 @@ _PRESETS: dict[str, tuple[dict[str, Any], int, tuple[int, ...], int]] = {
 
 def preset(name: str, mixer: str | Sequence[str] | None, overrides: dict[str, Any]):
     """The fields of a preset as a dict; see `HybridConfig.preset`."""
-    if name not in _PRESETS:
-        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(_PRESETS)}")
+    if not isinstance(name, str) or name not in _PRESETS:
+        hint = nearest(name, _PRESETS)
+        known = ", ".join(_PRESETS)
+        raise ValueError(f"unknown preset {shown(name)}{hint}; choose one of {known}")
+    if mixer is not None and "layer_kinds" in overrides:
+        raise ValueError("layer_kinds leaves nothing for mixer to say: give one of the two")
     shape, num_layers, converted, window = _PRESETS[name]
     if mixer is None and name == "tiny":
         kinds: tuple[str, ...] = ("*", "GKA", "GDN", "M2", "BMF", "SWA")
     else:
-        mixers = (mixer,) if isinstance(mixer, str) else tuple(mixer or ("GKA",))
+        mixers = ("GKA",) if mixer is None else (mixer,) if isinstance(mixer, str) else mixer
+        if not isinstance(mixers, list | tuple) or not mixers:
+            raise ValueError(f"mixer must be a symbol such as 'GKA' or several, got {shown(mixer)}")
         turn = {layer: mixers[n % len(mixers)] for n, layer in enumerate(converted)}
         kinds = tuple(turn.get(layer, BASE) for layer in range(num_layers))
     values: dict[str, Any] = {**shape, "layer_kinds": kinds, **overrides}

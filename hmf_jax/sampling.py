@@ -128,6 +128,7 @@ class SamplingSettings(TypedDict, total=False):
     seed: int | None
 
 
+_HOTTEST = 1e30
 _RANDOM = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -179,7 +180,10 @@ def stack_params(params: Sequence[SamplingParams]) -> SamplingArrays:
     """The settings of `params` (one per row) as arrays for `sample`."""
 
     def column(name: str) -> np.ndarray:
-        return np.array([getattr(p, name) for p in params], _DTYPES.get(name, np.float32))
+        values = [getattr(p, name) for p in params]
+        if name == "temperature":  # more than fits into float32 makes all tokens alike, too
+            values = [min(value, _HOTTEST) for value in values]
+        return np.array(values, _DTYPES.get(name, np.float32))
 
     arrays = {f.name: column(f.name) for f in fields(SamplingParams) if f.name != "logit_bias"}
     if not (arrays["presence_penalty"].any() or arrays["frequency_penalty"].any()):
@@ -255,7 +259,8 @@ def choose(scores: Array, params: SamplingArrays, positions: Array) -> tuple[Arr
     def draw(scores: Array) -> Array:
         # The largest score becomes 0, so that no temperature, however small, overflows.
         scores = scores - top[:, None]
-        scores /= jnp.where(random, jnp.clip(params.temperature, 1e-30, 1e30), 1)[:, None]
+        temperature = jnp.clip(params.temperature, 1 / _HOTTEST, _HOTTEST)
+        scores /= jnp.where(random, temperature, 1)[:, None]
         filtered = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
         scores = jax.lax.cond(
             jnp.any(random & filtered), lambda s: _filter(s, params), lambda s: s, scores

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hmf_jax.options import Backbone
+from hmf_jax.options import Backbone, check_int
 from hmf_jax.pallas_kernels.sharded import AXES, batch_axes, batch_parts
 
 BATCH_AXES = AXES.batch
@@ -48,15 +48,17 @@ def make_mesh(
       devices: the devices to use, default all; their number must be dp * fsdp * sp * tp.
 
     Raises:
-      ValueError: the product does not match the number of devices.
+      ValueError: the product does not match the number of devices, or a size is less than 1.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = (dp, fsdp, sp, tp)
-    if min(shape) < 1 or math.prod(shape) != len(devices):
+    sizes = {"dp": dp, "fsdp": fsdp, "sp": sp, "tp": tp}
+    shape = tuple(check_int(name, size, 1) for name, size in sizes.items())
+    if math.prod(shape) != len(devices):
+        needed = math.prod(shape)
+        fewer = f"; pass devices=jax.devices()[:{needed}] to use fewer"
         raise ValueError(
-            f"dp={dp} x fsdp={fsdp} x sp={sp} x tp={tp} needs {math.prod(shape)} devices, but "
-            f"there are {len(devices)}; pass devices=jax.devices()[:{max(math.prod(shape), 1)}] to "
-            f"use fewer."
+            f"dp={dp} x fsdp={fsdp} x sp={sp} x tp={tp} needs {needed} devices, but there are "
+            f"{len(devices)}{fewer if needed < len(devices) else ''}."
         )
     return Mesh(np.asarray(devices).reshape(shape), ("dp", "fsdp", "sp", "tp"))
 

@@ -8,7 +8,6 @@ A case directory holds a checkpoint, `case.json` and `expected.safetensors`. Of 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
+
+from hmf_jax.convert.directories import printable, read_json
+from hmf_jax.convert.safetensors_io import Checkpoint
+from hmf_jax.options import check_int
 
 RTOL = 1e-4
 LOSS_RTOL = 1e-5
@@ -103,15 +106,19 @@ def verify_dir(
             )
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
-    case = json.loads((directory / "case.json").read_text())
+    case = read_json(directory / "case.json")
     kinds = ["model"] if distillation is None else ["model", "stage1"]
     if case.get("kind") not in kinds:
         known = " or ".join(map(repr, kinds))
         raise ValueError(
-            f"{directory} is a case of kind {case.get('kind')!r}; verify runs kind {known}"
+            f"{directory} is a case of kind {printable(case.get('kind'))!r}; verify runs kind "
+            f"{known}"
         )
-    with safe_open(directory / "expected.safetensors", framework="numpy") as f:
+    file = directory / "expected.safetensors"
+    Checkpoint(file)  # says what is wrong with a damaged one
+    with safe_open(file, framework="numpy") as f:
         expected = {name: f.get_tensor(name) for name in f.keys()}
+    _check_recorded(directory, case, expected)
     precision = "highest" if dtype == "float32" else None
     with jax.default_matmul_precision(precision):
         model = load(directory, jnp.dtype(dtype))
@@ -121,6 +128,33 @@ def verify_dir(
             assert distillation is not None
             checks = run_stage1(model, distillation, expected, rtol=rtol)
     return Report(directory, dtype, checks)
+
+
+def _check_recorded(
+    directory: Path, case: Mapping[str, Any], expected: Mapping[str, np.ndarray]
+) -> None:
+    """Raises ValueError, one line, for what no recording of the original holds."""
+    needed = ["input_ids"]
+    if case["kind"] == "model":
+        needed += ["positions", "logits", "logits_tail"]
+    if missing := [name for name in needed if name not in expected]:
+        raise ValueError(f"{directory}/expected.safetensors lacks {', '.join(missing)}")
+    tokens = expected["input_ids"]
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not tokens.size or tokens.min() < 0:
+        raise ValueError(f"{directory}/expected.safetensors: input_ids must be [B, T] token ids")
+    if case["kind"] != "model":
+        return
+    (B, T), file = tokens.shape, directory / "case.json"
+    check_int(f"{file}: L", case.get("L"), 1, T)
+    check_int(f"{file}: layer_row", case.get("layer_row"), 0, B - 1)
+    rows = case.get("rows")
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{file}: rows must be a list of rows, got {printable(rows)}")
+    for row in rows:
+        check_int(f"{file}: rows", row, 0, B - 1)
+    positions = expected["positions"]
+    if positions.ndim != 1 or not ((positions >= 0) & (positions < case["L"])).all():
+        raise ValueError(f"{directory}/expected.safetensors: positions must be from 0 to L - 1")
 
 
 def run_case(
@@ -166,13 +200,15 @@ def run_case(
     compare("logits (prefill)", _host(logits)[rows][:, positions], expected["logits"])
     for name in sorted(expected):
         if found := re.fullmatch(r"layers\.(\d+)\.(mixer_out|layer_out)", name):
-            output = layers[int(found[1])][found[2] == "layer_out"]
+            output = _layer(layers, found[1])[found[2] == "layer_out"]
             compare(name, _host(output)[row, positions], expected[name])
         elif found := re.fullmatch(r"state\.(\d+)\.(\w+)", name):
-            actual, wanted = _state(state.layers[int(found[1])], found[2], expected[name], row, L)
+            actual, wanted = _state(
+                _layer(state.layers, found[1]), found[2], expected[name], row, L
+            )
             compare(name, actual, wanted)
         elif name not in _GLOBAL:
-            raise ValueError(f"do not know how to compare {name}")
+            raise ValueError(f"do not know how to compare {printable(name)}")
 
     steps = []
     for t in range(L, tokens.shape[1]):
@@ -213,7 +249,7 @@ def run_stage1(
             continue
         what, _, rest = key.partition(".")
         if what not in ("loss", "grad", "gradnorm"):
-            raise ValueError(f"do not know how to compare {key}")
+            raise ValueError(f"do not know how to compare {printable(key)}")
         target, _, name = rest.partition(".")
         if target not in results:
             per_layer = target.removesuffix("pre_lm_head").removesuffix("+") or "none"
@@ -247,6 +283,12 @@ _FIELDS = {
 
 def _host(x: Any) -> np.ndarray:
     return np.asarray(x, np.float32)
+
+
+def _layer(layers: Any, index: str) -> Any:
+    if len(index) > 6 or int(index) >= len(layers):
+        raise ValueError(f"layer {printable(index)} is recorded and the model has {len(layers)}")
+    return layers[int(index)]
 
 
 def _state(state: Any, key: str, wanted: np.ndarray, row: int, length: int):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,6 +53,25 @@ def resolve(op: str, impl: str, usable: Mapping[str, str | None]) -> str:
         _said.add((op, name, why))
         _log.info("%s runs %s (%s)", op, name, why)
     return name
+
+
+def check_whole(op: str, name: str, value: Any) -> None:
+    """Raise ValueError unless the value is a whole number from 1 to 2**30 (sums of two fit into int32)."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not 1 <= int(value) <= 2**30:
+        raise ValueError(f"{op}: {name}={value!r} must be a whole number from 1 to 2**30.")
+
+
+def finite(op: str, name: str, value: Any, default: float) -> float:
+    """The value as a float, or the default for None. Raises ValueError unless it is finite."""
+    value = default if value is None else value
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, bool | str) or not math.isfinite(number):
+        raise ValueError(f"{op}: {name}={value!r} must be a finite number.")
+    return number
 
 
 @functools.cache

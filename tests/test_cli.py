@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import typer
@@ -18,12 +22,14 @@ from typer.testing import CliRunner
 import hmf_jax
 from hmf_jax import demo, embedded, engine
 from hmf_jax.cli import app
-from hmf_jax.cli.errors import guarded
+from hmf_jax.cli.errors import guarded, settings
 from hmf_jax.config import HybridConfig
 from hmf_jax.demo import write_checkpoint
+from hmf_jax.engine.api import enable_compilation_cache
 from hmf_jax.loading import from_pretrained
-from hmf_jax.memory import memory_table
+from hmf_jax.memory import memory_table, plan_memory, state_memory
 from hmf_jax.sampling import SamplingParams
+from hmf_jax.sharding import make_mesh
 from hmf_jax.text import ChatSession, generate_text, load_tokenizer
 from tests.goldens import golden
 
@@ -32,7 +38,8 @@ COMMANDS = ("generate", "chat", "convert", "verify", "info", "train", "prime", "
 
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch):
-    """The tests must not write to the user's compilation cache."""
+    """The tests must not write to the user's compilation cache, nor know of each other."""
+    monkeypatch.setitem(settings, "debug", False)
     monkeypatch.setattr(engine, "enable_compilation_cache", lambda: None)
 
 
@@ -105,7 +112,7 @@ def test_convert_there_and_back(checkpoint, tmp_path):
         assert load_tokenizer(path).chat_template
         assert (path / "generation_config.json").is_file()
     assert "not a directory" in error_of("convert", tmp_path / "nothing", tmp_path / "x")
-    assert "pass --overwrite" in error_of("convert", checkpoint, tmp_path / "orbax")
+    assert "--overwrite" in error_of("convert", checkpoint, tmp_path / "orbax")
     run("convert", checkpoint, tmp_path / "orbax", "--overwrite")
 
 
@@ -259,3 +266,185 @@ def test_demo(name):
 
 def test_demo_of_a_model_that_is_not_there():
     assert "no embedded hybrid 'x'; choose gka" in error_of("demo", "--model", "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nothing"], "No such command 'nothing' (see `"),
+        (["prime", "nothing"], "prime --help`)"),
+        (["info"], "Missing argument 'model' (see `"),
+        (["info", "tiny", "--mixr", "GKA"], "No such option: --mixr"),
+        (["generate", "m", "x", "--dtype", "int8"], "'int8' is not one of 'bfloat16', 'float32'"),
+        (["generate", "m", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "m", "x", "--tp", "0"], "--tp"),
+        (["info", "tiny", "a\x1b[31m\nb"], "a\\x1b[31m"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_one_line(arguments, says):
+    result = run(*arguments, code=2)
+    assert len(result.stderr.splitlines()) == 1 and says in result.stderr
+    assert result.stderr.startswith("hmf-jax: ") and result.stderr.strip().isprintable()
+
+
+def test_without_a_command_there_is_help():
+    for arguments in ([], ["prime"], ["bench"]):
+        assert "Usage" in run(*arguments, code=2).output
+
+
+def test_names_and_messages_cannot_write_to_the_terminal(tmp_path, monkeypatch):
+    assert r"a\x1b[31m b" in error_of("info", "a\x1b[31m\nb")
+    folder = tmp_path / "\x1b]0;title\x07"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "\\u001b[2J"}')
+    assert error_of("info", folder).isprintable()
+    (folder / "config.json").write_text('{"model_type": "qwen3", "\\u001b[2J": 1}')
+    monkeypatch.setattr(warnings, "filters", [])  # as outside of tests: said, not recorded
+    monkeypatch.setattr(warnings, "_showwarnmsg_impl", lambda m: sys.stderr.write(_text_of(m)))
+    said = run("info", folder).stderr.splitlines()
+    assert len(said) == 1 and said[0].isprintable() and "warning: " in said[0]
+
+
+def _text_of(message) -> str:
+    return warnings.formatwarning(
+        message.message, message.category, message.filename, message.lineno
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["convert", "hmf_jax/embedded/gka", "x", "--max-shard-size", "1GB"], "this writes Orbax"),
+        (["convert", "x", "y", "--to", "orbax", "--max-shard-size", "1GB"], "this writes Orbax"),
+        (["verify", "x", "--dtype", "bfloat16", "--rtol", "0.1"], "--rtol is for float32"),
+        (["verify", "x", "--rtol", "nan"], "--rtol must be a finite number"),
+        (["verify", "x", "--rtol", "-1"], "--rtol must be a finite number >= 0"),
+        (["info", "x", "--mixer", "GKA"], "--mixer is for the built-in shapes"),
+        (["info", "tiny", "--mixer", "gka"], "did you mean 'GKA'"),
+    ],
+    ids=str,
+)
+def test_options_that_would_be_ignored(arguments, says, monkeypatch):
+    monkeypatch.chdir(Path(hmf_jax.__file__).parents[1])
+    assert says in error_of(*arguments)
+
+
+# The commands of a process: what CliRunner does not show. They start without JAX.
+ECHO = """
+import sys, time, typer
+from hmf_jax.cli.errors import Program, guarded
+def write(n: int, wait: bool = False):
+    typer.echo("\\N{GRINNING FACE}" * n)
+    if wait:
+        print("ready", file=sys.stderr, flush=True)
+        time.sleep(60)
+app = typer.Typer(cls=Program, pretty_exceptions_enable=False)
+app.command()(guarded(write))
+app.command("two")(guarded(write))
+app(prog_name="hmf-jax")
+"""
+
+
+def echo(*arguments, **options):
+    command = [sys.executable, "-c", ECHO, "write", *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_reader_that_has_gone():
+    process = echo(10**6, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.communicate()[1] == "" and process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_is_full():
+    with open("/dev/full", "w") as full:
+        process = echo(1, stdout=full)
+        assert process.communicate()[1].startswith("hmf-jax: [Errno 28]")
+    assert process.returncode == 1
+
+
+def test_an_output_without_these_characters():
+    process = echo(1, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert process.communicate() == ("\\U0001f600\n", "") and process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "says"),
+    [(signal.SIGTERM, 143, "hmf-jax: stopped by SIGTERM\n"), (signal.SIGINT, 130, "")],
+)
+def test_signals(signum, code, says):
+    process = echo(1, "--wait", stdout=subprocess.DEVNULL)
+    assert process.stderr is not None and process.stderr.readline() == "ready\n"
+    process.send_signal(signum)
+    assert process.communicate()[1] == says and process.returncode == code
+
+
+@pytest.fixture
+def cache():
+    """The setting of the compilation cache, as it was before."""
+    name = "jax_compilation_cache_dir"
+    before = getattr(jax.config, name)
+    yield lambda: getattr(jax.config, name)
+    jax.config.update(name, before)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", jax.config.update)
+    file = tmp_path / "file"
+    file.write_text("not a directory")
+    for wrong in (file, file / "below", "/proc/cache", "a\0b"):
+        with pytest.warns(UserWarning, match="programs are not kept: .* cannot be written") as said:
+            assert enable_compilation_cache(wrong) is None
+        assert len(said) == 1 and cache() is None
+    assert enable_compilation_cache(tmp_path / "new") == tmp_path / "new"
+    assert cache() == str(tmp_path / "new") and not any((tmp_path / "new").iterdir())
+
+    def unknown(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    with pytest.warns(UserWarning, match="Could not determine home"):
+        assert enable_compilation_cache() is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"context": 0}, "context must be an integer >= 1"),
+        ({"context": 2**40}, "context must be an integer <="),
+        ({"context": 64.0}, "context must be an integer"),
+        ({"memory": float("nan")}, "memory must be a finite number > 0, got nan"),
+        ({"memory": -1}, "memory must be a finite number > 0"),
+        ({"memory": float("inf")}, "memory must be a finite number"),
+        ({"fraction": 1.5}, "fraction must be a finite number <= 1"),
+        ({"fraction": 0}, "fraction must be a finite number > 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be an integer >= 1"),
+    ],
+    ids=str,
+)
+def test_plans_of_nothing(changes, says):
+    options = {"context": 64, "memory": 1e9, **changes}
+    with pytest.raises(ValueError, match=says):
+        plan_memory(HybridConfig.preset("tiny"), **options)
+    if "context" in changes:
+        with pytest.raises(ValueError, match=says):
+            state_memory(HybridConfig.preset("tiny"), (changes["context"],))
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.0, True, "1", None])
+def test_meshes_of_nothing(size):
+    for axis in ("dp", "fsdp", "sp", "tp"):
+        with pytest.raises(ValueError, match=f"{axis} must be an integer >= 1"):
+            make_mesh(**{axis: size})
+
+
+def test_meshes_of_more_than_there_is():
+    devices = jax.devices()
+    with pytest.raises(ValueError, match="needs 1000000000 devices, but there are [0-9]+.$"):
+        make_mesh(tp=10**9)
+    with pytest.raises(ValueError, match="to use fewer"):
+        make_mesh(devices=devices * 2)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import hmf_jax
-from hmf_jax.composition import compose
+from hmf_jax.composition import _merge, _prefill, compose
 from hmf_jax.mixers.attention import chronological
 from hmf_jax.mixers.mamba2 import picaso_weights
 from tests import goldens
@@ -182,18 +182,30 @@ def test_fused_states() -> None:
         assert rel(mamba.s, sum(orders) / len(orders)) < 1e-6
 
 
-@pytest.mark.parametrize(("sequential", "second", "after"), [(False, 3, 13), (True, 13, 23)])
-def test_positions(sequential: bool, second: int, after: int) -> None:
-    """Parts start where the prefix ends, sequential ones where the part before has ended."""
+@pytest.mark.parametrize("length", [20, 17])  # the last part as long as the others, and shorter
+@pytest.mark.parametrize("sequential", [False, True])
+def test_positions(sequential: bool, length: int) -> None:
+    """Parts start where the prefix ends, sequential ones where the part before has ended: there are
+    no fillers, which would move a shorter part, or what follows it, away."""
     model = build(tiny_config(("*",)), jnp.float32)
-    state = compose(model, CONTEXT[:20], 2, prefix=PREFIX, sequential=sequential)
-    at = [*range(13), *range(second, second + 10)]
+    state = compose(model, CONTEXT[:length], 2, prefix=PREFIX, sequential=sequential)
+    size = math.ceil(length / 2)
+    second = 3 + size if sequential else 3
+    at = [*range(3 + size), *range(second, second + length - size)]
     # Keys of the first layer depend on nothing but a token and its position.
-    empty = model.init_state(1, 64)
-    tokens = jnp.array([[*PREFIX, *CONTEXT[:20]]])
-    _, expected = model(tokens, positions=jnp.array([at]), state=empty)
-    assert rel(state.layers[0].k[:, :23], expected.layers[0].k[:, :23]) < 1e-6
-    assert (state.position.tolist(), state.length.tolist()) == ([after], [23])
+    tokens, at = (
+        jnp.array([[*x, *[0] * (20 - length)]]) for x in ([*PREFIX, *CONTEXT[:length]], at)
+    )
+    _, expected = prefill_at(model, tokens, at)
+    n = 3 + length
+    assert rel(state.layers[0].k[:, :n], expected.layers[0].k[:, :n]) < 1e-6
+    after = 3 + length if sequential else 3 + size
+    assert (state.position.tolist(), state.length.tolist()) == ([after], [n])
+
+
+@jax.jit
+def prefill_at(model, tokens, positions):
+    return model(tokens, positions=positions, state=model.init_state(1, 64))
 
 
 def test_weights_of_one_and_of_equal_parts() -> None:
@@ -243,21 +255,53 @@ def test_on_a_mesh() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(chunks=0), "between 1 and the 22"),
+        (dict(chunks=0), "chunks must be an integer >= 1, got 0"),
+        (dict(chunks=2.0), "chunks must be an integer"),
+        (dict(chunks="2"), "chunks must be an integer"),
         (dict(chunks=23), "between 1 and the 22"),
         (dict(chunks=2, kv="concatenate"), "choose one of concat, last, full"),
         (dict(chunks=2, ssm="mean"), "choose one of soup, fuse, zero"),
         (dict(chunks=2, kv="full", prefix=[1]), "start with the prefix"),
-        (dict(chunks=2, prefix=[64]), "64"),
-        (dict(chunks=2, prefill_chunk=0), "at least 1"),
+        (dict(chunks=2, prefix=[64]), "prefix holds token id 64, outside the vocabulary of 64"),
+        (
+            dict(chunks=2, prefix="You are"),
+            "prefix is text; .* encode it to token ids.$",
+        ),
+        (dict(chunks=2, context=[]), "context is empty"),
+        (dict(chunks=2, context=None), "context must be a flat list"),
+        (dict(chunks=2, context=CONTEXT[None]), "context must be a flat list"),
+        (dict(chunks=2, context=[0.5, 1.0]), "context holds float64, not integer token ids"),
+        (dict(chunks=2, context=[[1, 2], [3]]), "context must be a flat list"),
+        (dict(chunks=2, sequential="no"), "sequential='no' must be True or False"),
+        (dict(chunks=2, prefill_chunk=0), "prefill_chunk must be an integer >= 1"),
+        (dict(chunks=2, num_iter=-1), "num_iter must be an integer >= 0, got -1"),
+        (dict(chunks=2, solver="cg"), "no layers with a solver"),
         (dict(chunks=2, capacity=22), "leaves no room"),
+        (dict(chunks=2, capacity=64.0), "capacity must be an integer"),
         (dict(chunks=2, capacity=600), "goes beyond"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     model = build(tiny_config(("*",)), jnp.float32)
-    with pytest.raises(ValueError, match=message):
-        compose(model, CONTEXT, **options)
+    with pytest.raises(ValueError, match=message) as caught:
+        compose(model, **{"context": CONTEXT, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_not_a_model() -> None:
+    with pytest.raises(TypeError, match="model must be a HybridLM, not str"):
+        compose("models/tiny", CONTEXT, 2)  # type: ignore[arg-type]
+
+
+def test_contexts_of_similar_lengths_share_programs() -> None:
+    """Of any length, prefix and rest, as long as the number of parts is the same."""
+    model = build(tiny_config(("SWA", "*"), max_position_embeddings=4096), jnp.float32)
+    programs: Any = (_prefill, _merge)
+    start = [program._cache_size() for program in programs]
+    for length, prefix in ((20, 3), (13, 0), (22, 2), (6, 1)):
+        state = compose(model, CONTEXT[:length], 3, prefix=PREFIX[:prefix])
+        assert state.length.tolist() == [length + prefix]
+    assert [program._cache_size() - n for program, n in zip(programs, start, strict=True)] == [1, 1]
 
 
 def test_a_context_longer_than_the_model_has_positions() -> None:
@@ -269,5 +313,5 @@ def test_a_context_longer_than_the_model_has_positions() -> None:
     assert np.isfinite(logits_after(model, state)).all()
     others: list[dict[str, Any]] = [dict(chunks=1), dict(chunks=4, sequential=True)]
     for options in [*others, dict(chunks=4, kv="full")]:
-        with pytest.raises(ValueError, match="or more chunks"):
+        with pytest.raises(ValueError, match="use more chunks"):
             compose(model, CONTEXT, **options)

@@ -65,8 +65,8 @@ READING = {"prefill_chunk": 2048, "num_iter": None}
 FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
     hmf_jax.generate: {**READING, "max_new_tokens": 128, "logprobs": False, "slots": None},
     hmf_jax.stream: {**READING, "max_new_tokens": 128, "tokens_per_dispatch": 8},
-    hmf_jax.generate_text: {"max_new_tokens": 128, "stop": (), "prefill_chunk": 2048},
-    hmf_jax.ChatSession: {**READING, "max_new_tokens": 1024, "stop": (), "thinking": None},
+    hmf_jax.generate_text: {"max_new_tokens": None, "stop": (), "prefill_chunk": 2048},
+    hmf_jax.ChatSession: {**READING, "max_new_tokens": None, "stop": (), "thinking": None},
     hmf_jax.compose: {
         **READING,
         "prefix": (),
@@ -157,8 +157,8 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
     },
 }
 COMMANDS: dict[str, dict[str, Any]] = {
-    "generate": {"max_new_tokens": 128, "seed": 0, "dtype": "bfloat16", "tp": 1},
-    "chat": {"max_new_tokens": 1024, "seed": 0, "dtype": "bfloat16", "tp": 1, "thinking": None},
+    "generate": {"max_new_tokens": None, "seed": 0, "dtype": "bfloat16", "tp": 1},
+    "chat": {"max_new_tokens": None, "seed": 0, "dtype": "bfloat16", "tp": 1, "thinking": None},
     "convert": {"max_shard_size": "5GB", "overwrite": False, "to": None},
     "verify": {"dtype": "float32", "rtol": 1e-4},
     "train": {"dry_run": False},

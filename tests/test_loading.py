@@ -20,7 +20,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from hmf_jax import HybridConfig, HybridLM, make_mesh
 from hmf_jax.config import GKAConfig
 from hmf_jax.convert.safetensors_io import Checkpoint
-from hmf_jax.loading import from_pretrained, save_orbax, save_pretrained
+from hmf_jax.loading import convert_directory, from_pretrained, save_orbax, save_pretrained
 from hmf_jax.parameters import abstract_params, flat_params
 from tests.convert import synthetic
 
@@ -226,6 +226,121 @@ def test_a_model_that_was_never_saved(tmp_path):
     assert stored["model.layers.1.gka.A_log"] == "F32" and stored["lm_head.weight"] == "BF16"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bf16"}, "dtype='bf16' is none that models compute in; choose"),
+        ({"dtype": "int32"}, "dtype='int32' is none that"),
+        ({"dtype": 3}, "dtype=3 is none that"),
+        ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn' is none that"),
+        ({"dtype": "float64"}, "dtype=float64 needs jax_enable_x64"),
+        ({"mesh": {"tp": 2}}, "mesh must be a jax.sharding.Mesh, see hmf_jax.make_mesh"),
+        ({"revision": "main"}, "revision='main' is for repositories, and .* is a directory here"),
+        ({"num_iter": 1001}, "num_iter.* 1000"),
+        ({"num_iter": 10**9}, "num_iter.* 1000"),
+        ({"num_iter": True}, "num_iter"),
+        ({"num_iter": "3"}, "num_iter"),
+        ({"num_iter": 2.5}, "num_iter"),
+    ],
+)
+def test_arguments_that_mean_nothing(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(source, **options)
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        (["adapter_config.json"], ValueError, "holds LoRA adapters.*hmf_jax.training.load_lora"),
+        (["model.Q4_K_M.gguf"], ValueError, "holds a GGUF file, which is not read: download"),
+        (["model/config.json"], FileNotFoundError, "holds no config.json; .*/model does"),
+        (["pytorch_model.bin"], FileNotFoundError, "config.json does not exist"),
+        ([], FileNotFoundError, "config.json does not exist"),
+    ],
+)
+def test_directories_of_something_else(tmp_path, files, error, message):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(error, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_no_name(name):
+    with pytest.raises(FileNotFoundError, match="is not the name of a directory or repository"):
+        load(name)
+
+
+def test_saving_over_the_directory_it_came_from(tmp_path, source):
+    """Its own notes stay; converting it in place replaces the weights by the other format."""
+    here = tmp_path / "model"
+    shutil.copytree(source, here)
+    (here / "README.md").write_text("mine")
+    (here / "notes").mkdir()
+    own = load(here)
+    save_pretrained(own, here, overwrite=True, progress=False)
+    assert same_files(source, here) and (here / "README.md").read_text() == "mine"
+    assert convert_directory(here, here, overwrite=True, progress=False) == "orbax"
+    assert not list(here.glob("*.safetensors")) and (here / "notes").is_dir()
+    assert (here / "tokenizer.json").exists() and list(tmp_path.iterdir()) == [here]
+    assert_equal(load(here), own)
+    assert convert_directory(here, here, overwrite=True, progress=False) == "hf"
+    assert same_files(source, here) and not (here / "params").exists()
+    assert not (here / "checksums.sha256").exists()
+
+
+def test_a_target_is_checked_before_the_work(tmp_path, source, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("loaded")
+
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    monkeypatch.setattr("hmf_jax.loading.from_pretrained", never)
+    cases: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+        ("file", {}, FileExistsError, "is a file"),
+        ("other", {"overwrite": True}, FileExistsError, "holds no model that is known"),
+        ("new", {"max_shard_size": "huge"}, ValueError, "is not a size"),
+        ("new", {"to": "gguf"}, ValueError, "to must be 'orbax', 'hf' or None"),
+    ]
+    for target, options, error, message in cases:
+        with pytest.raises(error, match=message):
+            convert_directory(source, tmp_path / target, progress=False, **options)
+
+
+def test_a_source_that_is_gone(tmp_path, model):
+    with pytest.raises(FileNotFoundError, match="source=.*nowhere is not a directory"):
+        save_pretrained(model, tmp_path / "out", source=tmp_path / "nowhere")
+    lost = jax.tree.map(lambda x: x, model)
+    lost.source = str(tmp_path / "nowhere")
+    with pytest.warns(UserWarning, match="nowhere, which the model was loaded from, is gone"):
+        save_pretrained(lost, tmp_path / "out", progress=False)
+
+
+def test_tokenizer_files_that_are_links_to_elsewhere(tmp_path, source, model):
+    shutil.copytree(source, tmp_path / "in")
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "in" / "tokenizer.model").symlink_to(tmp_path / "secret")
+    for save in (save_pretrained, save_orbax):
+        with pytest.raises(ValueError, match="tokenizer.model is a symbolic link that leads out"):
+            save(model, tmp_path / "out", source=tmp_path / "in")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "_METADATA"])
+def test_a_damaged_orbax_directory_is_one_line(tmp_path, model, name, capfd):
+    save_orbax(model, tmp_path)
+    file = tmp_path / "params" / name
+    file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(ValueError, match=f"params/{name} has changed since it was saved"):
+        load(tmp_path)
+    (tmp_path / "checksums.sha256").unlink()
+    with pytest.raises(ValueError, match="params is damaged or incomplete") as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
 def remove(pattern: str):
     return lambda directory: [path.unlink() for path in directory.glob(pattern)]
 
@@ -306,11 +421,13 @@ def test_download_arguments_and_errors(source, model, monkeypatch):
     for error, message in (
         (RepositoryNotFoundError("404", response=response), "hf auth login"),
         (LocalEntryNotFoundError("offline"), "cannot be reached"),
+        (OSError(28, "No space left on device"), "download of org/tiny stopped .*No space left"),
+        (RuntimeError("peer closed\nconnection"), r"stopped \(peer closed\); try again"),
     ):
 
         def fail(*_, error=error, **__):
             raise error
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-        with pytest.raises(FileNotFoundError, match=message):
+        with pytest.raises(OSError, match=message):
             load("org/tiny")

@@ -59,11 +59,24 @@ def test_with_params_fills_an_abstract_model_in():
     model = random_model(tiny_config(("*", "GKA")), jnp.float32)
     params = parameters.flat_params(model)
     abstract = nnx.eval_shape(lambda: HybridLM(model.config, dtype=jnp.float32))
-    again = parameters.with_params(abstract, params | {"foreign": params["norm.weight"]})
+    again = parameters.with_params(abstract, params)
     assert jax.tree.structure(again) == jax.tree.structure(model)
     for path, x in parameters.flat_params(again).items():
         assert x is params[path], path
     assert not isinstance(parameters.flat_params(abstract)["norm.weight"], np.ndarray | jax.Array)
-    del params["norm.weight"]
-    with pytest.raises(KeyError, match="norm.weight"):
-        parameters.with_params(abstract, params)
+
+
+def test_with_params_refuses_by_name_what_does_not_fit():
+    model = nnx.eval_shape(lambda: HybridLM(tiny_config(("*",))))
+    params = parameters.flat_params(model)
+    less = {path: x for path, x in params.items() if path != "norm.weight"}
+    with pytest.raises(KeyError, match="missing parameters: norm.weight"):
+        parameters.with_params(model, less)
+    for changes, message in (
+        ({"norm.wieght": params["norm.weight"]}, "norm.wieght is no parameter"),
+        ({"norm.weight": np.ones(3, np.float32)}, r"norm.weight has shape \[3\], must be \[32\]"),
+        ({"norm.weight": np.ones(32, np.int32)}, "norm.weight must be .* floating.* got int32"),
+        ({"norm.weight": [1.0] * 32}, "norm.weight must be a floating-point array, got list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parameters.with_params(model, {**params, **changes})

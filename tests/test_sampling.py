@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmf_jax.sampling import SamplingParams, _filter, sample, stack_params
+from hmf_jax.sampling import SamplingParams, _filter, adjust, choose, sample, stack_params
 
 V = 23
 
@@ -190,6 +191,11 @@ def test_settings_do_not_compile_again():
         ("min_p", -0.1),
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-9),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", float("nan")),
+        ("temperature", True),
+        ("top_p", "0.9"),
         ("seed", -1),
         ("seed", 2**32),
     ],
@@ -197,3 +203,47 @@ def test_settings_do_not_compile_again():
 def test_bad_settings(name, value):
     with pytest.raises(ValueError, match=f"{name}=.*must be"):
         SamplingParams(**{name: value})
+
+
+def test_penalties_as_they_are_defined():
+    """Biases, then the repetition penalty over the row, then OpenAI's over what was generated."""
+    rng = np.random.default_rng(0)
+    raw, seen = logits_of(3), rng.random((3, V)) < 0.5
+    generated = rng.integers(0, 4, (3, V)).astype(np.int32)
+    params = [
+        SamplingParams(presence_penalty=0.5, frequency_penalty=-0.25),
+        SamplingParams(logit_bias={3: 2.5, 7: -np.inf}, repetition_penalty=1.5),
+        SamplingParams(),
+    ]
+    expected = raw.astype(np.float64)
+    expected[1, 3] += 2.5
+    expected[1, 7] = -np.inf
+    punished = np.where(expected[1] > 0, expected[1] / 1.5, expected[1] * 1.5)
+    expected[1] = np.where(seen[1], punished, expected[1])
+    expected[0] -= 0.5 * (generated[0] > 0) - 0.25 * generated[0]
+    got = jax.jit(adjust)(raw, stack_params(params), seen, generated)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert (np.asarray(got[2]) == raw[2]).all()
+
+
+def test_nobody_pays_for_what_nobody_asks():
+    plain = stack_params([SamplingParams(), SamplingParams(temperature=1, repetition_penalty=2)])
+    assert plain.presence_penalty is plain.frequency_penalty is plain.logit_bias is None
+
+
+def test_scores_that_are_not_finite():
+    """NaN, +inf, or nothing left: that row only; some -inf are nothing wrong."""
+    scores = logits_of(5)
+    scores[0, 4], scores[1, 4], scores[2], scores[3, :-1] = np.nan, np.inf, -np.inf, -np.inf
+    pick = jax.jit(choose)
+    for temperature in (0.0, 1e-45, 1e-30, 1.0, 1e30, 1e300):
+        params = stack_params([SamplingParams(temperature=temperature, top_k=3)] * 5)
+        token, ok = pick(jnp.asarray(scores), params, jnp.arange(5))
+        assert ok.tolist() == [False, False, False, True, True]
+        assert token[3] == V - 1 and token[4] in np.argsort(-scores[4])[:3]
+
+
+def test_settings_can_be_hashed_and_compared():
+    one = SamplingParams(logit_bias={5: 1, 2: -np.inf})
+    assert one == SamplingParams(logit_bias=((2, -np.inf), (5, 1.0)))
+    assert len({one, dataclasses.replace(one)}) == 1

@@ -57,9 +57,11 @@ class Program(TyperGroup):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **options)
         _prepare()
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+        before, warnings.formatwarning = warnings.formatwarning, _warning
+        try:
             sys.exit(self._run(*args, **options))
+        finally:
+            warnings.formatwarning = before
 
     def _run(self, *args: Any, **options: Any) -> int:
         try:
@@ -81,14 +83,30 @@ class Program(TyperGroup):
 
 def say(text: str) -> None:
     """One line on stderr, whatever is in the text."""
-    line = re.sub(r"\s*[\r\n]\s*", " ", text.strip())
     with contextlib.suppress(OSError):  # nobody reads that either
-        typer.echo(f"hmf-jax: {printable(line, 4000)}", err=True)
+        typer.echo(_line(text), err=True)
+
+
+def _line(text: str) -> str:
+    return "hmf-jax: " + printable(re.sub(r"\s*[\r\n]\s*", " ", text.strip()), 4000)
+
+
+def _warning(message: Any, *_: Any, **__: Any) -> str:
+    return _line(f"warning: {message}") + "\n"
 
 
 def progress() -> bool:
     """Progress bars are for people."""
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+def talk(quiet: bool) -> dict[str, Any]:
+    """How a training run reports, as its arguments: a bar on a terminal, lines where there is
+    none."""
+    if quiet:
+        return {"progress": False, "report": lambda text: None, "lines": False}
+    bar, terminal = progress(), sys.stdout is not None and sys.stdout.isatty()
+    return {"progress": bar, "report": typer.echo, "lines": not (bar and terminal)}
 
 
 def _prepare() -> None:
@@ -98,9 +116,10 @@ def _prepare() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+    streams: list[tuple[Any, str]] = [(sys.stdin, "replace"), (sys.stdout, "backslashreplace")]
+    for stream, errors in streams:
         if hasattr(stream, "reconfigure"):  # text that the terminal's encoding does not have
-            stream.reconfigure(errors=errors)  # pyright: ignore[reportOptionalMemberAccess]
+            stream.reconfigure(errors=errors)
     ours = threading.current_thread() is threading.main_thread()
     if ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
@@ -136,12 +155,3 @@ def _nobody_reads(e: Exception) -> bool:
 def _drop() -> None:
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def talk(quiet: bool) -> dict[str, Any]:
-    """How a training run reports, as its arguments: a bar on a terminal, lines where there is
-    none."""
-    if quiet:
-        return {"progress": False, "report": lambda text: None, "lines": False}
-    bar = progress()
-    return {"progress": bar, "report": typer.echo, "lines": not (bar and sys.stdout.isatty())}

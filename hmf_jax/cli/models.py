@@ -18,22 +18,24 @@ def convert(
         Format | None, typer.Option(help="Format to write. Default: the one SOURCE is not.")
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option(help="Largest weight file in Hugging Face format.")
-    ] = "5GB",
+        str | None, typer.Option(help="Largest weight file in Hugging Face format. Default: 5GB.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model that is already there.")
     ] = False,
 ) -> None:
     """Convert a model from Hugging Face to Orbax format, or back. Numbers stay bit-identical."""
-    from hmf_jax.loading import convert_directory
+    from hmf_jax.loading import convert_directory, resolve
 
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another directory or pass --overwrite.")
+    if max_shard_size is not None:
+        stored = to is None and any(resolve(source, progress=progress()).glob("*.safetensors"))
+        if stored or to is Format.orbax:
+            raise ValueError("--max-shard-size is for Hugging Face format, this writes Orbax.")
     written = convert_directory(
         source,
         target,
         to=None if to is None else to.value,
-        max_shard_size=max_shard_size,
+        max_shard_size="5GB" if max_shard_size is None else max_shard_size,
         overwrite=overwrite,
         progress=progress(),
     )
@@ -49,20 +51,29 @@ def verify(
         ),
     ],
     dtype: Dtype = DType.float32,
-    rtol: Annotated[float, typer.Option(help="Largest relative error in float32.")] = 1e-4,
+    rtol: Annotated[
+        float | None, typer.Option(help="Largest relative error in float32. Default: 1e-4.")
+    ] = None,
 ) -> None:
     """Compare a model with recorded outputs of the original, one line per tensor.
 
     Exit code 0 only if every tensor agrees.
     """
     from hmf_jax.loading import from_pretrained
+    from hmf_jax.options import check_number
     from hmf_jax.priming import loss_and_gradients
-    from hmf_jax.verify import verify_dir
+    from hmf_jax.verify import RTOL, verify_dir
+
+    if rtol is not None:
+        check_number("--rtol", rtol, 0, 1)
+        if dtype is not DType.float32:
+            raise ValueError("--rtol is for float32; other formats have limits of their own.")
 
     def load(path: Path, dtype: Any) -> Any:
         return from_pretrained(path, dtype=dtype, progress=False)
 
-    options: Any = dict(distillation=loss_and_gradients, dtype=dtype.value, rtol=rtol)
+    options: Any = dict(distillation=loss_and_gradients, dtype=dtype.value)
+    options["rtol"] = RTOL if rtol is None else rtol
     ok = True
     for path in directory:
         report = verify_dir(path, load, **options)
@@ -89,11 +100,13 @@ def info(
     from hmf_jax.config import HybridConfig
     from hmf_jax.memory import describe, memory_table
 
-    if model in ("tiny", "8b", "32b") and not Path(model).exists():
+    if mixer is None and Path(model).exists():
+        config = HybridConfig.from_json(model)
+    elif model in ("tiny", "8b", "32b"):
         config = HybridConfig.preset(model, mixer)
     elif mixer is not None:
         raise ValueError("--mixer is for the built-in shapes tiny, 8b and 32b only.")
-    else:
+    else:  # says what is missing
         config = HybridConfig.from_json(model)
     typer.echo(describe(config))
     typer.echo("\nMemory of one sequence in bfloat16 (recurrent states in float32):")

@@ -25,7 +25,14 @@ Model = Annotated[
         "such as org/name, which is downloaded."
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Longest answer, in tokens. Default: what the model's generation_config.json says, "
+        "else 128, in a chat 1024.",
+        min=1,
+    ),
+]
 Temperature = Annotated[
     float | None,
     typer.Option(
@@ -54,7 +61,9 @@ NumIter = Annotated[
 ]
 Capacity = Annotated[
     int | None,
-    typer.Option(help="Most tokens to keep in memory, prompt and answer. Default: as needed."),
+    typer.Option(
+        help="Most tokens to keep in memory, prompt and answer. Default: as needed.", min=1
+    ),
 ]
 Dtype = Annotated[DType, typer.Option(help="Number format of weights and activations.")]
 Fields = Annotated[
@@ -74,4 +83,4 @@ DryRun = Annotated[
         "--dry-run", help="Only show the data, what is trained, memory and cost of a step."
     ),
 ]
-TP = Annotated[int, typer.Option(help="Devices to split the model over (tensor parallel).")]
+TP = Annotated[int, typer.Option(help="Devices to split the model over (tensor parallel).", min=1)]

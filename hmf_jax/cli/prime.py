@@ -124,29 +124,54 @@ def select(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="With --base: texts or chats (JSONL, Parquet) to score on.")
+        str | None, typer.Option(help="With --base: file of texts or chats to score on.")
     ] = None,
-    length: Annotated[int, typer.Option(help="With --data: tokens per row.")] = 8192,
-    rows: Annotated[int, typer.Option(help="With --data: rows to score on.")] = 16,
+    length: Annotated[
+        int | None, typer.Option(help="With --data: tokens per row. Default: 8192.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="With --data: rows to score on. Default: 16.")
+    ] = None,
     variants: Annotated[
         Path | None,
         typer.Option(help="With --base: write a model per layer here, for other evaluations."),
     ] = None,
-    window: Annotated[int, typer.Option(help="Window of the layer in question, tokens.")] = 2048,
-    dtype: Dtype = DType.bfloat16,
+    window: Annotated[
+        int | None,
+        typer.Option(help="With --base: window of the layer in question, tokens. Default: 2048."),
+    ] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="With --data: number format. Default: bfloat16.")
+    ] = None,
 ) -> None:
     """Choose the layers whose attention can go: those that do least harm when it is windowed."""
+    from hmf_jax.config import HybridConfig
     from hmf_jax.engine import enable_compilation_cache
     from hmf_jax.loading import resolve
+    from hmf_jax.options import check_int
     from hmf_jax.priming import read_scores, select_layers, selection
 
     if (data is not None or variants is not None) and base is None:
         raise ValueError("--data and --variants need the model: --base.")
     if base is not None and data is None and variants is None:
         raise ValueError("--base needs --data to score it on, or --variants to write.")
+    options = {"length": length, "rows": rows, "dtype": dtype and dtype.value}
+    scoring: dict[str, Any] = {name: x for name, x in options.items() if x is not None}
+    windowed: dict[str, Any] = (
+        {} if window is None else {"window": check_int("--window", window, 1)}
+    )
+    if (scoring and data is None) or (windowed and base is None):
+        raise ValueError(f"--{next(iter(scoring), 'window')} is for scoring: it needs --data.")
+    selection.pattern([], 1, kind)  # says whether there is such a kind
+    if base is not None:
+        layers = HybridConfig.from_json(resolve(base, progress=progress())).num_hidden_layers
+        if num_layers not in (None, layers):
+            raise ValueError(f"--num-layers {num_layers}, but the base has {layers} layers.")
+        check_int("--m", m, 1, layers - exclude_layer_0)
+        num_layers = layers
     if variants is not None:
         directory = resolve(str(base), progress=progress())
-        written = selection.write_swa_variants(directory, variants, window=window)
+        written = selection.write_swa_variants(directory, variants, **windowed)
         typer.echo(f"{len(written)} variants in {variants}, with links to {directory}.")
         if data is None:
             return
@@ -156,12 +181,10 @@ def select(
             str(base),
             data,
             scores,
-            length=length,
-            rows=rows,
-            window=window,
-            dtype=dtype.value,
             progress=progress(),
             report=typer.echo,
+            **scoring,
+            **windowed,
         )
     found = read_scores(scores)
     chosen = select_layers(

@@ -7,7 +7,6 @@
     buffers    the rows on the device: the only part that knows how their memory is laid out
     engine     add, abort, step -> events
     failure    where logits that are not finite come from
-    defaults   what generation_config.json says
     api        generate, stream, warmup
     pure       sample, for programs of one's own
     scores     score: log-probabilities of given tokens

@@ -14,13 +14,13 @@ import jax
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine.buffers import SMALLEST_CAPACITY, SMALLEST_CHUNK, power_of_two
-from hmf_jax.engine.defaults import of_directory
 from hmf_jax.engine.engine import Engine
 from hmf_jax.engine.request import (
     Output,
     Prompts,
     Request,
     Sampling,
+    Whole,
     check_room,
     check_top,
     check_whole,
@@ -30,6 +30,7 @@ from hmf_jax.engine.request import (
 from hmf_jax.engine.scheduler import Finished, New
 from hmf_jax.engine.scores import score_prompts
 from hmf_jax.engine.settings import Processor
+from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingSettings
 from hmf_jax.state import ModelState
@@ -39,18 +40,19 @@ def generate(
     model: HybridLM,
     prompts: Prompts,
     *,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: Whole | None = None,
     sampling: Sampling = None,
     eos_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    num_iter: int | Sequence[int] | None = None,
+    num_iter: Whole | None = None,
     capacity: int | None = None,
     prefill_chunk: int = 2048,
     slots: int | None = None,
     state: ModelState | None = None,
     logprobs: bool | int = False,
     prompt_logprobs: bool | int = False,
-    min_new_tokens: int | Sequence[int] = 0,
+    min_new_tokens: Whole = 0,
     processor: Processor | None = None,
+    solver: str = "chebyshev",
     **settings: Unpack[SamplingSettings],
 ) -> list[Output]:
     """Continue each prompt until an end token, `max_new_tokens` or a full state.
@@ -68,7 +70,8 @@ def generate(
     Args:
       model: the model.
       prompts: token ids of each prompt; lengths may differ. Or an array [B, T].
-      max_new_tokens: most new tokens, one number or one per prompt.
+      max_new_tokens: most new tokens, one number or one per prompt; None = what
+        generation_config.json says, else 128.
       sampling: how to choose tokens, one setting or one per prompt: `SamplingParams`, taken as it
         is, or a dict, {"temperature": 0.7, "top_p": 0.9}, which is read like `settings`. A prompt's
         random bits depend on its own seed and positions only, not on the rest of the batch.
@@ -92,6 +95,7 @@ def generate(
       processor: a function (logits [B, V] float32, context) -> logits that `jax.jit` can trace,
         applied after biases and penalties; context is a `hmf_jax.engine.Context`. It must treat
         rows independently. Pass the same function object again: a new one compiles again.
+      solver: of GKA layers, "chebyshev" or "cg", see `HybridLM.__call__`; each compiles once.
       settings: temperature, top_p, top_k, min_p, do_sample, seed, repetition_penalty,
         presence_penalty, frequency_penalty, logit_bias, for all prompts; see `SamplingParams.of`.
         Not with `sampling`.
@@ -111,19 +115,20 @@ def generate(
     asked = requests(
         model.config, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids,
         num_iter=num_iter, min_new_tokens=min_new_tokens, top_logprobs=most, settings=settings,
-        defaults=of_directory(model.config, model.source),
+        defaults=generation_defaults(model),
     )  # fmt: skip
     check_top(model.config, of_prompt)
     engine, ids = start(
         model, asked, capacity=capacity, prefill_chunk=prefill_chunk, slots=slots, state=state,
-        processor=processor,
+        processor=processor, solver=solver,
     )  # fmt: skip
     outputs: dict[int, Output] = {id: Output([], "", [], top_logprobs=[]) for id in ids}
     errors: dict[int, str] = {}
     if prompt_logprobs:
         found = score_prompts(
-            model, asked, top=of_prompt, capacity=engine.capacity, chunk=prefill_chunk, state=state
-        )
+            model, asked, top=of_prompt, capacity=engine.capacity, chunk=prefill_chunk, state=state,
+            solver=solver,
+        )  # fmt: skip
         for id, (scores, top) in zip(ids, found, strict=True):
             more = {"prompt_logprobs": scores, "prompt_top_logprobs": top if of_prompt else None}
             outputs[id] = dataclasses.replace(outputs[id], **more)
@@ -147,14 +152,15 @@ def stream(
     prompts: Prompts,
     *,
     tokens_per_dispatch: int = 8,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: Whole | None = None,
     sampling: Sampling = None,
     eos_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    num_iter: int | Sequence[int] | None = None,
+    num_iter: Whole | None = None,
     capacity: int | None = None,
     prefill_chunk: int = 2048,
-    min_new_tokens: int | Sequence[int] = 0,
+    min_new_tokens: Whole = 0,
     processor: Processor | None = None,
+    solver: str = "chebyshev",
     **settings: Unpack[SamplingSettings],
 ) -> Iterator[list[list[int]]]:
     """Like `generate`, but yields the new tokens of every prompt after each dispatch.
@@ -170,11 +176,12 @@ def stream(
     asked = requests(
         model.config, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids,
         num_iter=num_iter, min_new_tokens=min_new_tokens, settings=settings,
-        defaults=of_directory(model.config, model.source),
+        defaults=generation_defaults(model),
     )  # fmt: skip
     engine, ids = start(
-        model, asked, capacity=capacity, prefill_chunk=prefill_chunk, processor=processor
-    )
+        model, asked, capacity=capacity, prefill_chunk=prefill_chunk, processor=processor,
+        solver=solver,
+    )  # fmt: skip
 
     def tokens() -> Iterator[list[list[int]]]:
         errors: dict[int, str] = {}
@@ -226,6 +233,7 @@ def start(
     slots: int | None = None,
     state: ModelState | None = None,
     processor: Processor | None = None,
+    solver: str = "chebyshev",
 ) -> tuple[Engine, list[int]]:
     """An engine that fits these requests, with all of them in its queue, and their ids.
 
@@ -253,6 +261,7 @@ def start(
         together=slots is None,
         state=state,
         processor=processor,
+        solver=solver,
     )
     check_room(model.config, [request.prompt for request in asked], held, capacity)
     after = engine.held if state is not None else [None] * len(asked)
@@ -263,8 +272,15 @@ def start(
     return engine, ids
 
 
-def warmup(model: HybridLM, *, capacity: int, batch: int = 1, prefill_chunk: int = 2048) -> None:
-    """Compile everything that `generate` or a chat with these three settings will need.
+def warmup(
+    model: HybridLM,
+    *,
+    capacity: int,
+    batch: int = 1,
+    prefill_chunk: int = 2048,
+    solver: str = "chebyshev",
+) -> None:
+    """Compile everything that `generate` or a chat with these settings will need.
 
     Runs the model on dummy tokens: each prefill bucket as a first and as a later piece of a prompt,
     and the decode loop.
@@ -281,6 +297,7 @@ def warmup(model: HybridLM, *, capacity: int, batch: int = 1, prefill_chunk: int
             capacity=capacity,
             prefill_chunk=prefill_chunk,
             together=True,
+            solver=solver,
         )
         ids = [engine.add(Request([0] * size, 2, keep=True)) for _ in range(batch)]
         _drain(engine)

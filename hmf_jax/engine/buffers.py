@@ -19,6 +19,7 @@ from hmf_jax.engine.programs import MOST_STEPS, Layout, Rows, Top
 from hmf_jax.engine.request import GREEDY, Request
 from hmf_jax.engine.scheduler import Feed, Result, Turn
 from hmf_jax.engine.settings import Processor, Settings, stack_settings
+from hmf_jax.mixers import KINDS
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
 from hmf_jax.state import ModelState
@@ -49,6 +50,7 @@ class Buffers:
       prefill_chunk: prompts are fed in pieces of this many tokens.
       state: what the rows hold at first (a copy is made), instead of nothing.
       processor: changes the logits of all rows, see `hmf_jax.engine.settings`.
+      solver: of GKA layers.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Buffers:
         prefill_chunk: int,
         state: ModelState | None = None,
         processor: Processor | None = None,
+        solver: str = "chebyshev",
     ) -> None:
         self.size, self.capacity, self.chunk = size, capacity, prefill_chunk
         self._own = None if model.config.gka is None else model.config.gka.num_iter
@@ -69,6 +72,8 @@ class Buffers:
         layout = self._layout if state is None else Layout.of(self._packed, size, room)
         self._rows, self._logits = programs.empty.on(layout)(self._packed, size, room)
         self._used = np.zeros(size, bool)
+        self._appends = tuple(KINDS[symbol].appends for symbol in model.config.student_kinds)
+        self._marks: list[dict[int, Rows]] = [{} for _ in range(size)]  # by number of tokens
         if state is not None:
             copy = jax.tree.map(jnp.copy, state)
             if self._layout is not None:
@@ -76,16 +81,25 @@ class Buffers:
             self._rows = dataclasses.replace(self._rows, state=copy)
             self._used[:] = True
         self._asked: list[Request] = [_NOBODY] * size
+        self._starts = [0] * size
         self._settings = self._stack(self._asked)
-        self._processor = processor
+        self._processor, self._solver = processor, solver
         self._generated: jax.Array | None = None  # kept apart from the rows: few programs need it
 
-    def enqueue(self, turn: Turn, asked: Mapping[int, Request]) -> Ticket:
-        """Hands a turn to the device; `asked` are the requests by id."""
+    def enqueue(
+        self, turn: Turn, asked: Mapping[int, Request], starts: Mapping[int, int]
+    ) -> Ticket:
+        """Hands a turn to the device.
+
+        Args:
+          turn: what to do.
+          asked: requests by id.
+          starts: tokens that the row of each request has before its prompt, by id.
+        """
         if turn.feed is None:
             return self._decode(turn.ends, turn.steps)
         for id, row in zip(turn.feed.ids, turn.feed.rows, strict=True):
-            self._asked[row] = asked[id]
+            self._asked[row], self._starts[row] = asked[id], starts[id]
         self._settings = self._stack(self._asked)
         if not self._counts:
             self._generated = None
@@ -113,6 +127,20 @@ class Buffers:
         layout = Layout.of(self._packed, 1, self.capacity)
         return programs.take.on(layout)(self._rows, np.int32(row)).state
 
+    def forget(self, row: int) -> None:
+        """Gives up the marks of a row."""
+        self._marks[row] = {}
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for more tokens in every row."""
+        self._layout = Layout.of(self._packed, self.size, capacity)
+        self._rows = programs.grow.on(self._layout)(self._rows, capacity, self._appends)
+        for marks in self._marks:
+            for place, one in marks.items():
+                state = dataclasses.replace(one.state, capacity=capacity)
+                marks[place] = dataclasses.replace(one, state=state)
+        self.capacity = capacity
+
     def _decode(self, ends: Sequence[int], steps: int) -> Ticket:
         ending = np.zeros(self.size, bool)
         ending[list(ends)] = True
@@ -123,6 +151,7 @@ class Buffers:
             np.int32(min(steps, MOST_STEPS)),
             self._settings,
             **self._options,
+            solver=self._solver,
         )
         self._keep(rows)
         return Ticket(range(self.size), *out)
@@ -135,13 +164,13 @@ class Buffers:
         if stale.any():
             self._rows = programs.clear.on(self._layout)(self._rows, stale)
         fresh = not self._used.any()
-        self._used[list(feed.rows)] = True
-        prompts: list[Sequence[int]] = [()] * self.size
         for row in feed.rows:
-            prompts[row] = self._asked[row].prompt
+            self._rows = self._begin(self._layout, self._rows, row, row)
+        self._used[list(feed.rows)] = True
         self._rows, self._logits = self._prefill(
-            self._layout, self._rows, self._logits, prompts, self._settings, fresh
-        )
+            self._layout, self._rows, self._logits, dict(zip(feed.rows, feed.rows, strict=True)),
+            self._settings, fresh,
+        )  # fmt: skip
         starts = np.zeros(self.size, bool)
         starts[list(feed.rows)] = True
         left = np.array([request.max_new_tokens for request in self._asked], np.int32)
@@ -159,9 +188,8 @@ class Buffers:
         if goes_on:
             one = programs.take.on(layout)(self._rows, np.int32(row))
         settings = self._stack([request])
-        one, logits = self._prefill(
-            layout, one, logits, [request.prompt], settings, fresh=not goes_on
-        )
+        one = self._begin(layout, one, 0, row)
+        one, logits = self._prefill(layout, one, logits, {0: row}, settings, fresh=not goes_on)
         if self._counts:
             one = dataclasses.replace(one, generated=self._no_counts(1))
         left = np.array([request.max_new_tokens], np.int32)
@@ -178,24 +206,52 @@ class Buffers:
         layout: Layout | None,
         rows: Rows,
         logits: jax.Array,
-        prompts: Sequence[Sequence[int]],
+        fed: Mapping[int, int],
         settings: Settings,
         fresh: bool,
     ) -> tuple[Rows, jax.Array]:
-        """Feeds prompts, one per row, in pieces. `fresh`: no row holds anything yet."""
-        longest = max(map(len, prompts))
-        for start in range(0, longest, self.chunk):
-            width = min(power_of_two(longest - start, SMALLEST_CHUNK), self.chunk)
-            tokens = np.zeros((len(prompts), width), np.int32)
-            lengths = np.zeros(len(prompts), np.int32)
-            for row, prompt in enumerate(prompts):
-                piece = prompt[start : start + self.chunk]
-                tokens[row, : len(piece)], lengths[row] = piece, len(piece)
+        """Feeds prompts in pieces, which end at the marks.
+
+        `fed`: for the places in `rows` that get something, the row of the engine that it is for;
+        `fresh`: no row holds anything yet.
+        """
+        size = len(logits)
+        done = dict.fromkeys(fed, 0)
+        while pieces := {at: piece for at in fed if (piece := self._next(fed[at], done[at]))}:
+            longest = max(map(len, pieces.values()))
+            width = min(power_of_two(longest, SMALLEST_CHUNK), self.chunk)
+            tokens, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
+            for at, piece in pieces.items():
+                tokens[at, : len(piece)], lengths[at] = piece, len(piece)
+                done[at] += len(piece)
             rows, logits = programs.prefill.on(layout)(
-                self._packed, rows, logits, tokens, lengths, settings.num_iter, fresh=fresh
-            )
+                self._packed, rows, logits, tokens, lengths, settings.num_iter, fresh=fresh,
+                solver=self._solver,
+            )  # fmt: skip
             fresh = False
+            for at in pieces:
+                place = self._starts[fed[at]] + done[at]
+                if place in self._asked[fed[at]].marks:
+                    alone = Layout.of(self._packed, 1, self.capacity)
+                    self._marks[fed[at]][place] = programs.mark.on(alone)(
+                        rows, np.int32(at), self._appends
+                    )
         return rows, logits
+
+    def _next(self, row: int, done: int) -> Sequence[int]:
+        """The piece of a row's prompt that comes after `done` tokens."""
+        request = self._asked[row]
+        ends = [end for mark in request.marks if (end := mark - self._starts[row]) > done]
+        return request.prompt[done : min([done + self.chunk, *ends])]
+
+    def _begin(self, layout: Layout | None, rows: Rows, at: int, row: int) -> Rows:
+        """Brings a row, which is at this place of `rows`, to where its request begins."""
+        request, marks = self._asked[row], self._marks[row]
+        if request.back_to is not None:
+            rows = programs.insert.on(layout)(rows, marks[request.back_to], np.int32(at))
+        kept = [place for place in request.marks if place <= self._starts[row]]
+        self._marks[row] = {place: marks[place] for place in kept}
+        return rows
 
     @property
     def _counts(self) -> bool:

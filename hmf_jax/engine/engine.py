@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from hmf_jax.engine.buffers import Buffers
 from hmf_jax.engine.failure import first_bad_layer, first_bad_state
@@ -13,7 +13,7 @@ from hmf_jax.engine.programs import ERROR, MOST_STEPS
 from hmf_jax.engine.request import Request, check_prompts, check_request, check_room, check_whole
 from hmf_jax.engine.scheduler import Event, New, Result, Scheduler, Started
 from hmf_jax.engine.settings import Processor
-from hmf_jax.model import HybridLM
+from hmf_jax.model import HybridLM, check_solver
 from hmf_jax.padding import check_state
 from hmf_jax.state import ModelState
 
@@ -41,7 +41,7 @@ class Engine:
         one by one, so that their activations take no more memory than those of one chunk.
       state: what the rows hold at first, one row each (a copy is made); `held` are the ids to
         continue them by: `Request(prompt, after=engine.held[row])`.
-      processor: changes the logits of all rows, see `hmf_jax.generate`.
+      processor, solver: see `hmf_jax.generate`; for all requests.
       clock: seconds, for `Started.waited`.
 
     Raises:
@@ -59,6 +59,7 @@ class Engine:
         together: bool = False,
         state: ModelState | None = None,
         processor: Processor | None = None,
+        solver: str = "chebyshev",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (
@@ -69,21 +70,17 @@ class Engine:
             check_whole(name, value, 1)
         if state is not None:
             check_state(model, state, len(state.length))
+        check_solver(solver, model.config)
         if processor is not None and not callable(processor):
             raise ValueError(f"processor={processor!r} must be a function of logits and context.")
-        longest = model.config.max_position_embeddings
         if state is not None and (len(state.length), state.capacity) != (rows, capacity):
             raise ValueError(
                 f"The state holds {len(state.length)} rows of {state.capacity} tokens at most, but "
                 f"{rows=} and {capacity=}."
             )
-        ahead = 0 if state is None else int((state.position - state.length).max())
-        if capacity + ahead > longest:
-            raise ValueError(
-                f"capacity={capacity} is more than max_position_embeddings={longest} allows; "
-                "choose a smaller one, or raise max_position_embeddings in the model's config."
-            )
         self.model, self.capacity = model, capacity
+        self._ahead = 0 if state is None else int((state.position - state.length).max())
+        self._check_capacity(capacity)
         self._buffers = Buffers(
             model,
             rows,
@@ -91,13 +88,15 @@ class Engine:
             prefill_chunk=prefill_chunk,
             state=state,
             processor=processor,
+            solver=solver,
         )
-        self._chunk, self._broken = prefill_chunk, ""
+        self._chunk, self._solver, self._broken = prefill_chunk, solver, ""
         self._ids = itertools.count()
         held = [] if state is None else [next(self._ids) for _ in range(rows)]
         lengths = [] if state is None else state.length.tolist()
         self._scheduler = Scheduler(rows, together=together, held=held, clock=clock)
         self._requests: dict[int, Request] = {}  # that wait or run
+        self._starts: dict[int, int] = {}  # tokens in the rows of these, before their prompts
         self._rows = {id: _Row(n) for id, n in zip(held, lengths, strict=True)}  # by request
 
     @property
@@ -131,18 +130,28 @@ class Engine:
 
         Raises:
           ValueError: a prompt that is empty, not made of token ids or too long; `after` a request
-            that is not held; num_iter without GKA layers.
+            that is not held; `back_to` or `marks` that its row does not have; num_iter without GKA
+            layers.
           RuntimeError: an earlier `step` raised an exception.
         """
         self._check_intact()
         check_request(self.model.config, request)
         (prompt,) = check_prompts([request.prompt], self.model.config.vocab_size)
-        self.model.config.check_num_iter(request.num_iter)
-        before = None if request.after is None else self._rows.get(request.after)
-        held = 0 if before is None else before.held
+        before = (None if request.after is None else self._rows.get(request.after)) or _Row()
+        held = before.held if request.back_to is None else request.back_to
+        if request.back_to is not None and held not in before.marks:
+            raise ValueError(f"back_to={held} is not one of the marks {list(before.marks)}.")
+        for place in request.marks:
+            kept = place <= held and place in before.marks
+            if not kept and not held < place <= held + len(prompt):
+                raise ValueError(
+                    f"a mark at {place} is not in the prompt, which fills the row from {held} to "
+                    f"{held + len(prompt)} tokens."
+                )
         check_room(self.model.config, [prompt], [held], self.capacity)
         id = next(self._ids)
         self._scheduler.submit(id, after=request.after, keep=request.keep)
+        self._starts[id] = held
         self._requests[id] = dataclasses.replace(request, prompt=prompt)
         return id
 
@@ -156,8 +165,32 @@ class Engine:
         Raises:
           ValueError: it is not held, or a request in the queue comes after it.
         """
+        row = self._scheduler.row(id)
         self._scheduler.release(id)
+        if row is not None:
+            self._buffers.forget(row)
         del self._rows[id]
+
+    def marks(self, id: int) -> list[int]:
+        """Where a request can go back to that comes after this one, see `Request.marks`; ascending.
+
+        Raises ValueError as `context` does.
+        """
+        self.context(id)
+        return sorted(self._rows[id].marks)
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for `capacity` tokens in every row; what the rows hold stays.
+
+        Raises:
+          ValueError: less than there is, or more than max_position_embeddings allows.
+        """
+        if capacity < self.capacity:
+            raise ValueError(f"capacity={capacity} is less than the {self.capacity} there is.")
+        self._check_capacity(capacity)
+        if capacity > self.capacity:
+            self._buffers.grow(capacity)
+            self.capacity = capacity
 
     def step(self, steps: int = MOST_STEPS) -> list[Event]:
         """Feeds prompts that wait if rows are free, else decodes up to `steps` (at most 64) tokens.
@@ -174,7 +207,8 @@ class Engine:
         result = None
         if turn is not None:
             try:
-                result = self._buffers.collect(self._buffers.enqueue(turn, self._requests))
+                ticket = self._buffers.enqueue(turn, self._requests, self._starts)
+                result = self._buffers.collect(ticket)
             except BaseException as e:
                 self._broken = f"{type(e).__name__}: {e}".rstrip(": ")
                 raise
@@ -197,10 +231,11 @@ class Engine:
         if isinstance(event, Started):
             request = self._requests[event.id]
             row = _Row() if request.after is None else self._rows.pop(request.after)
-            self._rows[event.id] = row.fed(request.prompt)
+            self._rows[event.id] = row.fed(request, self._starts.pop(event.id))
         elif isinstance(event, New):
             self._rows[event.id].push(event.tokens)
         else:
+            self._starts.pop(event.id, None)
             request = self._requests.pop(event.id)
             if event.reason == "error":
                 event = dataclasses.replace(
@@ -222,6 +257,7 @@ class Engine:
                 model,
                 row.tokens if row.newest is None else [*row.tokens, row.newest],
                 num_iter=request.num_iter,
+                solver=self._solver,
                 chunk=self._chunk,
                 capacity=self.capacity,
             )
@@ -235,6 +271,14 @@ class Engine:
                 "incomplete; make a new one."
             )
 
+    def _check_capacity(self, capacity: int) -> None:
+        longest = self.model.config.max_position_embeddings
+        if capacity + self._ahead > longest:
+            raise ValueError(
+                f"capacity={capacity} is more than max_position_embeddings={longest} allows; "
+                "choose a smaller one, or raise max_position_embeddings in the model's config."
+            )
+
 
 @dataclasses.dataclass
 class _Row:
@@ -244,14 +288,16 @@ class _Row:
     before: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     newest: int | None = None
+    marks: tuple[int, ...] = ()
     made: int = 0
 
     @property
     def held(self) -> int:
         return self.before + len(self.tokens)
 
-    def fed(self, prompt: Sequence[int]) -> _Row:
-        return _Row(self.before, [*self.tokens, *prompt])
+    def fed(self, request: Request, start: int) -> _Row:
+        tokens = [*self.tokens[: start - self.before], *request.prompt]
+        return _Row(self.before, tokens, marks=tuple(request.marks))
 
     def push(self, new: list[int]) -> None:
         if new and self.newest is not None:

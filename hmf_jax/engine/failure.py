@@ -13,14 +13,20 @@ from hmf_jax.state import ModelState
 
 
 def first_bad_layer(
-    model: HybridLM, tokens: Sequence[int], *, num_iter: int | None, chunk: int, capacity: int
+    model: HybridLM,
+    tokens: Sequence[int],
+    *,
+    num_iter: int | None,
+    chunk: int,
+    capacity: int,
+    solver: str = "chebyshev",
 ) -> str | None:
     """Reads the tokens of a row again, and names the first part whose output is not finite.
 
     Args:
       model: the model.
       tokens: all that the row has read.
-      num_iter: of the request.
+      num_iter, solver: of the request.
       chunk: tokens are read in pieces of this many.
       capacity: of the row.
 
@@ -30,7 +36,7 @@ def first_bad_layer(
     state = model.init_state(1, capacity)
     for start in range(0, len(tokens), chunk):
         piece = jnp.asarray(tokens[start : start + chunk], jnp.int32)[None]
-        x, ctx = model.embed(piece, state=state, num_iter=num_iter)
+        x, ctx = model.embed(piece, state=state, num_iter=num_iter, solver=solver)
         if not _finite(x):
             return "the embeddings"
         layers = []
@@ -40,11 +46,12 @@ def first_bad_layer(
                 return f"the {part} of layer {i} ({_label(model, i)})"
             layers.append(layer.state)
             x = layer.x
+        if not _finite(model.norm(x[:, -1:]) @ model.head_kernel().astype(x.dtype)):
+            return "the output head"
         assert ctx.position is not None
         length = state.length + piece.shape[1]
         state = ModelState(tuple(layers), length, ctx.position, capacity)
-    logits, _ = model(jnp.asarray(tokens[-1:], jnp.int32)[None], num_iter=num_iter)
-    return None if _finite(logits) else "the output head"
+    return None
 
 
 def first_bad_state(model: HybridLM, state: ModelState) -> str | None:

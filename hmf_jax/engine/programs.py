@@ -32,6 +32,8 @@ from hmf_jax.state import ModelState
 SMALLEST_HALF = 8192  # tokens; what has been found to gain, see docs/performance.md
 MOST_STEPS = 64  # tokens per row and dispatch; one compiled program serves every smaller number
 
+Appends = tuple[tuple[str, ...], ...]  # `Kind.appends` of each layer
+
 # Why a row has ended; RUNNING: it has not. ERROR: its logits are not finite.
 RUNNING, EOS, LENGTH, CAPACITY, STOPPED, ERROR = range(6)
 
@@ -159,7 +161,7 @@ def empty(packed: PackedModel, size: int, capacity: int) -> tuple[Rows, jax.Arra
     return rows, logits
 
 
-@program(others=1, donate_argnames=("rows", "logits"), static_argnames=("fresh", "impl"))
+@program(others=1, donate_argnames=("rows", "logits"), static_argnames=("fresh", "impl", "solver"))
 def prefill(
     packed: PackedModel,
     rows: Rows,
@@ -169,6 +171,7 @@ def prefill(
     num_iter: Any,
     fresh: bool = False,
     impl: str = "auto",
+    solver: str = "chebyshev",
 ) -> tuple[Rows, jax.Array]:
     """Feed the first lengths[b] of tokens [B, T]; logits [B, V] change in the rows that got any.
 
@@ -185,6 +188,7 @@ def prefill(
             num_iter=num_iter,
             last_only=True,
             impl=impl,
+            solver=solver,
         )
         logits = jnp.where((count > 0)[:, None], new[:, 0], logits)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
@@ -206,6 +210,26 @@ def take(rows: Rows, row: jax.Array) -> Rows:
     """A copy of one row, as a batch of one."""
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=row, slice_size=1, axis=0)
     return jax.tree.map(cut, rows)
+
+
+@program(others=0, static_argnames=("appends",))
+def mark(rows: Rows, row: jax.Array, appends: Appends) -> Rows:
+    """What `insert` needs to bring a row back to where it is now, as a batch of one.
+
+    Nothing is copied of the arrays that tokens are only appended to: no entry of theirs is left.
+    """
+    return _map_appended(lambda x: x[:, :0], take(rows, row), appends)
+
+
+@program(others=0, static_argnames=("capacity", "appends"))
+def grow(rows: Rows, capacity: int, appends: Appends) -> Rows:
+    """The same rows with room for more tokens."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, capacity - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+
+    rows = _map_appended(pad, rows, appends)
+    return dataclasses.replace(rows, state=dataclasses.replace(rows.state, capacity=capacity))
 
 
 @program(others=0, donate_argnames=("rows",))
@@ -241,7 +265,9 @@ def first(
     return rows, token[:, None], logprob[:, None], rows.reason, found
 
 
-@program(others=4, donate_argnames=("rows",), static_argnames=("top", "processor", "impl"))
+@program(
+    others=4, donate_argnames=("rows",), static_argnames=("top", "processor", "impl", "solver")
+)
 def decode(
     packed: PackedModel,
     rows: Rows,
@@ -251,6 +277,7 @@ def decode(
     top: int = 0,
     processor: Processor | None = None,
     impl: str = "auto",
+    solver: str = "chebyshev",
 ) -> tuple[Rows, jax.Array, jax.Array, jax.Array, Top | None]:
     """Up to `steps` tokens for each row that runs and is not to end now, `ends` [B] bool.
 
@@ -259,9 +286,8 @@ def decode(
     """
     stopped = ends & (rows.reason == RUNNING)
     rows = dataclasses.replace(rows, reason=jnp.where(stopped, STOPPED, rows.reason))
-    step = functools.partial(
-        one_step, packed.model(), settings=settings, top=top, processor=processor, impl=impl
-    )
+    options: dict[str, Any] = dict(top=top, processor=processor, impl=impl, solver=solver)
+    step = functools.partial(one_step, packed.model(), settings=settings, **options)
     shape = (len(ends), MOST_STEPS)
     found = (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     if top:
@@ -287,6 +313,7 @@ def one_step(
     top: int = 0,
     processor: Processor | None = None,
     impl: str = "auto",
+    solver: str = "chebyshev",
 ) -> tuple[Rows, jax.Array, jax.Array, Top | None]:
     """Feeds the newest token of each row that runs, and chooses the next one."""
     logits, state = model(
@@ -296,10 +323,20 @@ def one_step(
         num_iter=settings.num_iter,
         last_only=True,
         impl=impl,
+        solver=solver,
     )
     assert state is not None
     rows = dataclasses.replace(rows, state=state)
     return next_token(rows, logits[:, 0], settings, top, processor)
+
+
+def _map_appended(do: Callable[[jax.Array], jax.Array], rows: Rows, appends: Appends) -> Rows:
+    """`do` to the arrays of each layer that `appends` names."""
+    layers = tuple(
+        dataclasses.replace(layer, **{name: do(getattr(layer, name)) for name in names})
+        for layer, names in zip(rows.state.layers, appends, strict=True)
+    )
+    return dataclasses.replace(rows, state=dataclasses.replace(rows.state, layers=layers))
 
 
 def piece_size(mesh: Mesh | None, tokens: int) -> int:

@@ -36,6 +36,7 @@ def sample(
     eos_ids: Sequence[int] = (),
     processor: Processor | None = None,
     impl: str = "auto",
+    solver: str = "chebyshev",
 ) -> tuple[Array, Array, Array, ModelState]:
     """Continue each row of tokens, as a pure function of arrays.
 
@@ -66,7 +67,7 @@ def sample(
         more: a row whose state is full ends.
       eos_ids: tokens that end a row.
       processor: changes the logits, see `generate`.
-      impl: as in `HybridLM.__call__`.
+      impl, solver: as in `HybridLM.__call__`.
 
     Returns:
       tokens: [B, steps] int32, zeros after the end of a row.
@@ -101,8 +102,9 @@ def sample(
         generated=jnp.zeros(logits.shape, jnp.int32) if counts else None,
     )
     valid = jnp.full(B, T, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    options: dict[str, Any] = dict(impl=impl, solver=solver)
     rows, logits = programs.prefill(
-        packed, rows, logits, tokens, valid, settings.num_iter, fresh=fresh, impl=impl
+        packed, rows, logits, tokens, valid, settings.num_iter, fresh=fresh, **options
     )
     rows, token, score, _ = programs.next_token(rows, logits, settings, 0, processor)
     found = (jnp.zeros((B, steps), jnp.int32), jnp.zeros((B, steps), jnp.float32))
@@ -110,7 +112,9 @@ def sample(
 
     def body(carry):
         i, rows, found = carry
-        rows, token, score, _ = programs.one_step(model, rows, settings, 0, processor, impl)
+        rows, token, score, _ = programs.one_step(
+            model, rows, settings, processor=processor, **options
+        )
         return i + 1, rows, _put(found, i, token, score)
 
     def more(carry):
@@ -146,10 +150,7 @@ def _settings(
         if p.seed:
             raise ValueError(f"seed={p.seed}: pass key=jax.random.key({p.seed}) instead.")
         check_request(model.config, Request((), sampling=p))
-    if num_iter is not None:
-        check_request(model.config, Request((), num_iter=0))  # has it such layers?
-        if isinstance(num_iter, int):
-            check_whole("num_iter", num_iter, 0)
+    model.config.check_num_iter(num_iter)
     for id in eos_ids:
         check_whole("eos_ids", id, 0)
     settings = stack_settings(None, params, [tuple(eos_ids)] * B, [None] * B)

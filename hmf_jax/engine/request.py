@@ -11,11 +11,14 @@ import jax
 import numpy as np
 
 from hmf_jax.config import HybridConfig
+from hmf_jax.generation_config import GenerationDefaults
 from hmf_jax.sampling import SamplingParams
 
 GREEDY = SamplingParams()
+MAX_NEW_TOKENS = 128  # where neither the caller nor generation_config.json says how many
 FinishReason = Literal["eos", "length", "capacity", "stop", "error"]
 Tokens = Sequence[int] | np.ndarray | jax.Array
+Whole = int | Sequence[int] | np.ndarray | jax.Array  # one number, or one per prompt
 Prompts = Sequence[Tokens] | np.ndarray | jax.Array  # an array: [B, T]
 # None: what holds where nothing is said.
 Sampling = SamplingParams | Mapping[str, Any] | Sequence[SamplingParams | Mapping[str, Any]] | None
@@ -34,6 +37,11 @@ class Request:
       after: an earlier request of the same engine that was kept: its row is continued.
       keep: when it has ended, its row keeps what it holds until a request comes `after` it or
         `Engine.release` is called. (A request that ends with an error is not kept.)
+      marks: numbers of tokens in the row, within this prompt, to which a later request can go back;
+        with `keep`. Each takes memory for a copy of what has a fixed size: recurrent states and
+        windows, not the keys and values of full attention. Of the marks of the row that is
+        continued, those that are not named here are given up.
+      back_to: with `after`, a mark of that row: what it holds beyond is forgotten.
       min_new_tokens: no end token before that many new tokens.
       top_logprobs: how many of the most likely tokens to tell at each place, see `New.top`.
 
@@ -41,12 +49,14 @@ class Request:
     """
 
     prompt: Sequence[int]
-    max_new_tokens: int = 128
+    max_new_tokens: int = MAX_NEW_TOKENS
     sampling: SamplingParams = GREEDY
     eos_ids: Sequence[int] = ()
     num_iter: int | None = None
     after: int | None = None
     keep: bool = False
+    marks: Sequence[int] = ()
+    back_to: int | None = None
     min_new_tokens: int = 0
     top_logprobs: int = 0
 
@@ -63,6 +73,12 @@ class Request:
             check_whole("num_iter", self.num_iter, 0)
         if not isinstance(self.sampling, SamplingParams):
             raise ValueError(f"sampling={self.sampling!r} must be SamplingParams.")
+        for place in self.marks:
+            check_whole("marks", place, 1)
+        if self.marks and not self.keep:
+            raise ValueError("marks are for requests whose rows are kept: pass keep=True.")
+        if self.back_to is not None and self.after is None:
+            raise ValueError(f"back_to={self.back_to} needs after=, the request to go back in.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,33 +115,34 @@ def requests(
     config: HybridConfig,
     prompts: Prompts,
     *,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: Whole | None = None,
     sampling: Sampling = None,
     eos_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    num_iter: int | Sequence[int] | None = None,
-    min_new_tokens: int | Sequence[int] = 0,
+    num_iter: Whole | None = None,
+    min_new_tokens: Whole = 0,
     top_logprobs: int = 0,
     settings: Mapping[str, Any] | None = None,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: GenerationDefaults | None = None,
 ) -> list[Request]:
     """One request per prompt; the other arguments are for all prompts or one per prompt.
 
     Args:
       settings: how to choose tokens by name, see `SamplingParams.of`; instead of `sampling`.
-      defaults: what holds where nothing is said, see `hmf_jax.engine.defaults.of_directory`.
+      defaults: what holds where nothing is said, see `hmf_jax.generation_config`.
 
     Raises:
       ValueError: see `hmf_jax.generate`.
     """
     checked = check_prompts(prompts, config.vocab_size)
-    count, defaults = len(checked), dict(defaults or {})
+    defaults, count = defaults or GenerationDefaults(), len(checked)
+    if max_new_tokens is None:
+        max_new_tokens = [defaults.limit(len(prompt), MAX_NEW_TOKENS) for prompt in checked]
     if eos_ids is None:
-        eos_ids = defaults.pop("eos_ids", None)
-    defaults.pop("eos_ids", None)
+        eos_ids = defaults.eos_ids or None
     columns = (
         checked,
         _per_prompt("max_new_tokens", max_new_tokens, count),
-        sampling_of(sampling, settings or {}, defaults, count),
+        sampling_of(sampling, settings or {}, defaults.settings, count),
         _end_ids(config, eos_ids, count),
         _per_prompt("num_iter", num_iter, count),
         _per_prompt("min_new_tokens", min_new_tokens, count),

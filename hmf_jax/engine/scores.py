@@ -32,6 +32,7 @@ def score(
     segment_ids: Array | None = None,
     num_iter: Array | int | None = None,
     impl: str = "auto",
+    solver: str = "chebyshev",
 ) -> Array:
     """Log-probability of each token after the ones before it: log p(token t + 1 | tokens 0 .. t).
 
@@ -44,7 +45,7 @@ def score(
       lengths: [B]; the first lengths[b] tokens of row b are valid, the others padding. None: all.
       segment_ids: [B, T] as in `HybridLM.__call__`, instead of lengths: 0 is padding, which may
         also lie between a prompt and what follows it; other numbers mark packed documents.
-      num_iter, impl: as in `HybridLM.__call__`.
+      num_iter, impl, solver: as in `HybridLM.__call__`.
 
     Returns:
       [B, T - 1] float32, natural logarithms under softmax(logits), entry t for token t + 1; 0 at
@@ -54,8 +55,9 @@ def score(
       ValueError: shapes that do not fit each other.
     """
     hidden = model.hidden(
-        tokens, lengths=lengths, segment_ids=segment_ids, num_iter=num_iter, impl=impl
-    )
+        tokens, lengths=lengths, segment_ids=segment_ids, num_iter=num_iter, impl=impl,
+        solver=solver,
+    )  # fmt: skip
     targets, T = tokens[:, 1:], tokens.shape[1]
     if segment_ids is None:
         counts = None if lengths is None else jnp.arange(1, T) < jnp.asarray(lengths)[:, None]
@@ -118,6 +120,7 @@ def score_prompts(
     capacity: int,
     chunk: int,
     state: ModelState | None,
+    solver: str,
 ) -> list[Scores]:
     """For the prompt of each request: its log-probabilities and the `top` most likely tokens.
 
@@ -140,7 +143,7 @@ def score_prompts(
             targets[0, :count] = prompt[start + 1 : start + 1 + count]
             held, values, most = _score_piece(
                 packed, held, piece, targets, np.array([count], np.int32), request.num_iter,
-                top=top, fresh=state is None and start == 0,
+                top=top, fresh=state is None and start == 0, solver=solver,
             )  # fmt: skip
             scores[0].extend(np.asarray(values)[0, :count].tolist())
             if most is not None:
@@ -149,7 +152,7 @@ def score_prompts(
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("top", "fresh"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("top", "fresh", "solver"), donate_argnames=("state",))
 def _score_piece(
     packed: PackedModel,
     state: ModelState,
@@ -160,9 +163,10 @@ def _score_piece(
     *,
     top: int,
     fresh: bool,
+    solver: str,
 ) -> tuple[ModelState, Array, Top | None]:
     model, state = packed.model(), dataclasses.replace(state, fresh=fresh)
-    x, ctx = model.embed(tokens, lengths=lengths, state=state, num_iter=num_iter)
+    x, ctx = model.embed(tokens, lengths=lengths, state=state, num_iter=num_iter, solver=solver)
     layers = []
     for layer in model.blocks(x, ctx, state):
         x = layer.x

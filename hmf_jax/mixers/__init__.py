@@ -22,7 +22,7 @@ from hmf_jax.mixers.kind import BASE, GATE, Kind, Section, Sections
 from hmf_jax.mixers.mamba2 import M2, Mamba2, Mamba2Config, Mamba2State
 from hmf_jax.mixers.parts import Parts
 from hmf_jax.moved import moved
-from hmf_jax.options import MOST_LAYERS, Backbone, shown
+from hmf_jax.options import MOST_LAYERS, Backbone, nearest, shown
 
 __all__ = [
     "BASE",
@@ -140,7 +140,8 @@ def check_symbols(symbols: Sequence[str]) -> None:
     for i, symbol in enumerate(symbols):
         if symbol not in known:
             raise ValueError(
-                f"layer {i} has the unknown symbol {shown(symbol)}; known are {', '.join(known)}"
+                f"layer {i} has the unknown symbol {shown(symbol)}{nearest(symbol, known)}; "
+                f"known are {', '.join(known)}"
             )
 
 

@@ -258,7 +258,7 @@ FULL = Kind(
     compose=_compose_full,
     fuses=True,
     sees=lambda sections, length: length,
-    grows=True,
+    appends=("k", "v"),
     layer_type="full_attention",
 )
 WINDOWED = Kind(

@@ -204,8 +204,8 @@ class BMojo(Mixer):
     def __call__(
         self, x: Array, ctx: Context, state: BMojoState | None = None
     ) -> tuple[Array, BMojoState | None]:
-        fading, inner = self.inner(x, ctx, None if state is None else state.inner)
-        return self.bmojo_attn(x, fading, ctx, state, inner)
+        fading, inner = self.inner(x, ctx=ctx, state=None if state is None else state.inner)
+        return self.bmojo_attn(x, fading, ctx=ctx, state=state, inner=inner)
 
     def init_state(self, batch: int, capacity: int, dtype, mesh) -> BMojoState:
         """Empty rings of W and 2W entries; the size does not depend on capacity."""

@@ -103,7 +103,9 @@ class Kind:
       sees: (sections, length) -> most keys that a token of a row of `length` tokens attends to.
       uses: (sections, parameter) -> how often a token's forward pass multiplies by that parameter.
       solves: whether it runs a solver, that `num_iter` and `solver` of a call are about.
-      grows: whether its state has an entry per token; if not, its size is fixed.
+      appends: names of the arrays of its state that have an entry per token, [B, capacity, ...]:
+        what is at an index is never changed by later tokens, so going back to an earlier token only
+        shortens them. All other arrays have a fixed size, and are copied to be gone back to.
       layer_type: what `layer_types` of the base models calls such a layer; None: they have none.
       base_keys: sections -> keys of config.json that a base model with such layers has.
     """
@@ -126,6 +128,11 @@ class Kind:
     sees: Callable[[Sections, int], int] = lambda sections, length: 0
     uses: Callable[[Sections, str], int] = lambda sections, parameter: 1
     solves: bool = False
-    grows: bool = False
+    appends: tuple[str, ...] = ()
     layer_type: str | None = None
     base_keys: Callable[[Sections], Mapping[str, Any]] = lambda sections: {}
+
+    @property
+    def grows(self) -> bool:
+        """Whether its state has an entry per token; if not, its size is fixed."""
+        return bool(self.appends)

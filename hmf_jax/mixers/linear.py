@@ -18,6 +18,7 @@ from hmf_jax.layers import (
     merge_heads,
     rms,
     split_heads,
+    untabulated,
 )
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.mixers.kind import GATE
@@ -153,14 +154,16 @@ class GatedLinearMixer(Mixer):
         self.k_rep, self.v_rep = repeat(), repeat()
         self.c, self.heads, self.head_dim = c, H, D
 
+    @untabulated
     def convolve(
         self, x: Array, conv: ShortConv | None, ctx: Context, state: Array | None, silu: bool
     ) -> tuple[Array, Array | None]:
         """Short convolution with its history; without one, SiLU or nothing."""
         if conv is not None:
-            return conv(x, ctx, state)
+            return conv(x, ctx=ctx, state=state)
         return (jax.nn.silu(x) if silu else x), None
 
+    @untabulated
     def expand(self, x: Array, low_rank: LowRank | None, rep: nnx.Param | None) -> Array:
         """Keys or values [B, T, Hkv*D] as heads.
 
@@ -176,6 +179,7 @@ class GatedLinearMixer(Mixer):
             residual = jnp.einsum("btkd,hk->bthd", heads, rep[...].astype(x.dtype))
         return split_heads(low_rank(x), self.head_dim) + residual
 
+    @untabulated
     def output(self, o: Array, x: Array, ctx: Context) -> Array:
         """Norm, gate and output projection of o [B, T, H, D]; x is the mixer's input."""
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.head_dim)

@@ -116,9 +116,9 @@ class Mamba2(Mixer):
             return merge_heads(apply_rope(a, ctx.rope) if self.use_rope else a)
 
         s = state
-        u, conv_x = self.x_conv1d(self.x_proj(x), ctx, s and s.conv_x)
-        B, conv_B = self.B_conv1d(key_like(self.B_proj, self.B_norm), ctx, s and s.conv_B)
-        C, conv_C = self.C_conv1d(key_like(self.C_proj, self.C_norm), ctx, s and s.conv_C)
+        u, conv_x = self.x_conv1d(self.x_proj(x), ctx=ctx, state=s and s.conv_x)
+        B, conv_B = self.B_conv1d(key_like(self.B_proj, self.B_norm), ctx=ctx, state=s and s.conv_B)
+        C, conv_C = self.C_conv1d(key_like(self.C_proj, self.C_norm), ctx=ctx, state=s and s.conv_C)
         u, B, C = heads(u), heads(B), heads(C)
         A, D = -jnp.exp(exact(self.A_log[...])), exact(self.D[...])
         dt, _ = log_decay(self.A_log[...], ctx.over_tokens(self.dt_proj(x)), self.dt_bias[...])

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Span = tuple[int, int, int]  # row, first token, end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,28 +21,30 @@ class Parts:
     """The rows of a composed context.
 
     Attributes:
-      spans: the tokens whose keys and values are kept, one stretch of a row after the other.
+      row, token: [capacity] int32, which token of which row each token of the new row is; the first
+        `total` of them count. All that is kept of a row are its last tokens.
       counts: [N] int32, tokens that each row holds.
-      total: [1] int32, tokens of all spans together: what the new row holds.
-      capacity: tokens that the new row has room for.
+      total: [1] int32, tokens that the new row holds.
       ssm: "soup", "fuse" or "zero": what becomes of recurrent states.
     """
 
-    spans: tuple[Span, ...]
+    row: Array
+    token: Array
     counts: Array
     total: Array
-    capacity: int
     ssm: str
 
     def gather(self, x: Array) -> Array:
-        """The tokens of all spans [1, capacity, K, D], from those of each row [N, S, K, D]."""
-        x = jnp.concatenate([x[row, start:end] for row, start, end in self.spans])
-        return jnp.pad(x, ((0, self.capacity - x.shape[0]), (0, 0), (0, 0)))[None]
+        """The tokens of the new row [1, capacity, K, D], from those of each row [N, S, K, D]."""
+        kept = jnp.arange(len(self.row)) < self.total
+        return jnp.where(kept[:, None, None], x[self.row, self.token], 0)[None]
 
     def newest(self, x: Array, size: int) -> Array:
-        """The last `size` tokens of all spans [1, size, K, D], from those of each row [N, ...]."""
-        tails = [x[row, size - min(size, end - start) :] for row, start, end in self.spans]
-        return jnp.pad(jnp.concatenate(tails), ((size, 0), (0, 0), (0, 0)))[None, -size:]
+        """Its last `size` tokens [1, size, K, D], from those of each row [N, size, K, D]."""
+        at = self.total - size + jnp.arange(size)
+        row, token = self.row[jnp.maximum(at, 0)], self.token[jnp.maximum(at, 0)]
+        x = x[row, size - self.counts[row] + token]
+        return jnp.where((at >= 0)[:, None, None], x, 0)[None]
 
     def sum(self, x: Array) -> Array:
         """[N, ...] -> [1, ...], added up in float32 at least."""

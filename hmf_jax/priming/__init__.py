@@ -19,15 +19,13 @@ from hmf_jax.priming.distill import (
     make_distill_step,
     students,
 )
+from hmf_jax.priming.scores import LayerScores, read_scores, write_scores
 from hmf_jax.priming.selection import (
-    LayerScores,
     Selection,
     likelihood,
-    read_scores,
     score_layers,
     select_layers,
     swa_variant,
-    write_scores,
     write_swa_variants,
 )
 from hmf_jax.priming.stage0 import (

@@ -2,13 +2,15 @@
 that layer only sees a window? The layers that hurt least are the ones to convert.
 
 Scores are kept in the original's CSV: a header `layer_num,<task>,...`, one row per layer, -1 for
-the unchanged model, and an empty cell where a task was not run.
+the unchanged model, and an empty cell where a task was not run. Beside the CSV that we score lies
+a record, scores.csv.json: of which weights, data and settings its scores are. They are used again
+for the same ones only.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import filecmp
 import itertools
 import json
 import math
@@ -21,30 +23,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.convert.directories import link, replacing
+from hmf_jax.convert.directories import link, read_json, replacing
 from hmf_jax.families import FAMILIES
 from hmf_jax.loading import from_pretrained, resolve
-from hmf_jax.mixers import BASE, SWAConfig
+from hmf_jax.mixers import BASE, KINDS, SWAConfig
 from hmf_jax.model import HybridLM
+from hmf_jax.options import check_int
 from hmf_jax.parameters import flat_params, with_params
+from hmf_jax.priming.scores import BASELINE, LayerScores, Record, fingerprint
+from hmf_jax.priming.scores import read_scores as read_scores
+from hmf_jax.priming.scores import write_scores as write_scores
 from hmf_jax.text import load_tokenizer
 from hmf_jax.training.batches import Batches
 from hmf_jax.training.loss import next_token_loss
 
 WINDOW = 2048  # the original's default
-BASELINE = -1
-_METADATA = ("layer_num", "layer_type", "n_runs", "codename", "window_size", "model")
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerScores:
-    """Scores, higher is better: layer -> task -> score; layer -1 is the unchanged model.
-
-    `tasks` are all columns in their order. A layer may lack some tasks, not all.
-    """
-
-    tasks: tuple[str, ...]
-    rows: Mapping[int, Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,16 +93,19 @@ def write_swa_variants(
 
     Raises:
       FileNotFoundError: source is no such directory.
-      FileExistsError: a variant of other settings is in the way.
+      FileExistsError: a variant of other settings or of another base is in the way.
       ValueError: a layer that is not full attention.
     """
     source, target = Path(source).expanduser().resolve(), Path(target).expanduser()
+    if source in (target.resolve(), *target.resolve().parents):
+        raise FileExistsError(f"{target} lies in the base, {source}; choose another directory")
     config = HybridConfig.from_json(source)
     if not any(source.glob("model*.safetensors")):
         raise FileNotFoundError(f"{source} holds no model*.safetensors to link to")
     chosen = _attention_layers(config) if layers is None else list(layers)
     kinds = {i: _variant_config(config, i, window).layer_kinds for i in chosen}
-    stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    stored = read_json(source / "config.json")
+    stored.pop("layer_types", None)  # the base's; the pattern says it
     family, data = FAMILIES[config.family], {}
     for i in chosen:
         data[i] = stored | {
@@ -119,8 +115,8 @@ def write_swa_variants(
             "swa_config": {"window_size": window},
         }
         file = target / f"layer_{i}" / "config.json"
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != data[i]:
-            raise FileExistsError(f"{file.parent} is a variant of other settings; remove it")
+        if file.is_file():
+            _check_variant(file.parent, source, data[i])
     for i in chosen:
         directory = target / f"layer_{i}"
         if (directory / "config.json").is_file():
@@ -141,54 +137,74 @@ def score_layers(
     *,
     window: int = WINDOW,
     layers: Sequence[int] | None = None,
+    identity: Any = None,
     done: Callable[[int], object] = lambda layer: None,
 ) -> LayerScores:
     """Scores the model and its `swa_variant` of every layer.
 
     Args:
       model: the base.
-      score: task -> score (higher is better) of a model, e.g. `likelihood(batches)`.
-      file: the CSV, written after each layer; layers that it holds already are not scored again.
+      score: task -> score (higher is better, finite) of a model, e.g. `likelihood(batches)`.
+      file: the CSV; it may hold other tasks already. It and its record are written after each
+        layer, and layers that the record holds are not scored again.
       window: of the limited layer, in tokens.
       layers: default all that are full attention.
+      identity: what the scores depend on besides the model and the window, as JSON can hold it;
+        default: `score.identity` if there is one. Recorded scores of another one are refused.
       done: called with each layer that was scored (-1: the unchanged model).
 
     Raises:
-      ValueError: layers that are not full attention, or a file that is not such a CSV.
+      FileExistsError: recorded scores of other weights, data or settings, or a column of this task
+        that no record knows; what differs is named.
+      ValueError: layers that are not full attention, scores that are not finite, or damaged files.
     """
     chosen = _attention_layers(model.config) if layers is None else list(layers)
     for i in chosen:
         _variant_config(model.config, i, window)
-    file = Path(file)
-    scores = read_scores(file) if file.is_file() else LayerScores((), {})
+    identity = getattr(score, "identity", None) if identity is None else identity
+    record = Record.open(file, _identity(model, window, identity))
+    record.check_columns(getattr(score, "tasks", ()))
     for i in [BASELINE, *chosen]:
-        if i in scores.rows:
+        if i in record.rows:
             continue
-        found = dict(score(model if i == BASELINE else swa_variant(model, i, window)))
-        tasks = (*scores.tasks, *(t for t in found if t not in scores.tasks))
-        scores = LayerScores(tasks, {**scores.rows, i: found})
-        write_scores(scores, file)
+        scored = score(model if i == BASELINE else swa_variant(model, i, window))
+        found = {task: float(x) for task, x in scored.items()}
+        bad = [f"{task} is {x}" for task, x in found.items() if not math.isfinite(x)]
+        if bad or not found:
+            where = "the base" if i == BASELINE else f"layer {i}"
+            raise ValueError(f"{where}: {', '.join(bad) or 'no score'}; nothing added to {file}")
+        record.add(i, found)
         done(i)
-    return scores
+    return record.write()
 
 
-def likelihood(batches: Iterable[Mapping[str, Any]]) -> Callable[[HybridLM], dict[str, float]]:
+class Likelihood:
+    """See `likelihood`. `identity` is a fingerprint of the batches."""
+
+    tasks = ("log_likelihood",)
+
+    def __init__(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        self._kept = [{k: jnp.asarray(a) for k, a in batch.items()} for batch in batches]
+        if not self._kept:
+            raise ValueError("there are no batches to score with.")
+        flat = {f"{i}.{k}": a for i, batch in enumerate(self._kept) for k, a in batch.items()}
+        self.identity = {"data": fingerprint(flat)}
+        self._loss = jax.jit(lambda model, batch: next_token_loss(model, **batch))
+
+    def __call__(self, model: HybridLM) -> dict[str, float]:
+        """Its score, of all batches together."""
+        sums = [self._loss(model, batch) for batch in self._kept]
+        total, count = (sum(float(pair[n]) for pair in sums) for n in (0, 1))
+        return {"log_likelihood": -total / count}
+
+
+def likelihood(batches: Iterable[Mapping[str, Any]]) -> Likelihood:
     """A score for `score_layers`: "log_likelihood", the mean of log p(token) in nats.
 
     Args:
       batches: as for `make_train_step`; they are kept, and every model reads all of them.
     """
-    kept = [{k: jnp.asarray(a) for k, a in batch.items()} for batch in batches]
-    if not kept:
-        raise ValueError("there are no batches to score with.")
-    loss = jax.jit(lambda model, batch: next_token_loss(model, **batch))
-
-    def score(model: HybridLM) -> dict[str, float]:
-        sums = [loss(model, batch) for batch in kept]
-        total, count = (sum(float(pair[n]) for pair in sums) for n in (0, 1))
-        return {"log_likelihood": -total / count}
-
-    return score
+    return Likelihood(batches)
 
 
 def score_directory(
@@ -207,9 +223,9 @@ def score_directory(
 
     Args:
       base: directory or repository of the model.
-      data: a JSONL or Parquet file of texts or chats, see `hmf_jax.training.Batches`.
+      data: texts or chats, see `hmf_jax.training.Batches`.
       file: the CSV, see `score_layers`.
-      length: tokens per row; rows: how many rows are scored.
+      length: tokens per row; rows: how many rows are scored, fewer if the data end.
       window: of the limited layer, in tokens.
       dtype: of the model.
       progress: show bars.
@@ -217,7 +233,9 @@ def score_directory(
 
     Raises: what `from_pretrained`, `Batches` and `score_layers` raise.
     """
+    check_int("rows", rows, 1)
     directory = resolve(base, progress=progress)
+    _attention_layers(HybridConfig.from_json(directory))
     tokenizer = load_tokenizer(directory)
     batches = Batches([str(data)], tokenizer, length=length, batch_size=1, epochs=1, shuffle=False)
     score = likelihood(itertools.islice(batches, rows))
@@ -227,54 +245,6 @@ def score_directory(
         report(f"scored {'the base' if layer < 0 else f'layer {layer}'}")
 
     return score_layers(model, score, file, window=window, done=done)
-
-
-def read_scores(file: str | Path) -> LayerScores:
-    """Reads a CSV of scores.
-
-    Raises:
-      FileNotFoundError: there is none.
-      ValueError: no layer_num column, no tasks, or a line that cannot be read, by number.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; pass a CSV of layer scores")
-    with file.open(newline="", encoding="utf-8") as f:
-        reader = csv.DictReader(f)
-        columns = [name for name in reader.fieldnames or () if name]
-        tasks = tuple(name for name in columns if name not in _METADATA)
-        if "layer_num" not in columns or not tasks:
-            raise ValueError(
-                f"{file}: the header must be layer_num,<task>,..., found {','.join(columns)!r}"
-            )
-        rows: dict[int, dict[str, float]] = {}
-        for line in reader:
-            where = f"{file}, line {reader.line_num}"
-            try:
-                layer = int(line["layer_num"])
-                cells = {t: (line[t] or "").strip() for t in tasks}
-                values = {t: float(text) for t, text in cells.items() if text}
-            except (TypeError, ValueError) as e:
-                raise ValueError(f"{where}: {e}; layers are integers, scores numbers") from e
-            if layer in rows:
-                raise ValueError(f"{where}: layer {layer} is there twice")
-            if bad := [t for t, x in values.items() if not math.isfinite(x)]:
-                raise ValueError(f"{where}: {', '.join(bad)} is not finite; leave the cell empty")
-            rows[layer] = values
-    return LayerScores(tasks, rows)
-
-
-def write_scores(scores: LayerScores, file: str | Path) -> None:
-    """Writes the CSV that `read_scores` and the original read; replaces it at once."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(f".{file.name}.tmp")
-    with tmp.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(["layer_num", *scores.tasks])
-        for layer, row in scores.rows.items():
-            writer.writerow([layer, *(row.get(task, "") for task in scores.tasks)])
-    tmp.replace(file)
 
 
 def select_layers(
@@ -356,12 +326,37 @@ def pattern(layers: Iterable[int], num_layers: int, kind: str, *, fused: bool = 
     chosen = set(layers)
     if outside := sorted(i for i in chosen if not 0 <= i < num_layers):
         raise ValueError(f"layers {outside} are not among the {num_layers} of the model")
+    if kind not in KINDS or kind == BASE:
+        raise ValueError(f"kind {kind!r} is unknown; use one of {', '.join(set(KINDS) - {BASE})}")
     new, old = (f"{kind}*", "*DA") if fused else (kind, "*")
     return "-".join(new if i in chosen else old for i in range(num_layers))
 
 
 def _attention_layers(config: HybridConfig) -> list[int]:
     return [i for i, kind in enumerate(config.layer_kinds) if kind == BASE]
+
+
+def _identity(model: HybridLM, window: int, score: Any) -> dict[str, Any]:
+    """What scores of a model depend on, as JSON holds it."""
+    identity = {
+        "base weights": fingerprint(flat_params(model)),
+        "config": model.config.to_dict(),
+        "window": window,
+        **(score if isinstance(score, Mapping) else {"score": score}),
+    }
+    return json.loads(json.dumps(identity))
+
+
+def _check_variant(directory: Path, source: Path, config: dict[str, Any]) -> None:
+    """Raises FileExistsError unless this is the variant of the base that is to be written."""
+    if read_json(directory / "config.json") != config:
+        raise FileExistsError(f"{directory} is a variant of other settings; remove it")
+    for file in source.glob("model*.safetensors"):
+        other = directory / file.name
+        if not other.is_file() or not (
+            other.samefile(file) or filecmp.cmp(other, file, shallow=False)
+        ):
+            raise FileExistsError(f"{directory} is a variant of another base; remove it")
 
 
 def _variant_config(config: HybridConfig, layer: int, window: int) -> HybridConfig:

@@ -28,7 +28,9 @@ from jax.sharding import Mesh
 
 from hmf_jax import table
 from hmf_jax.config import HybridConfig
+from hmf_jax.convert.directories import check_target
 from hmf_jax.convert.safetensors_io import Checkpoint
+from hmf_jax.families import model_types
 from hmf_jax.layers import exact
 from hmf_jax.loading import from_pretrained, resolve, save_pretrained
 from hmf_jax.mixers import (
@@ -43,6 +45,7 @@ from hmf_jax.mixers import (
 )
 from hmf_jax.model import HybridLM
 from hmf_jax.moved import moved
+from hmf_jax.options import check_int
 from hmf_jax.parameters import abstract_params, flat_params, with_params
 from hmf_jax.training.fields import Range, read_yaml, typed, unknown
 
@@ -110,6 +113,7 @@ def prime(
             _check_qk_norm(directory)
     config = primed_config(base_config, pattern, **settings)
     plan = stage0_plan(base_config, config)  # says what is wrong before anything is loaded
+    check_int("seed", seed, 0, (1 << 32) - 1)
     if repeat not in ("rows", "heads"):
         raise ValueError(f"repeat={repeat!r} is unknown; use 'rows' or 'heads'.")
     if directory is not None:
@@ -166,10 +170,9 @@ def prime_directory(
 
     Raises: what `prime` and `save_pretrained` raise; FileExistsError before anything is read.
     """
-    output = Path(output).expanduser()
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists; choose another directory or overwrite it")
+    output = check_output(output, overwrite)
     directory = resolve(base, progress=progress)
+    check_output(output, overwrite, directory)
     model = prime(directory, pattern, dtype=dtype, progress=progress, **options)
     old = HybridConfig.from_json(directory)
     report(f"{old.hybrid_override_pattern} -> {model.config.hybrid_override_pattern}")
@@ -178,6 +181,24 @@ def prime_directory(
         model.source = None
     save_pretrained(model, output, overwrite=overwrite, progress=progress)
     report(f"Wrote {output}.")
+
+
+def check_output(output: str | Path, overwrite: bool, base: str | Path | None = None) -> Path:
+    """The directory that a step of priming may write; call it before anything is loaded.
+
+    Raises FileExistsError for one that holds something (unless that is a model and `overwrite` is
+    set), or that is or holds the base, or lies in it; OSError if it cannot be written.
+    """
+    output = Path(output).expanduser()
+    if base is not None:
+        old, new = Path(base).expanduser().resolve(), output.resolve()
+        if old == new or old in new.parents or new in old.parents:
+            raise FileExistsError(
+                f"{output} would be written over its base, {base}; choose another"
+            )
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists; choose another directory or overwrite it")
+    return check_target(output, overwrite, model_types=model_types())
 
 
 def read_stage0(file: str | Path) -> dict[str, Any]:
@@ -226,6 +247,8 @@ def primed_config(
     base: HybridConfig, pattern: str | Sequence[str], **settings: Any
 ) -> HybridConfig:
     """The config of a model primed from `base`, a hybrid's; arguments and errors as for `prime`."""
+    if not isinstance(pattern, str | Sequence) or not all(isinstance(s, str) for s in pattern):
+        raise ValueError(f"pattern must be symbols joined by '-', or a list of them: {pattern!r}")
     kinds = tuple(pattern.split("-")) if isinstance(pattern, str) else tuple(pattern)
     if len(kinds) != base.num_hidden_layers:
         raise ValueError(

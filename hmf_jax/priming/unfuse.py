@@ -15,6 +15,7 @@ from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.mixers import split_symbol
 from hmf_jax.model import HybridLM
 from hmf_jax.parameters import flat_params, with_params
+from hmf_jax.priming.stage0 import check_output
 from hmf_jax.table import num_parameters
 
 
@@ -64,9 +65,7 @@ def unfuse_directory(
     directory = Path(directory).expanduser()
     config = HybridConfig.from_json(directory)
     check_fused(config, "unfuse")
-    output = Path(output or f"{directory}_unfused").expanduser()
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists; choose another directory or overwrite it")
+    output = check_output(output or f"{directory.resolve()}_unfused", overwrite, directory)
     model = unfuse(from_pretrained(directory, dtype=dtype, progress=progress))
     kept, all_of_them = num_parameters(model.config), num_parameters(config)
     save_pretrained(model, output, overwrite=overwrite, progress=progress)

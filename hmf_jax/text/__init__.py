@@ -1,11 +1,14 @@
-"""Text in, text out: tokenizers, text as it is written, stop strings, thinking, conversations.
+"""Text in, text out: tokenizers, text as it is written, stop strings, conversations, their parts.
 
 `hmf_jax.engine`, which it is built on, knows tokens only.
 """
 
-from hmf_jax.text.chat import ChatSession
+from hmf_jax.text.chat import ChatSession, ConversationFull
 from hmf_jax.text.detokenizer import TextStream, check_stop
 from hmf_jax.text.generate import Reply, generate_text, stream_text
+from hmf_jax.text.messages import check_messages
+from hmf_jax.text.parts import Piece
+from hmf_jax.text.template import render
 from hmf_jax.text.thinking import END_THINK, THINK, split_thinking
 from hmf_jax.text.tokenizer import default_sampling, load_tokenizer, stop_ids
 
@@ -13,12 +16,16 @@ __all__ = [
     "END_THINK",
     "THINK",
     "ChatSession",
+    "ConversationFull",
+    "Piece",
     "Reply",
     "TextStream",
+    "check_messages",
     "check_stop",
     "default_sampling",
     "generate_text",
     "load_tokenizer",
+    "render",
     "split_thinking",
     "stop_ids",
     "stream_text",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Unpack
 
 from hmf_jax.engine import Engine, Finished, New, requests, start
+from hmf_jax.engine.request import Sampling, tell_errors
+from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
-from hmf_jax.sampling import SamplingParams
+from hmf_jax.sampling import SamplingSettings
 from hmf_jax.text.detokenizer import TextStream
-from hmf_jax.text.thinking import split_thinking
-from hmf_jax.text.tokenizer import default_sampling, directory_of, stop_ids, tokenizer_of
+from hmf_jax.text.tokenizer import directory_of, stop_ids, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,17 @@ class Reply:
     """What the model wrote; `str(reply)` is its text.
 
     Attributes:
-      text: without thinking, end tokens and stop string.
-      thinking: what stood between <think> and </think>, None if the model did not think.
-      finish_reason: "eos", "stop" (a stop string), "length" or "capacity" (see `Output`).
+      text: without thinking, calls of tools, end tokens and stop string.
+      thinking: what a `ChatSession` found between <think> and </think>, also if the end is missing;
+        None if the model did not think. A continuation of plain text has none.
+      finish_reason: "eos", "stop" (a stop string), "length", "capacity" or "error" (logits that are
+        not finite), see `Output`.
       tokens: all tokens generated for it, up to the one that ended it.
       logprobs: one per token, under the model's own distribution.
+      tool_calls: [{"type": "function", "function": {"name": str, "arguments": dict}}, ...], if the
+        session has tools.
+      error: why there is nothing after these tokens, if finish_reason is "error".
+      prefilled: tokens that the model had to read for it; a session keeps what it has read.
     """
 
     text: str
@@ -31,6 +38,9 @@ class Reply:
     finish_reason: str
     tokens: list[int]
     logprobs: list[float]
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+    prefilled: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return self.text
@@ -41,30 +51,35 @@ def generate_text(
     prompts: str | Sequence[str],
     tokenizer: Any = None,
     *,
-    max_new_tokens: int | Sequence[int] = 128,
-    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-    stop: str | Sequence[str] = (),
+    max_new_tokens: int | Sequence[int] | None = None,
+    sampling: Sampling = None,
+    stop: str | Sequence[str] | None = (),
     num_iter: int | Sequence[int] | None = None,
     capacity: int | None = None,
     prefill_chunk: int = 2048,
+    **settings: Unpack[SamplingSettings],
 ) -> list[Reply]:
-    """Continue plain texts, without a chat template.
+    """Continue plain texts, without a chat template. What a model thinks is part of the text.
 
     Args:
       model: the model.
       prompts: one text or several.
       tokenizer: its Hugging Face tokenizer; None loads the one in the model's directory.
       stop: strings that end a text (and are not part of it).
-      sampling: None = what generation_config.json says, else greedy.
-      max_new_tokens, num_iter, capacity, prefill_chunk: see `hmf_jax.generate`.
+      max_new_tokens: None = what generation_config.json says, else 128.
+      sampling, settings: how to choose tokens; None = what generation_config.json says, else
+        greedy.
+      num_iter, capacity, prefill_chunk: see `hmf_jax.generate`.
 
     Returns:
-      One `Reply` per prompt, in order.
+      One `Reply` per prompt, in order. As in `hmf_jax.generate`, one whose logits are NaN or
+      infinite has finish_reason "error", and a RuntimeWarning names it.
 
     Raises:
       ValueError: an empty prompt, one that does not fit, or a setting out of range.
+      FloatingPointError: there is one prompt only, and its logits are NaN or infinite.
     """
-    engine, texts = _begin(
+    engine, texts, lengths = _begin(
         model,
         [prompts] if isinstance(prompts, str) else prompts,
         tokenizer,
@@ -74,11 +89,20 @@ def generate_text(
         num_iter=num_iter,
         capacity=capacity,
         prefill_chunk=prefill_chunk,
+        **settings,
     )
-    reasons: dict[int, str] = {}
-    for _ in run(engine, texts, reasons, 32):
+    ended: dict[int, Finished] = {}
+    for _ in run(engine, texts, ended, 32):
         pass
-    return [reply_of(text, reasons[id]) for id, text in texts.items()]
+    errors = {i: f"Prompt {i}, {e.error}" for i, id in enumerate(texts) if (e := ended[id]).error}
+    tell_errors(errors, len(texts))
+    return [
+        Reply(
+            text.text, None, ended[id].reason, text.tokens, text.logprobs, error=errors.get(i),
+            prefilled=lengths[i],
+        )
+        for i, (id, text) in enumerate(texts.items())
+    ]  # fmt: skip
 
 
 def stream_text(
@@ -86,50 +110,69 @@ def stream_text(
     prompt: str,
     tokenizer: Any = None,
     *,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     **settings: Any,
 ) -> Iterator[str]:
     """Like `generate_text` for one prompt: yields its continuation in pieces."""
-    engine, texts = _begin(model, [prompt], tokenizer, stop, **settings)
-    return (piece for (piece,) in run(engine, texts, {}, 8) if piece)
+    engine, texts, _ = _begin(model, [prompt], tokenizer, stop, **settings)
+
+    def pieces() -> Iterator[str]:
+        ended: dict[int, Finished] = {}
+        for (piece,) in run(engine, texts, ended, 8):
+            if piece:
+                yield piece
+        tell_errors({id: e.error for id, e in ended.items() if e.error}, 1)
+
+    return pieces()
 
 
 def _begin(
     model: HybridLM,
     prompts: Sequence[str],
     tokenizer: Any,
-    stop: str | Sequence[str],
+    stop: str | Sequence[str] | None,
     *,
-    sampling: Any = None,
+    max_new_tokens: int | Sequence[int] | None = None,
+    sampling: Sampling = None,
+    num_iter: int | Sequence[int] | None = None,
     capacity: int | None = None,
     prefill_chunk: int = 2048,
     **settings: Any,
-) -> tuple[Engine, dict[int, TextStream]]:
-    """An engine with a request for each prompt, and the text of each continuation so far, by id."""
+) -> tuple[Engine, dict[int, TextStream], list[int]]:
+    """An engine with a request for each prompt, the text of each continuation so far, by id, and
+    the number of tokens of each prompt."""
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"Prompt {i} must be text, not {type(prompt).__name__}.")
     tokenizer = tokenizer_of(model, tokenizer)
     directory = directory_of(model, tokenizer)
     ends = stop_ids(model.config, tokenizer, directory)
+    defaults = generation_defaults(model, directory)
     texts = [TextStream(tokenizer, stop, ends) for _ in prompts]
+    tokens = [tokenizer.encode(p) for p in prompts]
     asked = requests(
         model.config,
-        [tokenizer.encode(p) for p in prompts],
-        sampling=default_sampling(directory) if sampling is None else sampling,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
         eos_ids=ends,
-        **settings,
+        num_iter=num_iter,
+        settings=settings,
+        defaults=defaults,
     )
     engine, ids = start(model, asked, capacity=capacity, prefill_chunk=prefill_chunk)
-    return engine, dict(zip(ids, texts, strict=True))
+    return engine, dict(zip(ids, texts, strict=True)), [len(t) for t in tokens]
 
 
 def run(
-    engine: Engine, texts: Mapping[int, TextStream], reasons: dict[int, str], steps: int
+    engine: Engine, texts: Mapping[int, TextStream], ended: dict[int, Finished], steps: int
 ) -> Iterator[list[str]]:
     """Runs an engine until its requests are done; yields the new text of each after every step.
 
     Args:
       engine: has these requests and no others.
       texts: by request; a stop string that one finds ends its request.
-      reasons: gets the finish reason of each request.
+      ended: gets how each request has ended.
       steps: tokens per row that one call of the device makes.
     """
     while engine.busy:
@@ -143,11 +186,5 @@ def run(
             elif isinstance(event, Finished):
                 text = texts[event.id]
                 pieces[event.id] += text.finish()
-                reasons[event.id] = "stop" if text.stopped else event.reason
+                ended[event.id] = replace(event, reason="stop") if text.stopped else event
         yield list(pieces.values())
-
-
-def reply_of(text: TextStream, reason: str, open_thinking: bool = False) -> Reply:
-    """The reply that a finished text is; `open_thinking` as in `split_thinking`."""
-    thinking, answer = split_thinking(text.text, open_thinking)
-    return Reply(answer, thinking, reason, text.tokens, text.logprobs)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-THINK, END_THINK = "<think>", "</think>"
+from hmf_jax.text.parts import END_THINK, THINK, ReplyParts
+
+__all__ = ["END_THINK", "THINK", "split_thinking"]
 
 
 def split_thinking(text: str, open_thinking: bool = False) -> tuple[str | None, str]:
-    """(thinking, answer) of a reply; `open_thinking` if the prompt already ended with <think>."""
-    before, end, after = text.partition(END_THINK)
-    if end:
-        return before.strip().removeprefix(THINK).strip(), after.lstrip("\n")
-    if open_thinking or text.lstrip().startswith(THINK):
-        return text.strip().removeprefix(THINK).strip(), ""
-    return None, text
+    """(thinking, answer) of a reply of which only the text is known; thinking None: there is none.
+
+    Args:
+      text: of the reply.
+      open_thinking: the prompt already ended with <think>. Otherwise thinking begins with a <think>
+        that is alone in the first line: elsewhere it is part of the answer, and so is any </think>
+        that closes nothing.
+    """
+    parts = ReplyParts({}, opened=open_thinking)
+    parts.push(text)
+    parts.finish()
+    return parts.thinking, parts.text

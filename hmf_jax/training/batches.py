@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hmf_jax.options import check_int
+from hmf_jax.options import check_bool, check_choice, check_int
 from hmf_jax.training.documents import Column, Document, Documents, Stream, reason
 from hmf_jax.training.sources import MAX_ROW_BYTES, is_stream
 
@@ -107,16 +107,15 @@ class Batches:
             ) from e
         given = dict(zip(_CHOICES, (packing, overlong, on_bad, padding_side), strict=True))
         for name, value in given.items():
-            if value not in _CHOICES[name]:
-                raise ValueError(f"{name} is one of {', '.join(_CHOICES[name])}, not {value!r}")
+            check_choice(name, value, _CHOICES[name])
         check_int("length", length, 2)
-        limits = {"batch_size": 1, "window": 1, "epochs": 1, "seed": 0, "threads": 0}
-        given_numbers = (batch_size, window, epochs, seed, threads)
-        for (name, low), value in zip(limits.items(), given_numbers, strict=True):
-            if value is not None or name not in ("window", "epochs"):
-                check_int(name, value, low)
-        if seed >= 1 << 32 or not isinstance(shuffle, bool):
-            raise ValueError(f"seed={seed!r} is below 2^32, shuffle={shuffle!r} true or false")
+        check_int("batch_size", batch_size, 1)
+        check_int("seed", seed, 0, (1 << 32) - 1)
+        check_int("threads", threads, 0)
+        check_bool("shuffle", shuffle)
+        for name, value in (("window", window), ("epochs", epochs)):
+            if value is not None:
+                check_int(name, value, 1)
         index = jax.process_index() if process_index is None else process_index
         count = jax.process_count() if process_count is None else process_count
         make: type[Documents] | type[Stream] = Stream if is_stream(source) else Documents
@@ -129,7 +128,7 @@ class Batches:
         # Whole batches, so that a window ends where a batch does.
         self._window = -(-(window or max(64, batch_size)) // batch_size) * batch_size
         self._pad = tokenizer.pad_token_id or 0
-        # A state belongs to these settings; on_bad and epochs may change.
+        # A state belongs to these settings and rows; on_bad and epochs may change.
         self._settings = {
             **{k: given[k] for k in ("packing", "overlong", "padding_side")},
             "length": length,
@@ -140,6 +139,7 @@ class Batches:
             "seed": seed,
             "process_index": index,
             "process_count": count,
+            "fingerprint": documents.fingerprint(),
         }
         self.documents = documents
         if isinstance(documents, Documents):
@@ -196,9 +196,14 @@ class Batches:
         """Go on where `get_state` was called.
 
         Raises:
-          ValueError: the state of an iterator with other settings.
+          ValueError: the state of an iterator with other settings or over other rows, or no state.
         """
-        was = state["settings"]
+        names = {"settings", "row", "piece", "counts", "batch"}
+        if not isinstance(state, dict) or not names <= set(state):
+            raise ValueError(
+                "this is no state of training data: it has no " + ", ".join(sorted(names))
+            )
+        was = {"fingerprint": self._settings["fingerprint"], **state["settings"]}
         if different := [k for k in self._settings if was.get(k) != self._settings[k]]:
             changes = ", ".join(f"{k} {was.get(k)} -> {self._settings[k]}" for k in different)
             raise ValueError(f"this state belongs to other training data settings: {changes}")
@@ -210,7 +215,8 @@ class Batches:
         """To the beginning of a window of rows."""
         self._row: int = state["row"]  # in the shuffled order: the next document not yet packed
         self._piece: int = state["piece"]  # of that document: the next one not yet packed
-        self._counts: dict[str, int] = {"cut": 0, **state["counts"]}
+        self._counts: dict[str, int] = {**state["counts"]}
+        self._counts.setdefault("cut", 0)
         self._reasons: dict[str, int] = dict(state.get("reasons", {}))
         self._start, self._rows, self._taken = self._snapshot(), [], 0
         self._pieces: list[Piece] | None = None

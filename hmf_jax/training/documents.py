@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
 
+from hmf_jax.options import check_int
 from hmf_jax.training.encode import encode_chat, encode_completion, encode_text
 from hmf_jax.training.formats import (
     COLUMNS,
@@ -80,6 +83,7 @@ class Documents:
         max_row_bytes: int = MAX_ROW_BYTES,
     ) -> None:
         self._encode = _encoder(tokenizer, column, template_options, max_row_bytes)
+        self._settings = _settings(tokenizer, column, template_options)
         known = {*COLUMNS, *([column] if isinstance(column, str) else (column or {}).values())}
         self._parts: list[Rows] = open_rows(source, max_row_bytes, known)
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
@@ -92,13 +96,27 @@ class Documents:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> Document:
-        p = int(np.searchsorted(self._ends, index, side="right"))
-        part, i = self._parts[p], index - int(self._ends[p - 1] if p else 0)
+        part, i, first = self._locate(index)
         try:
             row = part[i]
         except _WRONG as e:
             return _bad(e, part.where(i))
-        return self._encode(row, self._first[p], part.where(i))
+        return self._encode(row, first, part.where(i))
+
+    def _locate(self, index: int) -> tuple[Rows, int, _First | None]:
+        p = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[p], index - int(self._ends[p - 1] if p else 0), self._first[p]
+
+    def fingerprint(self) -> str:
+        """Of 64 rows, evenly spread, and of what makes tokens of them; tells other data apart."""
+        digest = hashlib.sha256(self._settings)
+        for i in np.unique(np.linspace(0, len(self) - 1, min(64, len(self)), dtype=np.int64)):
+            part, j, _ = self._locate(int(i))
+            try:
+                digest.update(json.dumps(part[j], sort_keys=True, default=_type_name).encode())
+            except _WRONG as e:
+                digest.update(str(e).encode(errors="replace"))
+        return digest.hexdigest()
 
     def describe(self, sample: int = 200) -> str:
         """Files, formats, columns that are not read, and what would be left out of some rows.
@@ -145,7 +163,12 @@ class Stream:
         if not hasattr(source, "__iter__"):
             raise ValueError(f"training data are files or rows, not {type(source).__name__}")
         self._encode = _encoder(tokenizer, column, template_options, max_row_bytes)
+        self._settings = _settings(tokenizer, column, template_options)
         self._source, self._column, self._begun = source, column, False
+
+    def fingerprint(self) -> str:
+        """Of what makes tokens of the rows; the rows themselves are not known in advance."""
+        return hashlib.sha256(self._settings).hexdigest()
 
     def read(
         self, start: int, *, epochs: int | None, shuffle: bool, seed: int, part: tuple[int, int]
@@ -228,8 +251,7 @@ def _encoder(
         known = {*FORMATS, *itertools.chain(*FORMATS.values())}
         if wrong := [name for name in column if name not in known]:
             raise ValueError(f"column maps {wrong}; it can map {', '.join(sorted(known))}")
-    if isinstance(max_row_bytes, bool) or not isinstance(max_row_bytes, int) or max_row_bytes < 1:
-        raise ValueError(f"max_row_bytes must be an integer >= 1, got {max_row_bytes!r}")
+    check_int("max_row_bytes", max_row_bytes, 1)
     tokenizer("a")  # settles the tokenizer's options before several threads use it
 
     def encode(example: Example) -> tuple[list[int], list[bool]]:
@@ -264,10 +286,30 @@ def _encoder(
     return document
 
 
-def _size(example: Example) -> int:
-    texts = [example.text, example.prompt or ""]
-    texts += [m["content"] for m in example.messages or ()]
-    return sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+def _type_name(value: Any) -> str:
+    """In place of a value that JSON does not know; its text may hold an address."""
+    return type(value).__name__
+
+
+def _settings(tokenizer: Any, column: Column, options: dict[str, Any] | None) -> bytes:
+    """What makes tokens of rows, apart from the vocabulary itself."""
+    values = [
+        column,
+        options or {},
+        tokenizer.chat_template,
+        tokenizer.eos_token_id,
+        len(tokenizer),
+    ]
+    return json.dumps(values, sort_keys=True, default=str).encode()
+
+
+def _size(value: Any) -> int:
+    """Bytes of all texts in a value."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode())
+    if isinstance(value, Mapping):
+        return sum(_size(k) + _size(v) for k, v in value.items())
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
 
 
 def _bad(error: Exception, where: str) -> Document:

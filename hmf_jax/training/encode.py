@@ -17,6 +17,12 @@ from hmf_jax.training.formats import EmptyRow, read_messages
 # A thinking block at the end of a generation prompt, open or closed.
 _PROMPT_THINKING = re.compile(r"<think>\s*(</think>\s*)?$")
 Render = Callable[..., str]
+# Arguments of apply_chat_template that are no variables of the template; here they are set.
+_RESERVED = frozenset(
+    "conversation messages tools chat_template add_generation_prompt continue_final_message "
+    "tokenize padding truncation max_length return_tensors return_dict tokenizer_kwargs "
+    "return_assistant_tokens_mask".split()
+)
 
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[bool]]:
@@ -70,6 +76,8 @@ def encode_chat(
         its last one.
     """
     messages = read_messages(messages)
+    if wrong := sorted(_RESERVED & set(options)):
+        raise ValueError(f"no variables of a chat template: {', '.join(wrong)}")
     if not messages:
         raise EmptyRow("no messages")
     weights = [m.pop("weight", 1) for m in messages]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import math
 import os
@@ -14,6 +13,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+
+from hmf_jax.options import nearest, shown
 
 _INT32 = 2**31 - 1  # JAX counts steps and positions in int32
 _LARGEST_FILE = 10 * 2**20
@@ -43,7 +44,7 @@ Count = Annotated[int, Range(1)]
 Positive = Annotated[float, Range(0, math.inf, inside=True)]
 
 
-def check_fields(config: Any) -> None:
+def check_types(config: Any) -> None:
     """Types and ranges of the fields of a frozen dataclass, as its hints say; makes floats of ints,
     tuples of lists and text of paths.
 
@@ -110,7 +111,7 @@ def _float(value: Any) -> Any:
     try:
         return float(value) if type(value) in (int, float) else value
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _words(kind: Any) -> str:
@@ -123,20 +124,10 @@ def _words(kind: Any) -> str:
     return names.get(origin, getattr(origin, "__name__", str(origin)))
 
 
-def shown(value: Any) -> str:
-    """The value as an error shows it: one line, not long."""
-    try:
-        text = repr(value)
-    except ValueError:  # an int of thousands of digits
-        return "a huge number"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def unknown(name: Any, known: Iterable[str]) -> str:
     """What to say of a field that does not exist: the nearest one that does."""
     names = list(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+    hint = nearest(name, names).removeprefix(", ") or f"known are {', '.join(names)}"
     return f"unknown field {shown(name)}; {hint}"
 
 
@@ -172,8 +163,6 @@ def parse_yaml(text: str, where: str) -> Any:
         line = "" if mark is None else f" line {mark.line + 1}:"
         problem = getattr(e, "problem", None) or str(e)
         raise ValueError(f"{where}: no YAML:{line} {' '.join(problem.split())}") from e
-    except RecursionError:
-        raise ValueError(f"{where}: no YAML: nested too deeply") from None
     except ValueError as e:
         raise ValueError(f"{where}: no YAML: {e}") from e
 
@@ -184,15 +173,20 @@ def _loader() -> Any:
     yaml = yaml_module()
 
     class Loader(yaml.SafeLoader):
+        depth = 0
+
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(
-                yaml.AliasEvent
-            ):  # a few of them can stand for any number of values
-                raise yaml.composer.ComposerError(
-                    None, None, "aliases are not read; write the value out",
-                    self.peek_event().start_mark,
-                )  # fmt: skip
-            return super().compose_node(parent, index)
+            mark, problem = self.peek_event().start_mark, None
+            if self.check_event(yaml.AliasEvent):  # a few can stand for any number of values
+                problem = "aliases are not read; write the value out"
+            elif self.depth > 20:
+                problem = "nested too deeply"
+            if problem:
+                raise yaml.composer.ComposerError(None, None, problem, mark)
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[str] = set()

@@ -213,6 +213,9 @@ def _completion(there: Mapping[str, Any]) -> Example:
     if "prompt" not in there:
         raise ValueError("a completion without prompt")
     prompt, completion = there["prompt"], there["completion"]
+    if _is_chat_text(prompt):
+        prompt = _list(prompt, "prompt")
+        completion = _list(completion, "completion") if _is_chat_text(completion) else completion
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
             raise EmptyRow("empty completion")

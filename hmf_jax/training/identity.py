@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 from hmf_jax.convert.directories import holds_model, read_json
 from hmf_jax.training.checkpoint import differences
 from hmf_jax.training.schema import TrainConfig
+from hmf_jax.training.sources import files_of
 
 RECORD, MODEL, ADAPTER, CHECKPOINTS = "run.json", "model", "adapter", "checkpoints"
 # All that a run writes into its directory.
@@ -70,16 +70,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 def data_files(data: str | list[str] | None) -> list[Path]:
     """The files that a field names: files, directories of them, patterns."""
-    files: list[Path] = []
-    for name in [] if data is None else [data] if isinstance(data, str) else data:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.is_file())
-        elif not path.exists() and glob.has_magic(name):
-            files += sorted(map(Path, glob.glob(str(path), recursive=True)))
-        else:
-            files.append(path)
-    return files
+    names = [] if data is None else [data] if isinstance(data, str) else data
+    return [file for name in names for file in files_of(name)]
 
 
 def tokenizer_identity(directory: Path, tokenizer: Any) -> dict[str, str]:
@@ -97,6 +89,12 @@ def tokenizer_identity(directory: Path, tokenizer: Any) -> dict[str, str]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+_IDENTITY = {
+    "fields", "rows", "steps", "config", "base weights", "tokenizer", "chat template", "data",
+    "eval_data",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -124,10 +122,10 @@ class Record:
         if not file.is_file():
             return None
         values = read_json(file)
-        try:
-            identity, wrote = dict(values["identity"]), dict(values["wrote"])
-        except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{file} is no record of a run: {e!r}; choose another output") from e
+        identity, wrote = values.get("identity"), values.get("wrote")
+        parts = isinstance(identity, dict) and _IDENTITY <= set(identity)
+        if not parts or not isinstance(wrote, dict):
+            raise ValueError(f"{file} is no record of a run; choose another output")
         return cls(directory, identity, wrote)
 
     def save(self) -> None:
@@ -237,13 +235,17 @@ def forget(record: Record) -> None:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """The file has the old text or this one at every moment."""
+    """The file has the old text or this one at every moment. Raises OSError naming it."""
     new = file.with_name(f".{file.name}.new")
-    with new.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    new.replace(file)
+    try:
+        with new.open("w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        new.replace(file)
+    except OSError as e:
+        new.unlink(missing_ok=True)
+        raise OSError(f"cannot write {file} (is the disk full?): {e.strerror}") from e
 
 
 def refusal(record: Record, found: Sequence[str]) -> str:

@@ -35,7 +35,7 @@ from hmf_jax.convert.directories import printable, replacing
 from hmf_jax.convert.rows import Entry, tensor_shape
 from hmf_jax.layers import exact, exact_dtype, one_row_twice
 from hmf_jax.model import HybridLM
-from hmf_jax.options import check_int
+from hmf_jax.options import check_int, check_number
 from hmf_jax.parameters import flat_params, with_params
 from hmf_jax.sharding import named_sharding
 from hmf_jax.training.peft import CONFIG, PREFIX, WEIGHTS, AdapterConfig, read_adapters
@@ -135,8 +135,7 @@ def apply_lora(
       ImportError: `quantize` without qwix.
     """
     check_int("rank", rank, 1)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise ValueError(f"alpha={alpha!r} must be a positive number.")
+    check_number("alpha", alpha, 0, above=True)
     check_int("seed", seed, 0)
     if quantize is not None:
         _check_quantize(quantize)
@@ -373,6 +372,10 @@ def _adapters(model: HybridLM) -> dict[str, LoRALinear]:
 def _projections(model: HybridLM, modules: str | Sequence[str]) -> list[str]:
     """Paths of the projections that these patterns select."""
     known = [path for _, _, path, _ in _children(model, nnx.Linear)]
+    if not isinstance(modules, str) and not (
+        isinstance(modules, Sequence) and all(isinstance(m, str) for m in modules)
+    ):
+        raise ValueError(f"modules must be a text or a list of texts, got {modules!r}.")
     patterns = modules.split(",") if isinstance(modules, str) else list(modules)
     chosen: set[str] = set()
     for pattern in filter(None, map(str.strip, patterns)):

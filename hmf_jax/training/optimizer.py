@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import jax
 import optax
 
-from hmf_jax.training.fields import Count, Positive, Range, check_fields
+from hmf_jax.training.fields import Count, Positive, Range, check_types
 
 
 def decay_mask(params: Any) -> Any:
@@ -57,7 +57,7 @@ class Recipe:
     config_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_types(self)
         if type(self.warmup) is float and self.warmup >= 1:
             raise ValueError(
                 f"warmup={self.warmup} must be a number of steps (an int) or a fraction below 1."

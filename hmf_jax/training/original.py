@@ -13,7 +13,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hmf_jax.training.fields import shown, typed, unknown
+from hmf_jax.options import shown
+from hmf_jax.training.fields import typed, unknown
 
 Values = dict[str, Any]
 

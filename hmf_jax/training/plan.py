@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hmf_jax.memory import device_bytes, size_text
 from hmf_jax.sharding import BATCH_AXES
 from hmf_jax.training.flops import peak_flops, training_flops
-from hmf_jax.training.run import Run, describe_data
+from hmf_jax.training.run import Run, describe_data, describe_source
 from hmf_jax.training.schema import TrainConfig
 from hmf_jax.training.step import Loss, TrainState
 
@@ -36,6 +36,7 @@ def plan(config: TrainConfig, *, loss: Loss | None = None) -> str:
     return "\n".join(
         [
             run.describe(),
+            describe_source(run.seen),
             describe_data(run.seen),
             *(f"         {problem}" for problem in run.seen.problems[:5]),
             *_describe_parameters(state),

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hmf_jax.training.flops import peak_flops
+from hmf_jax.training.identity import write_atomically
 
 METRICS = "metrics.jsonl"
 
@@ -58,9 +59,7 @@ class Log:
             self._directory.mkdir(parents=True, exist_ok=True)
             path = self._directory / METRICS
             kept = [r for r in read_metrics(self._directory) if r["step"] <= done]
-            new = path.with_suffix(".tmp")
-            new.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            new.replace(path)
+            write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept))
             self._file = path.open("ab", buffering=0)
         self._bar = tqdm(
             total=steps,

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shutil
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -51,8 +52,8 @@ from hmf_jax.training.signals import stopping_at_once
 from hmf_jax.training.step import Loss, TrainState, make_train_step
 
 # Fields that are passed on as they are, to `Batches` and to `make_train_step`.
-_DATA = ("column", "template_options", "packing", "overlong", "on_bad", "padding_side")
-_DATA += ("shuffle", "seed")
+_DATA = ("column", "template_options", "max_row_bytes", "packing", "overlong", "on_bad")
+_DATA += ("padding_side", "shuffle", "seed")
 _STEP = ("accumulate", "remat", "max_grad_norm", "num_iter", "impl", "chunk_size")
 
 
@@ -69,7 +70,7 @@ def fine_tune(
 
     Args:
       config: what to do.
-      loss: of `make_train_step`; None: of the next token.
+      loss: of `make_train_step`; None: of the next token. It is not compared when a run goes on.
       progress: show bars.
       report: is told in words what happens (by process 0).
       lines: also report the metrics, a line every `log_every` steps; None: where no bar is shown.
@@ -84,11 +85,12 @@ def fine_tune(
       holds what the run reads, and inputs that differ from those that the run began with;
       FileExistsError for an output that holds what no run wrote. The latter before any work.
     """
-    run = Run.prepare(config, loss)
+    run = Run.prepare(config, loss, alone=True)
     first = jax.process_index() == 0
     report = report if first else lambda text: None
     progress = progress and first
     report(run.describe())
+    report(describe_source(run.seen))
     run.abstract_state()  # finds patterns that select nothing before anything is loaded or written
     output = Path(config.output).expanduser()
     checkpoints = Checkpoints(
@@ -204,8 +206,13 @@ def _export(model: HybridLM, record: Record, *, lora: bool, progress: bool) -> N
         from hmf_jax.training.lora import merge_lora, save_lora
 
         with record.writing(ADAPTER) as directory:
-            shutil.rmtree(directory, ignore_errors=True)
-            save_lora(model, directory)
+            new = directory.with_name(f".{ADAPTER}.new")
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+            save_lora(model, new)
+            directory.mkdir(exist_ok=True)
+            for file in new.iterdir():  # what else is there stays
+                file.replace(directory / file.name)
+            new.rmdir()
         model = merge_lora(model)
     with record.writing(MODEL) as directory:
         save_pretrained(model, directory, overwrite=True, progress=progress)
@@ -241,9 +248,9 @@ class Run:
     step: jax.stages.Wrapped = dataclasses.field(init=False)
 
     @classmethod
-    def prepare(cls, config: TrainConfig, loss: Loss | None) -> Self:
+    def prepare(cls, config: TrainConfig, loss: Loss | None, *, alone: bool = False) -> Self:
         """Finds what is wrong with a config: raises what `fine_tune` raises. Joins the other
-        processes if the config says so."""
+        processes if the config says so. `alone`: refuse at once where another run is."""
         if not isinstance(config, TrainConfig):
             raise TypeError(
                 f"config must be a TrainConfig, not {type(config).__name__}; TrainConfig.load "
@@ -263,7 +270,11 @@ class Run:
                 f"{config.accumulate} x {parts}"
             )
         run = cls(config, source, model_config, mesh, batch_size)
-        check_output(Path(config.output).expanduser(), run.inputs(), run.writes(), contents=False)
+        output = Path(config.output).expanduser()
+        check_output(output, run.inputs(), run.writes(), contents=False)
+        if alone and jax.process_count() == 1 and output.is_dir():
+            with holding(output):
+                pass
         index, count = data_shard(mesh)
         run.tokenizer = load_tokenizer(source)
         run.batches = functools.partial(
@@ -417,7 +428,13 @@ def _loggers(config: TrainConfig, output: Path) -> list[Any]:
     return loggers
 
 
+def describe_source(batches: Batches) -> str:
+    """Where the rows come from, and what is left out of them."""
+    return "data     " + batches.describe().replace("\n", "\n         ")
+
+
 def describe_data(batches: Batches) -> str:
-    """How many rows, documents and tokens were read, in words."""
+    """How many rows, documents and tokens were read, of which formats, in words."""
     counts = ", ".join(f"{n:,} {name}" for name, n in batches.counts.items())
-    return f"data     read by this process: {counts}"
+    more = textwrap.indent(batches.describe(), " " * 9)
+    return f"data     read by this process: {counts}\n{more}"

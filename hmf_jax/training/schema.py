@@ -20,6 +20,7 @@ from hmf_jax.training.fields import (
     yaml_module,
 )
 from hmf_jax.training.optimizer import RECIPES, Recipe
+from hmf_jax.training.sources import MAX_ROW_BYTES
 
 __all__ = ["TrainConfig", "yaml_module"]
 
@@ -30,7 +31,7 @@ class TrainConfig(Recipe):
 
     Attributes:
       model: directory or repository of the model to start from, see `from_pretrained`.
-      data: a JSONL or Parquet file of texts or chats, or a list of them, see `Batches`.
+      data: files of texts or chats, a directory or pattern of them, or a list, see `Batches`.
       output: directory of the run: run.json (what it is a run of), config.yaml, checkpoints/,
         metrics.jsonl, loss.png, and at the end model/, a Hugging Face directory (and adapter/, with
         LoRA). A run that is started again goes on from its last checkpoint.
@@ -45,7 +46,8 @@ class TrainConfig(Recipe):
         times micro-batches and data parallel devices.
       per_device_batch_size: rows of a micro-batch on one data parallel device; None: 1, unless
         batch_size says otherwise.
-      column, template_options, packing, on_bad, padding_side, shuffle, seed: of `Batches`.
+      column, template_options, max_row_bytes, packing, on_bad, padding_side, shuffle, seed: of
+        `Batches`.
       eval_data: files like `data`, for the validation loss: the mean over all their targets, each
         document once, packed like `data` and in the order of the files. None: no validation.
       eval_every: steps between validations (there is one at the end, too); None: save_every.
@@ -80,8 +82,9 @@ class TrainConfig(Recipe):
     lora_quantize: Literal["int8", "nf4"] | None = None
     batch_size: Count | None = None
     per_device_batch_size: Count | None = None
-    column: str | None = None
+    column: str | dict[str, str] | None = None
     template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    max_row_bytes: Count = MAX_ROW_BYTES
     packing: str = "first_fit"
     on_bad: str = "skip"
     padding_side: str = "right"

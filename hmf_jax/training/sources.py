@@ -73,10 +73,11 @@ def open_rows(
         return [_Given(source)]
     if not all(isinstance(p, str | Path) for p in paths):
         raise ValueError("a source is a list of files or a list of rows, not of both")
-    return [_open(path, max_row_bytes, columns) for p in paths for path in _files(p)]
+    return [_open(path, max_row_bytes, columns) for p in paths for path in files_of(p)]
 
 
-def _files(source: str | Path) -> Iterator[Path]:
+def files_of(source: str | Path) -> Iterator[Path]:
+    """The files that a file, a directory or a pattern stands for; errors as in `open_rows`."""
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

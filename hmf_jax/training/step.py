@@ -85,7 +85,9 @@ class Template:
         """That of this model, or of its abstract twin."""
         params = flat_params(model)
         dtypes = tuple(np.dtype(a.dtype) for a in params.values())
-        return cls(jax.tree.structure(model), tuple(params), dtypes, dataclasses.astuple(model.origin))
+        return cls(
+            jax.tree.structure(model), tuple(params), dtypes, dataclasses.astuple(model.origin)
+        )
 
     def model(self, params: Params) -> HybridLM:
         """The model with these parameters, each in the dtype that it came with."""

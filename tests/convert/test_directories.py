@@ -147,16 +147,19 @@ def test_a_failed_save_changes_nothing(tmp_path, target):
     assert os.listdir(tmp_path) == ["model"]
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_parent_without_permission(tmp_path):
-    (tmp_path / "parent").mkdir(mode=0o555)
-    with pytest.raises(PermissionError, match="no permission to write in"):
-        check_target(tmp_path / "parent" / "model")
+def test_a_parent_without_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(PermissionError, match="model cannot be written: no permission to write in"):
+        check_target(tmp_path / "model")
 
 
 def test_leftovers_are_cleaned_by_the_next_save_only(tmp_path, target):
-    dead = tmp_path / ".hmf-jax-save-0123456789abcdef"
+    dead = tmp_path / f".hmf-jax-save-{directories._host()}-0123456789abcdef"
     fill(dead, "half")
+    distant, forgotten = (tmp_path / f".hmf-jax-save-{c * 8}-0123456789abcdef" for c in "01")
+    fill(distant, "of another machine, which may still write")
+    fill(forgotten, "of another machine, long ago")
+    os.utime(forgotten, (0, 0))
     mine = tmp_path / ".hmf-jax-save-notes"
     mine.mkdir()
     with lock(target), pytest.raises(FileExistsError), replacing(target):
@@ -165,8 +168,8 @@ def test_leftovers_are_cleaned_by_the_next_save_only(tmp_path, target):
     with replacing(tmp_path / "other") as tmp:
         fill(tmp, "new")
         save(target)  # does not touch what another save is writing
-        assert tmp.exists() and not dead.exists()
-    assert {p.name for p in tmp_path.iterdir()} == {"model", "other", mine.name}
+        assert tmp.exists() and not dead.exists() and not forgotten.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "other", mine.name, distant.name}
 
 
 # Kills itself at the n-th call that touches the file system, for every n; prints what was visible.

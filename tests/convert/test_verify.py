@@ -163,3 +163,35 @@ def test_directories(tmp_path):
     (tmp_path / "case.json").write_text(json.dumps(case(kind="op")))
     with pytest.raises(ValueError, match="kind 'op'; verify runs kind 'model'"):
         verify_dir(tmp_path, load)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"L": 0}, "case.json: L must be an integer >= 1, got 0"),
+        ({"L": "9"}, "case.json: L must be an integer"),
+        ({"layer_row": B}, "case.json: layer_row must be an integer <= 1"),
+        ({"rows": [0, -1]}, "case.json: rows must be an integer >= 0"),
+        ({"rows": None}, "case.json: rows must be a list of rows"),
+        ({"kind": "\x1b[2J"}, r"a case of kind '\\\\x1b\[2J'; verify runs kind 'model'"),
+        ({"tensors": ["input_ids"]}, "expected.safetensors lacks positions, logits, logits_tail"),
+        ({"tensors": []}, "expected.safetensors lacks input_ids"),
+    ],
+)
+def test_recordings_that_are_none(tmp_path, change, message):
+    case = {"kind": "model", "L": L, "rows": [0, 1], "layer_row": 1} | change
+    (tmp_path / "case.json").write_text(json.dumps(case))
+    values = {"input_ids": TOKENS, "positions": np.arange(3), "logits": TABLE, "logits_tail": TABLE}
+    names = case.get("tensors", list(values))
+    save_file({n: values[n] for n in names}, tmp_path / "expected.safetensors")
+    with pytest.raises(ValueError, match=message):
+        verify_dir(tmp_path, lambda *_: Lookup())
+
+
+def test_a_damaged_recording(tmp_path):
+    (tmp_path / "case.json").write_text(json.dumps({"kind": "model"}))
+    save_file({"input_ids": TOKENS}, tmp_path / "expected.safetensors")
+    raw = (tmp_path / "expected.safetensors").read_bytes()
+    (tmp_path / "expected.safetensors").write_bytes(raw[:-1])
+    with pytest.raises(ValueError, match="expected.safetensors is truncated"):
+        verify_dir(tmp_path, lambda *_: Lookup())

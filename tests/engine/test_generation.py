@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.engine import Engine, Finished, New, Request, generate, programs, stream, warmup
+from hmf_jax.engine import Engine, Finished, New, Request, generate, programs, score, stream, warmup
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
 from hmf_jax.sampling import SamplingParams
@@ -188,6 +188,21 @@ def test_num_iter_per_prompt(model):
     assert [g.tokens for g in both] == [one[0], one[30]]
     assert one[0] != one[30]
     assert generate(model, [prompt] * 2, max_new_tokens=8)[0].tokens == one[30]
+
+
+@pytest.mark.slow
+def test_the_other_solver(model):
+    """Its tokens are those of forward passes with it."""
+    prompts = prompts_of(20, 9)
+    settings: dict[str, Any] = dict(solver="cg", num_iter=3)
+    out = generate(model, prompts, max_new_tokens=8, logprobs=True, **settings)
+    for prompt, g in zip(prompts, out, strict=True):
+        tokens = jnp.array([prompt + g.tokens])
+        expected = score(model, tokens, **settings)[0, len(prompt) - 1 :]
+        np.testing.assert_allclose(g.logprobs, expected, atol=2e-3)
+    assert [g.tokens for g in out] != [
+        g.tokens for g in generate(model, prompts, max_new_tokens=8, num_iter=3)
+    ]
 
 
 def test_second_prompt_compiles_nothing(model):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hmf_jax.pallas_kernels import attention, compat, decode_attention, two_window_attention
 from hmf_jax.pallas_kernels.dispatch import why_no_hopper
-from hmf_jax.pallas_kernels.ops.attention import chunked, cudnn
+from hmf_jax.pallas_kernels.ops.attention import chunked, cudnn, mosaic
 from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs
 from hmf_jax.pallas_kernels.ops.attention.reference import visible_keys
 from tests.util import rel
@@ -580,6 +580,25 @@ def test_cudnn_decode_equals_reference(monkeypatch, entries, pieces):
 # Bad input
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_auto_looks_at_the_scale(monkeypatch, scale):
+    """The kernels for Hopper take maxima before they scale, so the scale must be positive."""
+    monkeypatch.setattr(mosaic, "why_no_hopper", lambda: None)
+    q, k, v = (jnp.ones((1, 2, 1, 64), jnp.bfloat16),) * 3
+    assert mosaic.why_not(0.5, q, k, v) is None
+    assert "positive scale" in str(mosaic.why_not(scale, q, k, v))
+    q, k, v = qkv()
+    chosen = attention(q, k, v, scale=scale)
+    assert_close(chosen, attention(q, k, v, scale=scale, impl="reference"), 1e-5)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), True, "1"])
+def test_a_scale_is_a_finite_number(scale):
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="must be a finite number"):
+        attention(q, k, v, scale=scale)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -588,7 +607,9 @@ def test_cudnn_decode_equals_reference(monkeypatch, entries, pieces):
         ({"k": np.zeros((2, 37, 2, 4))}, "k must be"),
         ({"v": np.zeros((2, 36, 2, 8))}, "shape of k"),
         ({"k": np.zeros((2, 40, 2, 8)), "v": np.zeros((2, 40, 2, 8))}, "0 past and 37 new"),
-        ({"window": 0}, "window must be at least 1"),
+        ({"window": 0}, "window=0 must be a whole number"),
+        ({"window": 2.5}, "window=2.5 must be a whole number"),
+        ({"window": 2**31}, "must be a whole number from 1 to"),
         ({"past": 3}, "needs offset"),
         ({"past": 3, "offset": jnp.zeros(2, int)}, "3 past and 37 new"),
         ({"offset": jnp.zeros(3, int)}, "one integer per row"),

@@ -362,7 +362,7 @@ def test_errors_say_what_is_wrong():
         offset=None, segment_ids=None, lengths=None, window=None, past=None
     )
     arrays = draw(ONE, T=4)
-    with pytest.raises(ValueError, match="scale must be positive, got -1"):
+    with pytest.raises(ValueError, match="positive scale, got -1"):
         ONE_OURS(**arrays, scale=-1.0, **keywords)
     with pytest.raises(ValueError, match="head_dim 64 and 128, got 32"):
         ONE_OURS(**draw(ONE, T=4, D=32), scale=1.0, **keywords)

@@ -300,3 +300,6 @@ def test_bad_options():
         gka(*arrays, solver="gmres")
     with pytest.raises(ValueError, match="'cg' needs ridge > 0"):
         gka(*arrays, initial_state=state, solver="cg", ridge=0.0)
+    for num_iter in (-1, 1001, 2**31, [1, 2**31]):  # 2^31 is negative as int32
+        with pytest.raises(ValueError, match="expected integers from 0 to 1000"):
+            gka(*arrays, num_iter=np.array(num_iter))

@@ -62,6 +62,17 @@ def test_init_and_unfuse(base, fused, tmp_path):
         assert (directory / "tokenizer.json").is_file()
     assert "has no fused layers" in error_of("prime", "unfuse", tmp_path / "hybrid")
     assert "exists" in error_of("prime", "unfuse", fused, tmp_path / "hybrid")
+    before = {p: p.stat().st_mtime_ns for d in (base, fused) for p in d.iterdir()}
+    for output in (fused, fused / "inner"):
+        message = error_of("prime", "unfuse", fused, output, "--overwrite")
+        assert "would be written over its base" in message
+        message = error_of("prime", "init", fused, output, "--pattern", "*-*", "--overwrite")
+        assert "would be written over its base" in message
+    assert "over its base" in error_of("prime", "unfuse", fused, fused.parent, "--overwrite")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    assert "notes" in error_of("prime", "unfuse", fused, tmp_path / "notes", "--overwrite")
+    assert before == {p: p.stat().st_mtime_ns for d in (base, fused) for p in d.iterdir()}
     assert not (tmp_path / "hybrid_unfused").exists()
 
 
@@ -72,6 +83,9 @@ def test_init_errors(base, tmp_path):
     assert "3 symbols but the base has 2 layers" in message
     assert "repeat='x'" in error_of(
         "prime", "init", base, out, "--pattern", "*-M2", "--repeat", "x"
+    )
+    assert "seed must be an integer >= 0" in error_of(
+        "prime", "init", base, out, "--pattern", "*-M2", "--seed", "-1"
     )
     assert not out.exists()
 
@@ -118,6 +132,28 @@ def test_select(tmp_path):
     assert "no row for layers [4]" in error_of("prime", "select", file, "--num-layers", 5)
     assert "need the model" in error_of("prime", "select", file, "--data", file)
     assert "needs --data" in error_of("prime", "select", file, "--base", tmp_path)
+    for option, value in {"rows": 3, "length": 9, "dtype": "float32", "window": 8}.items():
+        message = error_of("prime", "select", file, "-M", 1, f"--{option}", value)
+        assert f"--{option} is for scoring: it needs --data" in message
+    for m in (0, -1, 5):
+        assert f"m={m}: choose between 1 and 4" in error_of("prime", "select", file, "-M", m)
+    assert "layers, but there are" in error_of("prime", "select", file, "--num-layers", 0)
+    assert "kind 'x' is unknown" in error_of("prime", "select", file, "-M", 1, "--kind", "x")
+
+
+def test_select_checks_first(base, tmp_path):
+    scores, options = tmp_path / "s.csv", ["--base", base, "--data", tmp_path / "none.jsonl"]
+    for more, message in (
+        (["-M", 3], "--m must be an integer <= 2"),
+        (["-M", 2, "--exclude-layer-0"], "--m must be an integer <= 1"),
+        (["-M", 1, "--num-layers", 3], "--num-layers 3, but the base has 2 layers"),
+        (["-M", 1, "--rows", 0], "rows must be an integer >= 1"),
+        (["-M", 1, "--window", 0], "--window must be an integer >= 1"),
+        (["-M", 1, "--length", 1], "length must be an integer >= 2"),
+        (["-M", 1], "none.jsonl is no file"),
+    ):
+        assert message in error_of("prime", "select", scores, *options, *more)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
@@ -128,6 +164,9 @@ def test_select_scores_and_writes_variants(base, tmp_path):
     text = run("prime", "select", tmp_path / "s.csv", "-M", 1, *args).output
     assert "scored the base" in text and "scored layer 1" in text and "pattern: " in text
     assert "scored" not in run("prime", "select", tmp_path / "s.csv", "-M", 1, *args).output
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "Four five six. " * 30}) + "\n")
+    message = error_of("prime", "select", tmp_path / "s.csv", "-M", 1, *args)
+    assert "s.csv holds scores of other data; choose another file" in message
     variants = tmp_path / "variants"
     run("prime", "select", tmp_path / "none.csv", *options, "--variants", variants)
     config = HybridConfig.from_json(variants / "layer_1")

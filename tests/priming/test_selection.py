@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hmf_jax.loading import from_pretrained, save_pretrained
-from hmf_jax.parameters import flat_params
+from hmf_jax.parameters import flat_params, with_params
 from hmf_jax.priming import (
     LayerScores,
     likelihood,
@@ -83,6 +83,12 @@ def test_variant_directories_are_links_and_load(base, tmp_path):
     assert (tmp_path / "variants" / "layer_2" / "config.json").is_file()
     with pytest.raises(FileExistsError, match="variant of other settings"):
         write_swa_variants(tmp_path / "base", tmp_path / "variants", window=6)
+    save_pretrained(random_model(base.config, jnp.float32, 9), tmp_path / "other", progress=False)
+    with pytest.raises(FileExistsError, match="layer_0 is a variant of another base"):
+        write_swa_variants(tmp_path / "other", tmp_path / "variants", window=5)
+    (tmp_path / "variants" / "layer_0" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="layer_0/config.json is not valid JSON"):
+        write_swa_variants(tmp_path / "base", tmp_path / "variants", window=5)
     with pytest.raises(ValueError, match="layer 3 is not full attention"):
         write_swa_variants(tmp_path / "base", tmp_path / "more", layers=[0, 3])
     assert not (tmp_path / "more").exists()
@@ -107,6 +113,92 @@ def test_scoring_goes_on_where_it_stopped(base, tmp_path):
     assert scores == read_scores(file) and set(scores.rows) == {-1, 0, 1, 2}
 
 
+def position(model) -> dict[str, float]:
+    """A score that costs nothing: where the limited layer is."""
+    kinds = model.config.layer_kinds
+    return {"task": float(kinds.index("SWA") if "SWA" in kinds else -1)}
+
+
+def test_scores_are_of_the_same_weights_data_and_settings(base, tmp_path):
+    """Scores of something else are never taken for these, whoever wrote or damaged them."""
+    file, record = tmp_path / "scores.csv", tmp_path / "scores.csv.json"
+    options = dict(window=5, identity="data A")
+    scores = score_layers(base, position, file, **options)
+    whole, told = (file.read_bytes(), record.read_bytes()), []
+    assert score_layers(base, position, file, **options, done=told.append) == scores
+    assert told == [] and (file.read_bytes(), record.read_bytes()) == whole
+
+    def killed(layer: int) -> None:
+        if layer == 1:
+            raise KeyboardInterrupt
+
+    for path in (file, record):
+        path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        score_layers(base, position, file, **options, done=killed)
+    score_layers(base, position, file, **options, done=told.append)
+    assert told == [2] and (file.read_bytes(), record.read_bytes()) == whole
+
+    last = flat_params(base)["layers.2.mlp.up_proj.kernel"]
+    moved = with_params(base, {**flat_params(base), "layers.2.mlp.up_proj.kernel": last[::-1]})
+    for model, changes, what in (
+        (moved, {}, "base weights"),
+        (base, {"identity": "data B"}, "score"),
+        (base, {"window": 6}, "window"),
+    ):
+        with pytest.raises(FileExistsError, match=f"holds scores of other {what}; choose another"):
+            score_layers(model, position, file, **{**options, **changes})
+    assert (file.read_bytes(), record.read_bytes()) == whole
+
+    for damage, error, message in (
+        (whole[0].replace(b"0,0.0", b"0,7.0"), FileExistsError, "layer 0 are not those of scores"),
+        (b"\0", ValueError, "scores.csv"),
+        (b"\xff", ValueError, "scores.csv is no CSV"),
+        (whole[0][:-5], ValueError, "as many cells as the header"),
+    ):
+        file.write_bytes(damage)
+        with pytest.raises(error, match=message):
+            score_layers(base, position, file, **options)
+    file.write_bytes(whole[0])
+    for damage in (b"", b"[]", b"{}", record.read_bytes().replace(b"0.0", b'"x"')):
+        record.write_bytes(damage)
+        with pytest.raises(ValueError, match="scores.csv.json"):
+            score_layers(base, position, file, **options)
+    record.unlink()
+    with pytest.raises(FileExistsError, match="has a column task already, and nothing says"):
+        score_layers(base, position, file, **options)
+    assert file.read_bytes() == whole[0]
+
+
+def test_scores_of_other_tasks_stay(base, tmp_path):
+    file = tmp_path / "scores.csv"
+    file.write_text("layer_num,recall\n2,0.5\n-1,0.9\n")
+    score_layers(base, position, file, window=5)
+    text = "layer_num,recall,task\n2,0.5,2.0\n-1,0.9,-1.0\n0,,0.0\n1,,1.0\n"
+    assert file.read_text() == text
+    # Killed between the two files: the record has what the CSV lacks.
+    file.write_text("layer_num,recall,task\n2,0.5,\n-1,0.9,-1.0\n")
+    told = []
+    score_layers(base, position, file, window=5, done=told.append)
+    assert file.read_text() == text and told == []
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(FileExistsError, match="scores.csv is not a file"):
+        score_layers(base, position, file, window=5)
+
+
+def test_scores_must_be_numbers(base, tmp_path):
+    file = tmp_path / "scores.csv"
+    for score, message in (
+        (lambda model: {"task": float("nan")}, "the base: task is nan; nothing added"),
+        (lambda model: {}, "the base: no score"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score_layers(base, score, file, window=5)
+        assert not file.exists()
+    score_layers(base, position, file, window=5)
+
+
 def test_likelihood_is_the_mean_over_all_tokens():
     model = random_model(tiny_config(("*",)), jnp.float32)
     ids = jnp.asarray([[1] * 12, [1] * 7 + [0] * 5])
@@ -118,6 +210,9 @@ def test_likelihood_is_the_mean_over_all_tokens():
     assert np.isclose(likelihood(iter(rows))(model)["log_likelihood"], mean, rtol=1e-5)
     with pytest.raises(ValueError, match="no batches"):
         likelihood([])
+    other = [{**rows[0], "tokens": rows[0]["tokens"].at[0, 3].add(1)}, rows[1]]
+    found = [likelihood(batches).identity for batches in (rows, iter(rows), rows[::-1], other)]
+    assert found[0] == found[1] and found[0] not in found[2:]
 
 
 def test_csv(tmp_path):
@@ -159,6 +254,13 @@ def test_ranking(tmp_path):
         (CSV + "3,SWA,3,0.1,0.1,2048\n", {}, "line 7: layer 3 is there twice"),
         (CSV.replace("0.7", "good"), {}, "line 4: could not convert string to float"),
         (CSV.replace("0.7", "nan"), {}, "line 4: recall is not finite"),
+        (CSV.replace("0.7", "1_0"), {}, "line 4: '1_0' is no number"),
+        (CSV.replace("-1,base", "-2,base"), {}, "line 2: layer -2 is not between -1 and"),
+        (CSV.replace("3,SWA", "99999,SWA"), {}, "line 6: layer 99999 is not between"),
+        (CSV[:-6], {}, "line 6: must have as many cells"),
+        (CSV.replace("0.7,,", "0.7,,,"), {}, "line 4: must have as many cells"),
+        (CSV.replace("rag", "recall"), {}, "the header must be layer_num"),
+        (CSV.replace("0.7", '"0.7'), {}, "scores.csv is no CSV"),
         ("layer,task\n0,1\n", {}, "the header must be layer_num,<task>"),
         ("", {}, "the header must be layer_num,<task>"),
     ],
@@ -173,6 +275,8 @@ def test_bad_layers(base, tmp_path):
         read_scores(tmp_path / "none.csv")
     with pytest.raises(ValueError, match=r"layers \[4\] are not among the 4"):
         selection.pattern([1, 4], 4, "GKA")
+    with pytest.raises(ValueError, match="kind 'GAK' is unknown; use one of .*GKA"):
+        selection.pattern([1], 4, "GAK")
     mixed = random_model(tiny_config(("*", "SWA")), jnp.float32)
     with pytest.raises(ValueError, match=r"layer 1 is not full attention; choose among \[0\]"):
         swa_variant(mixed, 1, window=5)

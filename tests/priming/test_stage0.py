@@ -268,7 +268,9 @@ def test_yaml_of_the_original(tmp_path):
     with pytest.raises(FileExistsError, match="out exists"):
         prime_directory(**read_stage0(tmp_path / "stage0.yaml"), progress=False)
     (tmp_path / "bad.yaml").write_text("pattern: GKA*\n")
-    with pytest.raises(ValueError, match=r"unknown keys \['pattern'\]; known are base_model"):
+    with pytest.raises(
+        ValueError, match=r"bad.yaml: unknown field 'pattern'; known are base_model"
+    ):
         read_stage0(tmp_path / "bad.yaml")
 
 

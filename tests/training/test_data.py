@@ -397,6 +397,8 @@ def test_sources_that_cannot_be(tmp_path):
     ):
         with pytest.raises(ValueError, match=why):
             Documents(source, TOKENIZER)
+    for row in ({"text": "é" * 99}, {"messages": TALK, "tools": [{"name": "f" * 150}]}):
+        assert "too long: " in Documents([row], TOKENIZER, max_row_bytes=150)[0].why
     with pytest.raises(ValueError, match="max_row_bytes must be an integer >= 1, got 0"):
         Documents([{"text": "a"}], TOKENIZER, max_row_bytes=0)
 
@@ -665,4 +667,10 @@ def test_a_state_of_other_settings_is_refused():
             batches(texts(40), **{"seed": 1, **change}).set_state(state)
     with pytest.raises(ValueError, match="rows 40 -> 41"):
         batches(texts(41), seed=1).set_state(state)
+    for source, more in ((texts(40)[::-1], {}), (texts(40), {"template_options": {"a": 1}})):
+        with pytest.raises(ValueError, match="fingerprint .* -> "):
+            batches(source, seed=1, **more).set_state(state)
+    for damaged in ({}, [], {**state, "settings": {}}):
+        with pytest.raises(ValueError, match="no state|settings"):
+            batches(texts(40), seed=1).set_state(damaged)
     batches(texts(40), seed=1, epochs=3, on_bad="error").set_state(state)

@@ -57,6 +57,7 @@ WITH_TOOLS = written([U, PLAIN, RESULT, A], tools=TOOLS)
             written([U, A, U, A]),
             [f"reply{END}"],
         ),
+        ({"prompt": json.dumps([U]), "completion": json.dumps([A])}, written([U, A]), None),
         ({"messages": json.dumps([U, A])}, written([U, A]), [f"reply{END}"]),
         ({"messages": [{**U, "name": None}, A]}, written([U, A]), [f"reply{END}"]),
         ({"messages": [A, U, A]}, written([A, U, A]), [f"reply{END}"] * 2),
@@ -127,6 +128,16 @@ def test_what_is_trained(row, whole, targets):
         (["text"], "malformed", "a row must be an object with columns: this is a list"),
         ({"completion": "x"}, "malformed", "a completion without prompt"),
         ({"prompt": "x", "completion": [A]}, "malformed", "these are a text and a list"),
+        (
+            {"prompt": json.dumps([U]), "completion": "x"},
+            "malformed",
+            "these are a list and a text",
+        ),
+        (
+            {"messages": [U, A], "chat_template_kwargs": {"tokenize": True}},
+            "malformed",
+            "no variables of a chat template: tokenize",
+        ),
         ({"messages": "a chat"}, "malformed", "messages: no JSON"),
         ({"messages": '"a chat"'}, "malformed", "messages must be a list: this is a text"),
         ({"messages": {"role": ["user"]}}, "malformed", "must be a list: this is an object"),
@@ -246,7 +257,7 @@ STRICT = (
         (IGNORES, [U, CALLS], None, "leaves out tool_calls"),
         (IGNORES, [U, {**A, "reasoning_content": "hm"}], None, "leaves out reasoning_content"),
         (
-            "{% for m in messages if m.role != 'system' %}{{ m.role + m.content }};{% endfor %}",
+            IGNORES.replace("in messages", "in messages if m.role != 'system'"),
             [S, U, A],
             None,
             "leaves out or changes a message: the system's",

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from hmf_jax.config import BMojoConfig
+from hmf_jax.convert.directories import lock
 from hmf_jax.demo import build_tokenizer
 from hmf_jax.model import HybridLM
 from hmf_jax.training import (
@@ -103,6 +104,17 @@ def test_the_loop_is_its_steps(tmp_path):
     pytest.importorskip("matplotlib")
     assert (tmp_path / "loss.png").read_bytes()[1:4] == b"PNG"
     assert plot_loss(tmp_path / "nothing") is None
+
+
+def test_one_run_writes_to_a_directory(tmp_path):
+    saved = Checkpoints(tmp_path / "saved", CONFIG)
+    saved.directory.mkdir()
+    for where in (tmp_path, saved.directory):
+        with lock(where), pytest.raises(BlockingIOError, match=f"{where} is in use by process"):
+            train(
+                state_of(), STEP, batches_of(1), steps=1, checkpoints=saved,
+                directory=tmp_path / "metrics" if where == saved.directory else tmp_path,
+            )  # fmt: skip
 
 
 def test_batches_may_end_first(tmp_path):

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from hmf_jax.pallas_kernels import sharded
-from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.dispatch import check_whole, finite, resolve
 from hmf_jax.pallas_kernels.ops.attention import chunked, cudnn, mosaic, reference
 from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs, Token
 
@@ -66,17 +66,17 @@ def attention(
     """
     check_heads(q, k, v)
     check_alignment(q, k, offset, segment_ids, lengths, past)
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (the token itself), got {window}.")
+    if window is not None:
+        check_whole("attention", "window", window)
+    scale = finite("attention", "scale", scale, q.shape[-1] ** -0.5)
     inputs = Inputs(q, k, v, offset, segment_ids, lengths)
     usable = {
         "cudnn": cudnn.why_not(inputs),
-        "mosaic": mosaic.why_not(q, k, v),
+        "mosaic": mosaic.why_not(scale, q, k, v),
         "chunked": None,
         "reference": None,
     }
     run = _IMPLS[resolve("attention", impl, usable)].attention
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     run = partial(run, window=window, past=past, scale=scale)
     return sharded.run(run, mesh, inputs, "bthd")
 
@@ -110,10 +110,10 @@ def decode_attention(
     check_ndim("q", q, 3, "[B, H, D]")
     check_heads(q[:, None], k, v)
     check_rows("lengths", lengths, q.shape[0])
+    scale = finite("decode_attention", "scale", scale, q.shape[-1] ** -0.5)
     token = Token(q, k, v, lengths)
     usable = {"cudnn": cudnn.why_not(token), "chunked": None, "reference": None}
     run = _IMPLS[resolve("decode_attention", impl, usable)].decode_attention
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     return sharded.run(partial(run, scale=scale), mesh, token, "bhd")
 
 

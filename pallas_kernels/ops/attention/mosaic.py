@@ -47,12 +47,14 @@ def attention(
     return joint_attention(key_sets, scale, interpret=interpret)
 
 
-def why_not(*arrays: jax.Array | None) -> str | None:
+def why_not(scale: float, *arrays: jax.Array | None) -> str | None:
     """Why the kernels cannot run these queries, keys and values here; None if they can."""
-    return why_no_hopper() or _unsupported(*arrays)
+    return why_no_hopper() or _unsupported(scale, *arrays)
 
 
-def _unsupported(*arrays: jax.Array | None) -> str | None:
+def _unsupported(scale: float, *arrays: jax.Array | None) -> str | None:
+    if scale <= 0:
+        return f"its kernels take a positive scale, got {scale}"
     given = [x for x in arrays if x is not None]
     if given[0].shape[-1] not in (64, 128):
         return f"its kernels take head_dim 64 and 128, got {given[0].shape[-1]}"
@@ -69,10 +71,8 @@ def joint_attention(
     Key sets that hold the same array of queries share its loads and its gradient.
     """
     for s in key_sets:
-        if reason := _unsupported(s.q, s.k, s.v):
+        if reason := _unsupported(scale, s.q, s.k, s.v):
             raise ValueError(f"attention, impl 'mosaic': {reason}.")
-    if scale <= 0:
-        raise ValueError(f"attention, impl 'mosaic': scale must be positive, got {scale}.")
     length, doc = key_sets[0].q.shape[1], key_sets[0].doc
 
     def whole(x: jax.Array, filled: jax.Array | None) -> jax.Array:

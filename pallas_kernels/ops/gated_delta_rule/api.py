@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hmf_jax.pallas_kernels import sharded
-from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.dispatch import check_whole, finite, resolve
 from hmf_jax.pallas_kernels.ops.gated_delta_rule import chunked, jla, reference
 from hmf_jax.pallas_kernels.ops.gated_delta_rule.inputs import Inputs, Token
 from hmf_jax.pallas_kernels.recurrent import (
@@ -88,11 +88,11 @@ def gated_delta_rule(
     check(op, "v", v, (B, T, K, V), "B, T, K, V")
     check(op, "g", g, (B, T, H), "B, T, H")
     check(op, "beta", beta, (B, T, H), "B, T, H")
-    if T < 1 or chunk_size < 1:
-        raise ValueError(f"{op}: T = {T} and chunk_size = {chunk_size} must be at least 1.")
+    check_whole(op, "T", T)
+    check_whole(op, "chunk_size", chunk_size)
     check_padding(op, segment_ids, lengths, (B, T))
     state = start_state(op, initial_state, (B, H, D, V), "B, H, D, V", v.dtype)
-    scale = D**-0.5 if scale is None else scale
+    scale = finite(op, "scale", scale, D**-0.5)
 
     name = resolve(
         op,
@@ -162,7 +162,7 @@ def gated_delta_rule_step(
     state = start_state(op, state, (B, H, D, V), "B, H, D, V", v.dtype)
     resolve(op, impl, {"chunked": None, "reference": None})
     return sharded.run(
-        functools.partial(reference.step, scale=D**-0.5 if scale is None else scale),
+        functools.partial(reference.step, scale=finite(op, "scale", scale, D**-0.5)),
         mesh,
         Token(q, k, v, g, beta, state),
         ("bhd", "bhdv"),

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from hmf_jax.pallas_kernels import sharded
 from hmf_jax.pallas_kernels.compat import is_traced
-from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.dispatch import check_whole, finite, resolve
 from hmf_jax.pallas_kernels.ops.gka import mosaic, mosaic_decode, triton, triton_decode
 from hmf_jax.pallas_kernels.ops.gka.chunked import gka_chunked
 from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options, Token
@@ -30,6 +30,8 @@ from hmf_jax.pallas_kernels.ops.gka.step import at_slots
 from hmf_jax.pallas_kernels.recurrent import check, check_heads, check_padding, mask_padding
 
 __all__ = ["gka", "gka_step"]
+
+MOST_STEPS = 1000  # far beyond what float64 can use
 
 
 def gka(
@@ -71,8 +73,8 @@ def gka(
       alpha: [B, T, H] blend of query and solution, in [0, 1]; None = 1.
       g: [B, T, H] log-decay per token, <= 0, best float32; None = no decay.
       beta: [B, T, H] factor on k and on v; None = 1.
-      num_iter: Chebyshev steps >= 0, for all rows or per row [B]; may be traced. 0 leaves the query
-        as it is (alpha is ignored), h_kk is still updated.
+      num_iter: solver steps from 0 to 1000, for all rows or per row [B]; may be traced. 0 leaves the
+        query as it is (alpha is ignored), h_kk is still updated.
       ridge: lambda over the Frobenius norm of H, >= 0.
       scale: factor on the output; None = D**-0.5.
       decay_kk: whether H decays; U always does.
@@ -100,8 +102,7 @@ def gka(
     """
     inputs = _inputs(q, k, v, alpha, g, beta, num_iter, initial_state, segment_ids, lengths)
     _check_solver(solver, ridge)
-    if chunk_size < 1:
-        raise ValueError(f"gka: chunk_size={chunk_size}, expected a number of tokens >= 1.")
+    check_whole("gka", "chunk_size", chunk_size)
     options = Options(float(ridge), _scale(scale, q), decay_kk, bp_lambda)
     impls = {
         "mosaic": mosaic.gka_mosaic,
@@ -158,6 +159,7 @@ def gka_step(
       o: [B, H, D], dtype of v, and the new state; under jit with a donated state, "mosaic" and
       "triton" update it in place.
     """
+    _check_solver(solver, ridge)
     B, H, _ = _check_token(q, k, v, slots, state, mesh)
     token = _token(q, k, v, alpha, g, beta, num_iter, slots, state)
     usable = {
@@ -272,12 +274,12 @@ def _check_solver(solver: str, ridge: float) -> None:
         raise ValueError(f"gka: solver={solver!r} is unknown; choose chebyshev or cg.")
     if solver == "cg" and ridge == 0:
         raise ValueError("gka: solver='cg' needs ridge > 0: H alone may be singular.")
-    if ridge < 0:
+    if finite("gka", "ridge", ridge, 0.0) < 0:
         raise ValueError(f"gka: ridge={ridge}, expected a number >= 0.")
 
 
 def _scale(scale: float | None, q: jax.Array) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    return finite("gka", "scale", scale, q.shape[-1] ** -0.5)
 
 
 def _per_row(num_iter: int | jax.Array | np.ndarray, batch: int) -> jax.Array | np.ndarray:
@@ -289,6 +291,6 @@ def _per_row(num_iter: int | jax.Array | np.ndarray, batch: int) -> jax.Array | 
             f"gka: num_iter is {steps.dtype}{list(steps.shape)}, expected an integer or integers "
             f"of shape {(batch,)}."
         )
-    if isinstance(steps, np.ndarray) and (steps < 0).any():
-        raise ValueError(f"gka: num_iter={num_iter}, expected integers >= 0.")
+    if isinstance(steps, np.ndarray) and ((steps < 0) | (steps > MOST_STEPS)).any():
+        raise ValueError(f"gka: num_iter={num_iter}, expected integers from 0 to {MOST_STEPS}.")
     return xp.broadcast_to(steps.astype(np.int32), (batch,))

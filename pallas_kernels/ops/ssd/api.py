@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hmf_jax.pallas_kernels import sharded
-from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.dispatch import check_whole, resolve
 from hmf_jax.pallas_kernels.ops.ssd import chunked, jla, reference
 from hmf_jax.pallas_kernels.ops.ssd.inputs import Inputs, Token
 from hmf_jax.pallas_kernels.recurrent import (
@@ -86,8 +86,8 @@ def ssd(
     check(op, "B", B, (batch, T, K, N), "B, T, K, N")
     check(op, "C", C, (batch, T, H, N), "B, T, H, N")
     check(op, "dt", dt, (batch, T, H), "B, T, H")
-    if T < 1 or chunk_size < 1:
-        raise ValueError(f"{op}: T = {T} and chunk_size = {chunk_size} must be at least 1.")
+    check_whole(op, "T", T)
+    check_whole(op, "chunk_size", chunk_size)
     check_padding(op, segment_ids, lengths, (batch, T))
     _check_rates(op, A, D, H)
     state = start_state(op, initial_state, (batch, H, P, N), "B, H, P, N", x.dtype)

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from hmf_jax.pallas_kernels import sharded
-from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.dispatch import check_whole, finite, resolve
 from hmf_jax.pallas_kernels.ops.attention.api import (
     check_alignment,
     check_heads,
@@ -74,8 +74,8 @@ def two_window_attention(
     Raises:
       ValueError: shapes that do not fit, packing together with `offset`, an `impl` that cannot run.
     """
-    if window < 1:
-        raise ValueError(f"window must be at least 1 (the token itself), got {window}.")
+    check_whole("two_window_attention", "window", window)
+    scale = finite("two_window_attention", "scale", scale, q.shape[-1] ** -0.5)
     check_heads(q, k, v)
     check_heads(q, k_fading, v_fading, ("q", "k_fading", "v_fading"))
     _check_fading(q, q_fading)
@@ -88,13 +88,12 @@ def two_window_attention(
         check_alignment(q, key, offset, segment_ids, lengths, past, name)
     inputs = Inputs(q, k, v, k_fading, v_fading, q_fading, offset, segment_ids, lengths)
     usable = {
-        "mosaic": mosaic.why_not(q, k, v, k_fading, v_fading, q_fading),
+        "mosaic": mosaic.why_not(scale, q, k, v, k_fading, v_fading, q_fading),
         "cudnn": cudnn.why_not(inputs),
         "chunked": None,
         "reference": None,
     }
     run = _IMPLS[resolve("two_window_attention", impl, usable)].two_window_attention
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     return sharded.run(partial(run, window=window, scale=scale), mesh, inputs, "bthd")
 
 
@@ -139,10 +138,10 @@ def two_window_decode(
     check_rows("lengths_in", lengths_in, q.shape[0])
     check_rows("lengths_fading", lengths_fading, q.shape[0])
     _check_fading(q, q_fading)
+    scale = finite("two_window_decode", "scale", scale, q.shape[-1] ** -0.5)
     token = Token(q, k, v, lengths_in, lengths_fading, q_fading)
     usable = {"cudnn": cudnn.why_no_decode(token), "chunked": None, "reference": None}
     run = _IMPLS[resolve("two_window_decode", impl, usable)].two_window_decode
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     return sharded.run(partial(run, scale=scale), mesh, token, "bhd")
 
 

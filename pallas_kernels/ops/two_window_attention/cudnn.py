@@ -37,9 +37,16 @@ Array = jax.Array
 def why_not(inputs: Inputs) -> str | None:
     """Why cuDNN cannot run `two_window_attention` on these here, or None if it can."""
     plain = attention_inputs.Inputs(*inputs[:3], inputs.offset, inputs.segment_ids)
-    if reason := cudnn.why_not(plain):
+    if reason := cudnn.why_not(plain) or _mixed(inputs):
         return reason
     return _HIDDEN if _backward_pass is None else None
+
+
+def _mixed(inputs: Inputs | Token) -> str | None:
+    """Why cuDNN cannot take the fading arrays beside the others, or None if it can."""
+    fading = (getattr(inputs, f"{name}_fading", None) for name in "qkv")
+    dtypes = {str(x.dtype) for x in (inputs.q, *fading) if x is not None}
+    return f"cuDNN needs one dtype, got {', '.join(sorted(dtypes))}" if len(dtypes) > 1 else None
 
 
 def two_window_attention(inputs: Inputs, *, window: int, scale: float) -> Array:
@@ -108,7 +115,7 @@ def _pass_backward(
 
 def why_no_decode(token: Token) -> str | None:
     """Why cuDNN cannot run `two_window_decode` on these here, or None if it can."""
-    if reason := cudnn.why_not(_plain(token)):
+    if reason := cudnn.why_not(_plain(token)) or _mixed(token):
         return reason
     return _HIDDEN if token.q_fading is not None and cudnn.internals is None else None
 

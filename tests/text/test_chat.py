@@ -1,47 +1,30 @@
-"""Text: exact pieces whatever the tokens, stop strings, thinking, conversations, cached state."""
+"""Generated text, conversations and their cached state, what a directory says."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.demo import build_tokenizer
-from hmf_jax.engine import Engine, Finished, New, generate
+from hmf_jax.engine import Engine, generate
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.text import (
     ChatSession,
-    TextStream,
+    ConversationFull,
     default_sampling,
     generate_text,
     load_tokenizer,
-    split_thinking,
     stop_ids,
     stream_text,
 )
+from tests.text.conftest import SIZE, TOKENIZER
+from tests.text.scripted import script
 
-TOKENIZER: Any = build_tokenizer()
 END = TOKENIZER.eos_token_id
 HOT = SamplingParams(temperature=1.0, seed=3)
-
-
-@pytest.fixture(scope="module")
-def model() -> HybridLM:
-    config = HybridConfig.preset("tiny", layer_kinds=("*", "M2"), eos_token_id=END)
-    return HybridLM.init(config, dtype=jnp.float32)
-
-
-def session(model: HybridLM, **options: Any) -> ChatSession:
-    options = {"sampling": HOT, "max_new_tokens": 40, "capacity": 256, **options}
-    return ChatSession(model, TOKENIZER, **options)
 
 
 @pytest.fixture
@@ -65,95 +48,6 @@ def context_of(chat: ChatSession) -> list[int]:
     return chat._engine.context(id)
 
 
-# --- pieces of text ---------------------------------------------------------------------------
-
-
-def pieces_of(tokens: list[int], cuts: list[int], stop=(), end_ids=()) -> tuple[list[str], Any]:
-    stream = TextStream(TOKENIZER, stop, end_ids)
-    out, start = [], 0
-    for cut in [*sorted({min(c, len(tokens)) for c in cuts}), len(tokens)]:
-        out.append(stream.push(tokens[start:cut], [0.0] * (cut - start)))
-        start = cut
-    return [*out, stream.finish()], stream
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(max_size=20), st.lists(st.integers(0, 60), max_size=6))
-@example("naïve 😀 日本語", [1, 2, 7, 8, 9])
-def test_pieces_are_whole_characters(text, cuts):
-    tokens = TOKENIZER.encode(text, add_special_tokens=False)
-    pieces, stream = pieces_of(tokens, cuts)
-    assert "".join(pieces) == stream.text == text
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in p for p in pieces)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 319), max_size=25), st.lists(st.integers(0, 25), max_size=5))
-def test_any_tokens_give_the_text_of_one_decode(tokens, cuts):
-    """Also bytes that are no UTF-8 and special tokens in the middle."""
-    pieces, _ = pieces_of(tokens, cuts)
-    assert "".join(pieces) == TOKENIZER.decode(tokens, skip_special_tokens=True)
-
-
-def cut_at_stop(text: str, stops: list[str]) -> str:
-    """Characters one by one; the first stop string to be completed ends the text before it."""
-    for end in range(1, len(text) + 1):
-        starts = [end - len(s) for s in stops if text[:end].endswith(s)]
-        if starts:
-            return text[: min(starts)]
-    return text
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.text("ab é", max_size=12),
-    st.lists(st.text("ab é", min_size=1, max_size=4), max_size=3),
-    st.lists(st.integers(0, 16), max_size=5),
-)
-@example("xabcd", ["abcd", "bc"], [1, 2, 3])
-@example("xabcd", ["abcd", "bc"], [])
-@example("aab", ["ab"], [1, 2])
-def test_stop_strings_cut_exactly(text, stops, cuts):
-    tokens = TOKENIZER.encode(text, add_special_tokens=False)
-    pieces, stream = pieces_of(tokens, cuts, stops)
-    expected = cut_at_stop(text, stops)
-    assert "".join(pieces) == stream.text == expected
-    assert stream.stopped == (expected != text or any(text.endswith(s) for s in stops))
-    shown = ""
-    for piece in pieces:  # nothing shown is ever taken back
-        shown += piece
-        assert expected.startswith(shown)
-
-
-def test_a_stream_ends_at_the_token_that_completes_a_stop_string():
-    tokens = TOKENIZER.encode("one\n\ntwo", add_special_tokens=False)
-    _, stream = pieces_of(tokens, [], ["\n\n"])
-    assert TOKENIZER.decode(stream.tokens) == "one\n\n" and stream.text == "one"
-    assert len(stream.logprobs) == len(stream.tokens)
-
-
-def test_end_tokens_have_no_text():
-    letter = TOKENIZER.encode("z")[0]
-    _, stream = pieces_of([letter, letter, END], [], end_ids=(letter,))
-    assert stream.text == "" and len(stream.tokens) == 3
-
-
-@pytest.mark.parametrize(
-    ("text", "open_thinking", "expected"),
-    [
-        ("hello\n", False, (None, "hello\n")),
-        ("<think>\nwhy\n</think>\n\nhello", False, ("why", "hello")),
-        ("why\n</think>\n\nhello", True, ("why", "hello")),
-        ("<think>\nunfinished", False, ("unfinished", "")),
-        ("unfinished", True, ("unfinished", "")),
-        ("<think>\n\n</think>\n\nhello", False, ("", "hello")),
-    ],
-)
-def test_split_thinking(text, open_thinking, expected):
-    assert split_thinking(text, open_thinking) == expected
-
-
 # --- generated text ---------------------------------------------------------------------------
 
 
@@ -163,7 +57,7 @@ def test_generate_text_is_generate_between_two_codecs(model):
     tokens = generate(model, [TOKENIZER.encode(p) for p in prompts], max_new_tokens=20)
     assert [r.tokens for r in replies] == [g.tokens for g in tokens]
     assert [r.text for r in replies] == [TOKENIZER.decode(g.tokens) for g in tokens]
-    streamed = "".join(stream_text(model, prompts[0], TOKENIZER, max_new_tokens=20))
+    streamed = "".join(stream_text(model, prompts[0], TOKENIZER, max_new_tokens=20, **SIZE))
     assert str(replies[0]) == streamed
     assert len(replies[0].logprobs) == len(replies[0].tokens)
 
@@ -198,8 +92,8 @@ def test_bad_text_input(model):
 # --- conversations ----------------------------------------------------------------------------
 
 
-def test_conversation_and_its_cached_state(model, fed):
-    chat = session(model, system="Be brief.", max_new_tokens=12, stop=())
+def test_conversation_and_its_cached_state(fed, session):
+    chat = session(system="Be brief.", max_new_tokens=12, stop=())
     first = chat.send("Hi é!")
     assert chat.messages == [
         {"role": "system", "content": "Be brief."},
@@ -213,48 +107,19 @@ def test_conversation_and_its_cached_state(model, fed):
     assert chat.last is first and len(first.tokens) == 12
 
 
-def script(monkeypatch, replies: list[list[int]]) -> None:
-    """Makes engines "generate" given tokens, whatever the model says (state included)."""
-    add, step, rest = Engine.add, Engine.step, iter(replies)
-    scripted: dict[int, list[int]] = {}
-
-    def scripted_add(engine, request):
-        reply = next(rest)
-        # Feeding prompt + reply[:-1] leaves the state exactly as generating reply would.
-        prompt = [*request.prompt, *reply[:-1]]
-        id = add(engine, dataclasses.replace(request, prompt=prompt, max_new_tokens=1))
-        scripted[id] = reply
-        return id
-
-    def scripted_step(engine, steps=64):
-        out = []
-        for event in step(engine, steps):
-            reply = scripted[event.id]
-            if isinstance(event, New):
-                engine._rows[event.id].newest = reply[-1]
-                event = New(event.id, reply, [0.0] * len(reply))
-            elif isinstance(event, Finished):
-                event = Finished(event.id, "eos" if reply[-1] == END else "length")
-            out.append(event)
-        return out
-
-    monkeypatch.setattr(Engine, "add", scripted_add)
-    monkeypatch.setattr(Engine, "step", scripted_step)
-
-
 def reply_tokens(text: str, end: bool = True) -> list[int]:
     return TOKENIZER.encode(text, add_special_tokens=False) + [END] * end
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_second_turn_prefills_only_what_is_new(model, monkeypatch, ended):
+def test_second_turn_prefills_only_what_is_new(monkeypatch, ended, session):
     script(monkeypatch, [reply_tokens("A fox, é.", ended), reply_tokens("A dog.")])
     made: list[int] = []
     init = Engine.__init__
     monkeypatch.setattr(
         Engine, "__init__", lambda self, *a, **k: (made.append(1), init(self, *a, **k))[1]
     )
-    chat = session(model)
+    chat = session()
     assert chat.send("Who?").text == "A fox, é."
     held = context_of(chat)
     assert chat.send("And then?").text == "A dog."
@@ -267,22 +132,22 @@ def test_second_turn_prefills_only_what_is_new(model, monkeypatch, ended):
     assert chat.messages == [] and chat._engine is None
 
 
-def test_a_continued_state_gives_the_reply_of_a_fresh_one(model, monkeypatch):
+def test_a_continued_state_gives_the_reply_of_a_fresh_one(monkeypatch, session):
     """The second reply is the same with the cached state and with everything prefilled again."""
     with monkeypatch.context() as patch:
         script(patch, [reply_tokens("A fox.")])
-        chat = session(model)
+        chat = session()
         chat.send("Who?")
     assert chat._engine is not None
     cached = chat.send("And then?")
-    fresh = session(model)
+    fresh = session()
     fresh.messages = [dict(m) for m in chat.messages[:2]]
     assert fresh.send("And then?") == cached
 
 
-def test_changed_history_starts_over(model, monkeypatch, fed):
+def test_changed_history_starts_over(monkeypatch, fed, session):
     script(monkeypatch, [reply_tokens("A fox."), reply_tokens("A dog.")])
-    chat = session(model)
+    chat = session()
     chat.send("Who?")
     chat.messages[0]["content"] = "What?"
     chat.send("And then?")
@@ -290,9 +155,9 @@ def test_changed_history_starts_over(model, monkeypatch, fed):
     assert TOKENIZER.decode(context_of(chat)) + "<|im_end|>\n" == conversation
 
 
-def test_stream_is_send_and_may_be_closed(model):
-    sent = session(model).send("Hello").text
-    chat = session(model)
+def test_stream_is_send_and_may_be_closed(session):
+    sent = session().send("Hello").text
+    chat = session()
     pieces = list(chat.stream("Hello"))
     assert "".join(pieces) == sent and len(pieces) > 1
     chat.reset()
@@ -305,8 +170,8 @@ def test_stream_is_send_and_may_be_closed(model):
     assert chat.send("Go on").text
 
 
-def test_interrupt_drops_the_state_but_not_the_conversation(model, monkeypatch):
-    chat = session(model)
+def test_interrupt_drops_the_state_but_not_the_conversation(monkeypatch, session):
+    chat = session()
 
     def interrupt(self, steps=0):
         raise KeyboardInterrupt
@@ -319,48 +184,39 @@ def test_interrupt_drops_the_state_but_not_the_conversation(model, monkeypatch):
     assert chat.send("Again").tokens
 
 
-def test_thinking_switch(model, monkeypatch):
-    prompts: list[str] = []
-    template = TOKENIZER.apply_chat_template
-
-    class Spy:
-        def __getattr__(self, name):
-            return getattr(TOKENIZER, name)
-
-        def apply_chat_template(self, *args, **options):
-            prompts.append(template(*args, **options))
-            return prompts[-1]
-
-    thought = reply_tokens("<think>\nhm\n</think>\n\nYes.")
-    script(monkeypatch, [thought, thought, thought])
-    for thinking in (None, True, False):
-        chat = ChatSession(model, Spy(), thinking=thinking, max_new_tokens=50)
-        reply = chat.send("Really?")
-        assert (reply.thinking, reply.text) == ("hm", "Yes.")
-        assert chat.messages[-1] == {
-            "role": "assistant",
-            "content": "Yes.",
-            "reasoning_content": "hm",
-        }
-    assert prompts[0] == prompts[1]
-    assert prompts[2] == prompts[0] + "<think>\n\n</think>\n\n"
-
-
-def test_capacity(model):
-    chat = session(model, capacity=64, max_new_tokens=500)
-    reply = chat.send("Hi")
-    assert reply.finish_reason in ("capacity", "eos")
+def test_a_full_conversation(session):
+    chat = session(max_new_tokens=500)
+    assert chat.send("x" * 930).finish_reason in ("capacity", "eos")
     before = [dict(m) for m in chat.messages]
-    with pytest.raises(ValueError, match="no room for a reply in a capacity of 64.*reset()"):
-        chat.send("x" * 100)
+    with pytest.raises(ConversationFull, match=r"no room for a reply in a capacity of 1024.*reset"):
+        chat.send("x" * 90)
     assert chat.messages == before
-    growing = session(model, capacity=None, max_new_tokens=4)
-    growing.send("Hi")
-    assert growing._engine is not None and growing._engine.capacity == 256
-    growing.send("y" * 300)
-    assert growing._engine is not None and growing._engine.capacity == 512
-    with pytest.raises(ValueError, match="capacity of 4096"):
-        growing.send("z" * 5000)
+    assert chat.forget_oldest() and chat.messages == [] and not chat.forget_oldest()
+    assert chat.send("x").tokens
+    with pytest.raises(ConversationFull, match="capacity of 4096"):
+        session(capacity=None).send("z" * 5000)
+
+
+def test_more_room_reads_nothing_again(session):
+    """A conversation that outgrows its buffers goes on, as it would in larger ones."""
+    growing, roomy = session(capacity=None, max_new_tokens=1), session(max_new_tokens=1)
+    for text, capacity in (("y" * 300, 512), ("z" * 300, 1024)):
+        said, expected = growing.send(text), roomy.send(text)
+        assert said.tokens == expected.tokens and said.prefilled == expected.prefilled < 400
+        assert growing._engine is not None and growing._engine.capacity == capacity
+
+
+def test_the_oldest_turn_is_forgotten(session, monkeypatch):
+    script(monkeypatch, [reply_tokens(f"{i}") for i in range(3)])
+    chat = session(system="Be brief.")
+    for i in range(3):
+        chat.send(f"Question {i}")
+    said = [m["content"] for m in chat.messages]
+    assert said == ["Be brief.", "Question 0", "0", "Question 1", "1", "Question 2", "2"]
+    assert chat.forget_oldest()
+    assert [m["content"] for m in chat.messages] == [said[0], *said[3:]]
+    chat.reset()
+    assert [m["content"] for m in chat.messages] == ["Be brief."] and chat.system == "Be brief."
 
 
 # --- directories ------------------------------------------------------------------------------
@@ -394,7 +250,7 @@ def test_missing_tokenizer_and_template(tmp_path, model):
     bare = load_tokenizer(path)
     with pytest.raises(ValueError, match="no chat template.*generate_text"):
         ChatSession(model, bare)
-    assert generate_text(model, "plain", bare, max_new_tokens=2)[0].tokens
+    assert generate_text(model, "plain", bare, max_new_tokens=2, **SIZE)[0].tokens
 
 
 def test_end_tokens_from_all_sources(tmp_path, model):
@@ -422,6 +278,6 @@ def test_session_finds_everything_in_the_models_directory(tmp_path, model):
     leaves, tree = jax.tree.flatten(model)
     loaded = jax.tree.unflatten(tree, leaves)
     loaded.source = str(write_dir(tmp_path, model, {"eos_token_id": [5], "do_sample": True}))
-    chat = ChatSession(loaded, max_new_tokens=3)
+    chat = ChatSession(loaded, max_new_tokens=1, prefill_chunk=64)
     assert chat.stop_ids == (5, END) and chat.sampling == SamplingParams(temperature=1.0)
-    assert 1 <= len(chat.send("Hello").tokens) <= 3
+    assert len(chat.send("Hello").tokens) == 1

@@ -1,0 +1,172 @@
+"""Messages of a conversation, and tools: what they may hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hmf_jax.convert.directories import printable
+from hmf_jax.text.template import one_line
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+
+Message = dict[str, Any]
+Said = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+def check_messages(messages: Any, name: str = "messages") -> list[Message]:
+    """Copies of messages as chat templates take them: content is a string.
+
+    Args:
+      messages: dicts of role ("system", "developer", "user", "assistant", "tool") and content: a
+        string or a list of {"type": "text", "text": ...}, which are joined. Of the assistant also
+        reasoning_content and tool_calls, [{"type": "function", "function": {"name": ...,
+        "arguments": {...}}}], of a tool also tool_call_id and name.
+      name: of the argument, for errors.
+
+    Raises:
+      ValueError: anything else, or nothing, is in a message; which one and what.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ValueError(f"{name} must be a list of messages, not {type(messages).__name__}")
+    return [_check(message, f"{name}[{i}]") for i, message in enumerate(messages)]
+
+
+def said(message: Said) -> list[Message]:
+    """What somebody says to the model, as messages: a text of the user, a message, or several.
+
+    Raises ValueError as `check_messages` does, and if there is nothing for the model to answer.
+    """
+    if isinstance(message, str):
+        message = {"role": "user", "content": message}
+    found = check_messages([message] if isinstance(message, Mapping) else message, "message")
+    if not found:
+        raise ValueError("message is an empty list: there is nothing to answer")
+    if found[-1]["role"] not in ("user", "tool"):
+        raise ValueError(
+            f"the last message is of the {found[-1]['role']}, and a model answers a user or a tool"
+        )
+    return found
+
+
+def _check(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{where} must be a dict with role and content, not {_shown(message)}")
+    found = {key: value for key, value in message.items() if value is not None}
+    unknown = [key for key in found if key not in _KEYS]
+    if unknown:
+        hint = " (what it thinks is reasoning_content)" if "reasoning" in unknown else ""
+        raise ValueError(
+            f"{where} has the key {_shown(unknown[0])}; known are {', '.join(_KEYS)}{hint}"
+        )
+    role = found.get("role")
+    if role not in ROLES:
+        raise ValueError(f"{where}: role={_shown(role)} is unknown; use {', '.join(ROLES)}")
+    own = {"tool_calls": "assistant", "reasoning_content": "assistant", "tool_call_id": "tool"}
+    for key, whose in own.items():
+        if key in found and role != whose:
+            raise ValueError(f"{where}: {key} is for messages of the {whose}, not of the {role}")
+    for key in ("name", "tool_call_id", "reasoning_content"):
+        if key in found:
+            _check_text(found[key], f"{where}.{key}")
+    if "tool_calls" in found:
+        found["tool_calls"] = _check_calls(found["tool_calls"], f"{where}.tool_calls")
+    found["content"] = _content(found.get("content", ""), f"{where}.content")
+    # A tool may return nothing, and the assistant may call tools, or be stopped, before it speaks.
+    if not found["content"] and role not in ("assistant", "tool"):
+        raise ValueError(f"{where}: the content of the {role}'s message is empty")
+    return found
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, list | tuple):
+        return "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
+    _check_text(content, where, "a string, or a list of text parts")
+    return content
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind != "text":
+        what = _shown(part) if kind is None else f"a part of type {_shown(kind)}"
+        raise ValueError(f'{where} is {what}; only {{"type": "text", "text": ...}} is supported')
+    _check_text(part.get("text"), f"{where}.text")
+    if extra := set(part) - {"type", "text"}:
+        raise ValueError(f"{where} has the key {_shown(min(map(str, extra)))}; known: type, text")
+    return part["text"]
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value), 60)
+
+
+def _check_text(text: Any, where: str, what: str = "a string") -> None:
+    if not isinstance(text, str):
+        hint = "; write values as JSON text" if isinstance(text, Mapping) else ""
+        raise ValueError(f"{where} must be {what}, not {_shown(text)}{hint}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where} has half of a surrogate pair at {e.start}: no Unicode") from None
+
+
+def _check_calls(calls: Any, where: str) -> list[Message]:
+    if not isinstance(calls, list | tuple):
+        raise ValueError(f"{where} must be a list of calls, not {_shown(calls)}")
+    return [_check_call(call, f"{where}[{i}]") for i, call in enumerate(calls)]
+
+
+def _check_call(call: Any, where: str) -> Message:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or call.get("type", "function") != "function":
+        raise ValueError(
+            f'{where} must be {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}'
+        )
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise ValueError(f"{where}: name={_shown(function.get('name'))} must be a string")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):  # as OpenAI's interface has it
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = None
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where}: arguments must be an object, or the JSON text of one")
+    id = {"id": call["id"]} if call.get("id") is not None else {}
+    body = {"name": function["name"], "arguments": dict(arguments)}
+    return {**id, "type": "function", "function": body}
+
+
+def check_tools(tools: Any) -> list[Message]:
+    """JSON schemas of tools, of which some may be Python functions with types and a docstring.
+
+    Raises:
+      ValueError: something else, or a function that transformers makes no schema of.
+    """
+    if tools is None:
+        return []
+    if not isinstance(tools, list | tuple):
+        raise ValueError(f"tools must be a list of JSON schemas or functions, not {_shown(tools)}")
+    return [_check_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+
+
+def _check_tool(tool: Any, where: str) -> Message:
+    if callable(tool):
+        from transformers.utils import get_json_schema
+
+        try:
+            tool = get_json_schema(tool)
+        except Exception as e:
+            raise ValueError(f"{where}: {one_line(e)}") from e
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(
+            f'{where} must be a function, or {{"type": "function", "function": {{"name": ..., '
+            f'"description": ..., "parameters": ...}}}}, not {_shown(tool)}'
+        )
+    try:
+        return json.loads(json.dumps(tool, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"{where} is no JSON: {one_line(e)}") from None
