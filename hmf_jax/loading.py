@@ -334,6 +334,12 @@ def _source(model: HybridLM, source: str | Path | None) -> str | Path | None:
             stacklevel=3,
         )
         return None
+    if model.origin.lost:
+        warnings.warn(
+            "The model came out of a jitted function, so its source is not known and no tokenizer "
+            "files are written with it; pass source=, or set model.source",
+            stacklevel=3,
+        )
     return model.source
 
 

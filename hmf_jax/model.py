@@ -130,10 +130,9 @@ class HybridLM(nnx.Module):
 
     @property
     def source(self) -> str | None:
-        """The directory it was loaded from, which has the tokenizer; None if that is not known.
+        """The directory it was loaded from, which has the tokenizer, or None.
 
-        `jax.tree.map`, `astype`, `jax.device_put` and `nnx.jit` keep it. A model that `jax.jit`
-        returns has none: the program may have been compiled for a model of another directory.
+        A model that `jax.jit` returns has none: its program may be that of another directory.
         """
         return self.origin.source
 
@@ -148,10 +147,9 @@ class HybridLM(nnx.Module):
         return np.dtype(self.embed_tokens.embedding.dtype)
 
     def astype(self, dtype: Any) -> Self:
-        """A new model with its parameters in this dtype, which is what it computes in.
+        """A new model with its parameters in this dtype; it computes, and is saved, in it.
 
-        A_log, dt_bias and D stay float32, and so do the matrices of adapters. The new model is
-        saved in the new dtype.
+        A_log, dt_bias and D stay float32, and so do the matrices of adapters.
 
         Args:
           dtype: bfloat16, float16, float32 or, with jax_enable_x64, float64; as `jnp.bfloat16`,
@@ -172,10 +170,9 @@ class HybridLM(nnx.Module):
         Args:
           exclude_embeddings: without the embeddings and, where it is a matrix of its own, the head.
         """
-        count = sum(x.size for x in jax.tree.leaves(self))
-        if exclude_embeddings:
-            count -= sum(x.size for x in jax.tree.leaves((self.embed_tokens, self.lm_head)))
-        return count
+        without = (self.embed_tokens, self.lm_head) if exclude_embeddings else ()
+        whole, outside = (sum(x.size for x in jax.tree.leaves(t)) for t in (self, without))
+        return whole - outside
 
     def train(self, **attributes: Any) -> Self:
         """The model itself: nothing in it (such as dropout) differs between training and use."""

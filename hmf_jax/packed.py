@@ -62,7 +62,7 @@ class Origin:
     Attributes:
       source: the directory that the model was loaded from, or None.
       recast: whether `HybridLM.astype` made it.
-      lost: whether the model came out of a program, such as `jax.jit`, that cannot know its source.
+      lost: whether it came out of a program, such as `jax.jit`, that cannot know its source.
     """
 
     source: str | None = None
@@ -76,7 +76,9 @@ class Origin:
         return hash(Origin)
 
     def tree_flatten(self) -> tuple[tuple[()], Self]:
-        return (), type(self)(lost=True) if tracing() else self
+        if not tracing():
+            return (), self
+        return (), type(self)(lost=self.lost or self.source is not None)
 
     @classmethod
     def tree_unflatten(cls, aux: Self, children: Any) -> Self:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hmf_jax.mixers import KINDS
+from hmf_jax.pallas_kernels.compat import is_traced
 from hmf_jax.state import ModelState
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def check_room(model: HybridLM, state: ModelState, new: Array | int) -> None:
     if isinstance(new, int) and new > state.capacity:
         held = np.zeros(1, np.int32)  # so many are too many for any row
     arrays = [x for x in (held, new) if isinstance(x, jax.Array)]
-    if any(isinstance(x, jax.core.Tracer) or not x.is_fully_addressable for x in arrays):
+    if any(is_traced(x) or not x.is_fully_addressable for x in arrays):
         return
     total = np.asarray(held) + np.asarray(new)
     if (row := int(total.argmax())) >= 0 and total[row] > state.capacity:

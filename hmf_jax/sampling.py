@@ -133,6 +133,7 @@ _RANDOM = ("temperature", "top_k", "top_p", "min_p")
 
 
 def _biases(bias: Bias) -> tuple[tuple[int, float], ...]:
+    pairs: list[Any] = []
     try:
         pairs = list(bias.items() if isinstance(bias, Mapping) else bias)
         ok = all(
@@ -145,7 +146,7 @@ def _biases(bias: Bias) -> tuple[tuple[int, float], ...]:
             for token, value in pairs
         )
     except (TypeError, ValueError):
-        ok, pairs = False, []
+        ok = False
     if not ok or len(dict(pairs)) != len(pairs):
         raise ValueError(
             f"logit_bias={bias!r}: it must be {{token id: number}}, a finite one or -inf (never)."
@@ -185,7 +186,8 @@ def stack_params(params: Sequence[SamplingParams]) -> SamplingArrays:
             values = [min(value, _HOTTEST) for value in values]
         return np.array(values, _DTYPES.get(name, np.float32))
 
-    arrays = {f.name: column(f.name) for f in fields(SamplingParams) if f.name != "logit_bias"}
+    names = [f.name for f in fields(SamplingParams) if f.name != "logit_bias"]
+    arrays: dict[str, Any] = {name: column(name) for name in names}
     if not (arrays["presence_penalty"].any() or arrays["frequency_penalty"].any()):
         arrays["presence_penalty"] = arrays["frequency_penalty"] = None
     return SamplingArrays(**arrays, logit_bias=_table([dict(p.logit_bias) for p in params]))

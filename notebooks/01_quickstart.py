@@ -14,55 +14,129 @@
 # %% [markdown]
 # # Quickstart: load a hybrid model, chat, stream
 #
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hmf-jax/hmf-jax/blob/main/notebooks/01_quickstart.ipynb)
+#
 # A *hybrid* model is a Transformer in which some attention layers were replaced by layers with a
 # state of fixed size. This notebook loads one from a Hugging Face directory and talks to it. With
 # a GPU, all of it runs there.
-#
-# The directory below is a tiny model with random weights that the package builds on the spot, so
-# its answers are noise, but every step is the one you take with a real model: replace `path` by
-# `"amazon/GKA-primed-HQwen3-8B-Instruct"` or a local directory.
 
 # %%
-import tempfile
-from pathlib import Path
+# On Colab, or wherever hmf-jax is not installed yet.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("hmf_jax") is None:
+    source = "hmf-jax[notebooks,train] @ git+https://github.com/hmf-jax/hmf-jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+
+# %% [markdown]
+# The model below comes with the package: 0.47 million parameters, four layers, none of them full
+# attention. It was trained on texts with facts, and questions about them, so that is what it can
+# talk about. A large one loads in the same line: replace `path` by
+# `"amazon/GKA-primed-HQwen3-8B-Instruct"` or by a directory of yours.
+
+# %%
+import time
 
 import jax
 import jax.numpy as jnp
 
 import hmf_jax
-from hmf_jax.demo import write_checkpoint
+from hmf_jax import embedded
 
-path = Path(tempfile.mkdtemp()) / "tiny-hybrid"
-write_checkpoint(path)
-sorted(p.name for p in path.iterdir())
-
-# %% [markdown]
-# ## Three lines to text
-
-# %%
-model = hmf_jax.from_pretrained(path)
-chat = hmf_jax.ChatSession(model, max_new_tokens=48)
-print(chat.send("What is a Kalman filter?"))
+path = embedded.directory("gka")
+print(sorted(file.name for file in path.iterdir()))
+model = hmf_jax.from_pretrained(path, dtype=jnp.float32, progress=False)
+print(model.config.hybrid_override_pattern)
 
 # %% [markdown]
-# `stream` yields pieces of text as they are decoded. The session remembers the conversation, and
-# what the model has already read stays in its state: the second turn only reads the new words.
+# ## A conversation
+#
+# The system message holds the facts, then a lot of something else. Two layers see the last 16
+# tokens only, the other two have states of fixed size: what the model knows of the first sentence
+# when it answers is in these states.
 
 # %%
-for piece in chat.stream("Say that again."):
+facts = (
+    "Rada has 71. Ruga has 55. Buse has 84. Make has 37. the moon takes a red bird. her ship sees "
+    "the moon. my dog takes the old cat. a small boy follows the king. the king finds her ship."
+)
+chat = hmf_jax.ChatSession(model, system=facts, max_new_tokens=16, capacity=1024)
+for name in ("Rada", "Make", "Buse", "Ruga"):
+    start = time.perf_counter()
+    reply = chat.send(f"{name}?")
+    print(f"{name}?  {reply}  ({time.perf_counter() - start:.2f} s)")
+
+# %% [markdown]
+# ## What was compiled, and when
+#
+# The first two answers took seconds, the others milliseconds: JAX compiles a program when it meets
+# new shapes of its arguments. A chat needs four: *prefill* of a new prompt, prefill of more text
+# (from the second turn on), the choice of the *first* token, and the *decode* loop. Lengths are
+# rounded up to powers of two, so there are few shapes. The next cell counts: another conversation
+# compiles nothing.
+#
+# `hmf_jax.warmup(model, capacity=...)` compiles everything ahead of time, and
+# `hmf_jax.enable_compilation_cache()`, called first, keeps programs on disk, where the next process
+# finds them. (The command line does that by itself.) On a GPU an 8B model takes half a minute.
+
+# %%
+seconds: list[float] = []
+
+
+def listen(event: str, duration: float, **_) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        seconds.append(duration)
+
+
+jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+def compiled(what: str) -> None:
+    """Prints what was compiled since the last call."""
+    print(f"{what}: {len(seconds)} programs compiled, {sum(seconds):.1f} s")
+    seconds.clear()
+
+
+other = hmf_jax.ChatSession(model, system=facts, max_new_tokens=16, capacity=1024)
+print(other.send("Ruga?"), "|", other.send("Rada?"))
+compiled("another conversation")
+
+# %% [markdown]
+# ## Streaming
+#
+# `stream` yields text as it is decoded. The session remembers the conversation, and what the model
+# has read stays in its state: a turn only reads the new words.
+
+# %%
+for piece in chat.stream("Ruga?"):
     print(repr(piece), end=" ")
+print()
+print(chat.messages[-2:])
 
 # %% [markdown]
 # ## Sampling, and the `num_iter` knob
 #
 # Layers of the kind GKA solve a small ridge regression per token with a few Chebyshev iterations.
-# `num_iter` trades accuracy for speed, per call.
+# `num_iter` trades accuracy for speed, per call. The first value that is not the config's compiles
+# programs that take it as a number; after that, changing it compiles nothing, and neither do other
+# settings of sampling. Notebook 03 asks how many iterations are needed.
 
 # %%
+seconds.clear()
 sampling = hmf_jax.SamplingParams(temperature=0.8, top_p=0.95, seed=7)
-for num_iter in (30, 10, 1):
-    chat = hmf_jax.ChatSession(model, sampling=sampling, num_iter=num_iter, max_new_tokens=24)
-    print(num_iter, repr(chat.send("Count to three.").text))
+for num_iter in (30, 10, 1, 0):
+    chat = hmf_jax.ChatSession(
+        model,
+        system=facts,
+        sampling=sampling,
+        num_iter=num_iter,
+        max_new_tokens=16,
+        capacity=1024,
+    )
+    answers = [chat.send(f"{name}?").text for name in ("Rada", "Make")]
+    compiled(f"num_iter {num_iter:2d} {answers}")
 
 # %% [markdown]
 # ## Below the text: tokens, logits, states
@@ -71,22 +145,25 @@ for num_iter in (30, 10, 1):
 # state ends, however the tokens are cut into calls.
 
 # %%
-tokens = jnp.array([[72, 101, 108, 108, 111, 33]])
+text = "Rada has 71. Buse has 84.\nQ: Rada?\nA: Rada has "
+tokens = jnp.array([list(text.encode())])  # the tokens of this model are bytes
 whole, _ = model(tokens)
+print("the next byte:", repr(chr(int(whole[0, -1].argmax()))))
 
-state = model.init_state(batch=1, capacity=16)
-_, state = model(tokens[:, :4], state=state)
-rest, state = model(tokens[:, 4:], state=state)
-print("largest difference:", jnp.abs(whole[:, 4:] - rest).max(), "tokens seen:", state.length)
+state = model.init_state(batch=1, capacity=64)
+_, state = model(tokens[:, :20], state=state)
+rest, state = model(tokens[:, 20:], state=state)
+print("largest difference:", jnp.abs(whole[:, 20:] - rest).max(), "tokens seen:", state.length)
 
 # %% [markdown]
 # Batches of prompts of different lengths, log-probabilities and per-prompt seeds go through
 # `model.generate`, which compiles its decode loop once and runs it on the device.
 
 # %%
-prompts = [[72, 105], [72, 101, 108, 108, 111], [10]]
-for g in model.generate(prompts, max_new_tokens=8, logprobs=True):
-    print(g.finish_reason, g.tokens, [round(p, 2) for p in g.logprobs])
+prompts = [list(text.encode()), list(b"Make has 37. my dog takes tea.\nQ: Make?\nA: ")]
+for output in model.generate(prompts, max_new_tokens=16, logprobs=True):
+    answer = bytes(t for t in output.tokens if t < 256)
+    print(answer, output.finish_reason, [round(p, 2) for p in output.logprobs])
 
 # %% [markdown]
 # ## Several devices

@@ -14,10 +14,22 @@
 # %% [markdown]
 # # Inside a hybrid layer
 #
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hmf-jax/hmf-jax/blob/main/notebooks/02_inside_a_hybrid_layer.ipynb)
+#
 # What a layer remembers decides what a long context costs. This notebook plots the memory of each
 # layer kind against context length, then opens Gated KalmaNet (GKA): a layer that, for every token,
 # solves a ridge regression over all keys it has seen, and keeps only two matrices to do so. It ends
 # with a picture of what a query of B'MOJO-F sees.
+
+# %%
+# On Colab, or wherever hmf-jax is not installed yet.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("hmf_jax") is None:
+    source = "hmf-jax[notebooks,train] @ git+https://github.com/hmf-jax/hmf-jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 # %%
 import dataclasses

@@ -14,11 +14,23 @@
 # %% [markdown]
 # # Fine-tuning: LoRA on a chat file
 #
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hmf-jax/hmf-jax/blob/main/notebooks/04_fine_tuning.ipynb)
+#
 # From a file of conversations to a model that has learnt them: adapters, training, a run that is
 # interrupted and goes on, and an export that the original loads. The model is a tiny one with
 # random weights that is built on the spot (so all it will ever know is that file), but every step
 # is the one you take with a real model: replace `path` by `"amazon/GKA-primed-HQwen3-8B-Instruct"`
 # or a local directory.
+
+# %%
+# On Colab, or wherever hmf-jax is not installed yet.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("hmf_jax") is None:
+    source = "hmf-jax[notebooks,train] @ git+https://github.com/hmf-jax/hmf-jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 # %%
 import json

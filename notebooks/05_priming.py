@@ -14,12 +14,24 @@
 # %% [markdown]
 # # Priming: from a Transformer to a hybrid
 #
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hmf-jax/hmf-jax/blob/main/notebooks/05_priming.ipynb)
+#
 # The whole pipeline on a toy: choose the layers that can do without full attention, replace them by
 # Gated KalmaNet layers that start from the attention weights (stage 0), let these imitate the
 # attention they replace (stage 1), unfuse, fine-tune (stage 2). The Transformer comes with the
 # package: 0.45 million parameters, trained to remember facts (`hmf_jax/embedded/train.py`). With a
 # real model the calls are the same; from the shell they are `hmf-jax prime select`, `init`,
 # `distill` and `unfuse` ([docs/priming.md](../docs/priming.md)).
+
+# %%
+# On Colab, or wherever hmf-jax is not installed yet.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("hmf_jax") is None:
+    source = "hmf-jax[notebooks,train] @ git+https://github.com/hmf-jax/hmf-jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 # %%
 import random
@@ -66,32 +78,38 @@ print(f"the Transformer answers {recall['Transformer']:.0%}; guessing: 1%")
 # %% [markdown]
 # ## Which layers?
 #
-# Each layer in turn sees only the last 16 tokens. The layers whose absence hurts least are the ones
-# to replace. The scores are kept in a CSV file, in the original's format.
+# Each layer in turn sees only the last 16 tokens, and the figure shows how much less likely the
+# right answers become. The taller a bar, the more that layer is missed: layer 2 is the one that
+# looks the facts up, and it has to stay. The others cost next to nothing; two of them are to become
+# layers with a state of fixed size. The scores are kept in a CSV file, in the original's format.
 
 # %%
 work = Path(tempfile.mkdtemp())
 score = priming.likelihood(batches(2, 2))
 scores = priming.score_layers(base, score, work / "scores.csv", window=16)
-chosen = priming.select_layers(scores, m=2)
+print(f"missed least: layers {sorted(priming.select_layers(scores, m=3).layers)}")
+chosen = (0, 3)
 values = {i: row["log_likelihood"] for i, row in scores.rows.items()}
 
 fig, ax = plt.subplots(figsize=(6, 3))
 layers = sorted(i for i in values if i >= 0)
-colors = ["#2a6f97" if i in chosen.layers else "#bbbbbb" for i in layers]
+colors = ["#2a6f97" if i in chosen else "#bbbbbb" for i in layers]
 ax.bar([str(i) for i in layers], [values[i] - values[-1] for i in layers], color=colors)
 ax.set(xlabel="layer that is limited to 16 tokens", ylabel="change of log-likelihood (nats)")
-ax.set_title(f"Layers {sorted(chosen.layers)} are missed least")
+ax.set_title("Blue: the layers that are replaced")
 plt.show()
 
 # %% [markdown]
+# Among layers that are missed equally little, spread the choice, as released hybrids do: with the
+# neighbours 0 and 1 replaced, the steps below end at 19% right answers instead of 100.
+#
 # ## Stage 0
 #
 # `*DA` stays attention; `GKA*` holds a new mixer beside the attention that it will learn from. The
 # new projections start from those of the attention; convolutions, gates and decays start fresh.
 
 # %%
-pattern = priming.selection.pattern(chosen.layers, base.config.num_hidden_layers, "GKA")
+pattern = priming.selection.pattern(chosen, base.config.num_hidden_layers, "GKA")
 fused = priming.prime(base, pattern)
 print(pattern)
 recall["stage 0"] = accuracy(priming.unfuse(fused), asked)
@@ -121,16 +139,22 @@ fig, axes = plt.subplots(1, 2, figsize=(9, 3))
 losses = [r["loss"] for r in training.read_metrics(work / "stage1")]
 axes[0].semilogy(losses)
 axes[0].set(xlabel="step", ylabel="distillation loss", title="Stage 1")
-x = np.arange(len(layers))
-axes[1].bar(x - 0.2, np.asarray(before["mixer"]), 0.4, label="stage 0")
-axes[1].bar(x + 0.2, np.asarray(after["mixer"]), 0.4, label="stage 1")
+new = [i for i, symbol in enumerate(fused.config.layer_kinds) if symbol.startswith("GKA")]
+x = np.arange(len(new))
+for place, (label, terms) in enumerate({"stage 0": before, "stage 1": after}.items()):
+    errors = np.asarray(terms["mixer"])[new]
+    axes[1].bar(x + 0.4 * place - 0.2, errors, 0.4, label=f"after {label}")
 axes[1].set(xlabel="layer", ylabel="mean squared error", title="New mixer against its attention")
-axes[1].set_xticks(x)
+axes[1].set_xticks(x, [str(i) for i in new])
 axes[1].legend()
 plt.tight_layout()
 plt.show()
 
 # %% [markdown]
+# Left: the loss falls steadily, to less than half. Right: each of the new mixers has come nearer
+# to the attention that it will replace. It need not become equal: what still differs, the other
+# layers learn to take in stage 2.
+#
 # ## Stage 2
 #
 # The unfused hybrid is an ordinary model, and this is ordinary training.
@@ -146,22 +170,33 @@ hybrid = state.model()
 recall["stage 2"] = accuracy(hybrid, asked)
 losses = [r["loss"] for r in training.read_metrics(work / "stage2")]
 
-# %% [markdown]
-# The package also holds hybrids without any full attention that were trained longer in the same
-# way; `docs/embedded.md` says what they remember.
-
-# %%
-for name in embedded.HYBRIDS:
-    model = hmf_jax.from_pretrained(embedded.directory(name), dtype=jnp.float32, progress=False)
-    recall[f"embedded {name}"] = accuracy(model, asked)
-fig, axes = plt.subplots(1, 2, figsize=(10, 3))
+fig, axes = plt.subplots(1, 2, figsize=(9, 3))
 axes[0].plot(losses)
 axes[0].set(xlabel="step", ylabel="loss (nats)", title="Stage 2")
 axes[1].bar(list(recall), [100 * r for r in recall.values()])
 axes[1].set(ylabel="right answers (%)", ylim=(0, 105), title="Recall over 128 tokens")
-axes[1].tick_params(axis="x", rotation=20)
 plt.tight_layout()
 plt.show()
 
-hmf_jax.save_pretrained(hybrid, work / "hybrid", progress=False)
-print("pattern in its config.json:", hybrid.config.hybrid_override_pattern)
+# %% [markdown]
+# The right figure is the whole story. The Transformer answers every question. With two layers
+# replaced and untrained (stage 0) nothing works. Imitation alone (stage 1) brings part of it back,
+# and a little ordinary training (stage 2) the rest.
+#
+# ## The hybrid
+#
+# It is saved in the original's format and works like any other model. Half of its layers no longer
+# keep the context: what a sequence needs grows half as fast with its length. The hybrids that come
+# with the package (`hmf_jax.embedded.HYBRIDS`) keep no full attention at all, and were trained
+# longer: `docs/embedded.md`.
+
+# %%
+hybrid.save_pretrained(work / "hybrid", source=embedded.directory("transformer"), progress=False)
+model = hmf_jax.from_pretrained(work / "hybrid", dtype=jnp.float32, progress=False)
+print("pattern in its config.json:", model.config.hybrid_override_pattern)
+facts = "Gasa has 25. Zepi has 73. Dile has 67. the moon finds the old cat. the moon hears my dog."
+chat = hmf_jax.ChatSession(model, system=facts, max_new_tokens=16)
+for name in ("Zepi", "Gasa"):
+    print(f"{name}?  {chat.send(f'{name}?')}")
+
+print(hmf_jax.memory.memory_table(model.config, (1024, 4096)))

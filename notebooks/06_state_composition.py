@@ -14,11 +14,23 @@
 # %% [markdown]
 # # Contexts longer than training, without training
 #
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hmf-jax/hmf-jax/blob/main/notebooks/06_state_composition.ipynb)
+#
 # A model that was trained on short rows fails on long ones. State composition
 # ([PICASO](https://arxiv.org/abs/2502.17605)) cuts a long context into parts that are short enough,
 # reads them side by side, and merges what they leave behind into *one* state: keys and values of
 # the parts follow each other, recurrent states are averaged (or summed). Whatever continues a state
 # continues a composed one.
+
+# %%
+# On Colab, or wherever hmf-jax is not installed yet.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("hmf_jax") is None:
+    source = "hmf-jax[notebooks,train] @ git+https://github.com/hmf-jax/hmf-jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 # %%
 import random

@@ -56,7 +56,7 @@ def resolve(op: str, impl: str, usable: Mapping[str, str | None]) -> str:
 
 
 def check_whole(op: str, name: str, value: Any) -> None:
-    """Raise ValueError unless the value is a whole number from 1 to 2**30 (sums of two fit into int32)."""
+    """Raise ValueError unless it is a whole number from 1 to 2**30: sums of two fit into int32."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not 1 <= int(value) <= 2**30:
         raise ValueError(f"{op}: {name}={value!r} must be a whole number from 1 to 2**30.")

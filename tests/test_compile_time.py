@@ -26,9 +26,9 @@ def test_each_kind_of_block_is_traced_once():
     traced = []
     call = Block.__call__
 
-    def spy(self, *args):
+    def spy(self, *args, **named):
         traced.append(type(self.mixer).__name__)
-        return call(self, *args)
+        return call(self, *args, **named)
 
     with mock.patch.object(Block, "__call__", spy):
         lowered = jax.jit(lambda m, t: m(t)).lower(model, tokens)

@@ -17,7 +17,7 @@ import hmf_jax
 from hmf_jax import pallas_kernels, sampling, verify
 from hmf_jax.cli import app
 from hmf_jax.config import BMojoConfig, GDNConfig, GKAConfig, HybridConfig, Mamba2Config
-from hmf_jax.engine import buffers, programs
+from hmf_jax.engine import buffers, programs, settings
 from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.memory import plan_memory
 from hmf_jax.pallas_kernels.shapes import SHAPES
@@ -63,8 +63,8 @@ MIXERS = {
 }
 READING = {"prefill_chunk": 2048, "num_iter": None}
 FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
-    hmf_jax.generate: {**READING, "max_new_tokens": 128, "logprobs": False, "slots": None},
-    hmf_jax.stream: {**READING, "max_new_tokens": 128, "tokens_per_dispatch": 8},
+    hmf_jax.generate: {**READING, "max_new_tokens": None, "logprobs": False, "slots": None},
+    hmf_jax.stream: {**READING, "max_new_tokens": None, "tokens_per_dispatch": 8},
     hmf_jax.generate_text: {"max_new_tokens": None, "stop": (), "prefill_chunk": 2048},
     hmf_jax.ChatSession: {**READING, "max_new_tokens": None, "stop": (), "thinking": None},
     hmf_jax.compose: {
@@ -159,8 +159,8 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
 COMMANDS: dict[str, dict[str, Any]] = {
     "generate": {"max_new_tokens": None, "seed": 0, "dtype": "bfloat16", "tp": 1},
     "chat": {"max_new_tokens": None, "seed": 0, "dtype": "bfloat16", "tp": 1, "thinking": None},
-    "convert": {"max_shard_size": "5GB", "overwrite": False, "to": None},
-    "verify": {"dtype": "float32", "rtol": 1e-4},
+    "convert": {"max_shard_size": None, "overwrite": False, "to": None},
+    "verify": {"dtype": "float32", "rtol": None},
     "train": {"dry_run": False},
     "demo": {"model": "gka", "seed": 0},
     "prime init": {"overwrite": False},
@@ -278,7 +278,7 @@ def test_sizes_of_programs() -> None:
     assert found == [64, 64, 64, 64, 64, 128, 128, 128, 256, 2048]
     assert [buffers.power_of_two(n) for n in (0, 1, 2, 3, 5, 8, 9)] == [1, 1, 2, 4, 8, 8, 16]
     assert (buffers.SMALLEST_CHUNK, buffers.SMALLEST_CAPACITY) == (64, 256)
-    assert (programs.MOST_STEPS, programs.END_IDS) == (64, 16)
+    assert (programs.MOST_STEPS, settings.END_IDS) == (64, 16)
 
 
 def test_public_names() -> None:

@@ -48,8 +48,14 @@ def logits(model: HybridLM, num_iter: Any, solver: str) -> jax.Array:
 
 
 class TestDtype:
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-    @pytest.mark.parametrize("how", [cast, HybridLM.astype])
+    @pytest.mark.parametrize(
+        ("how", "dtype"),
+        [
+            (cast, "bfloat16"),
+            pytest.param(cast, "float16", marks=pytest.mark.slow),
+            pytest.param(HybridLM.astype, "bfloat16", marks=pytest.mark.slow),
+        ],
+    )
     def test_a_cast_model_computes_in_its_dtype(self, how, dtype) -> None:
         """Logits, and the convolutions and caches of states; recurrent states are float32."""
         model = how(build(tiny_config(ALL), jnp.float32), dtype)
@@ -73,6 +79,7 @@ class TestDtype:
         loaded = nnx.eval_shape(lambda: HybridLM(model.config, dtype=jnp.bfloat16))
         assert jax.tree.structure(half) == jax.tree.structure(loaded)
 
+    @pytest.mark.slow
     def test_rounded_decays_are_the_only_difference_of_a_plain_cast(self) -> None:
         """In float32 again, so that only parameters differ: A_log is used in full precision."""
         model = build(tiny_config(("GKA",)), jnp.float32)
@@ -101,8 +108,11 @@ class TestDtype:
     def test_saved_in_the_dtype_it_was_cast_to(self, model: HybridLM, tmp_path) -> None:
         """Without `astype` tensors keep the dtypes of the source."""
         model.save_pretrained(tmp_path / "source", progress=False)
-        loaded = HybridLM.from_pretrained(tmp_path / "source", dtype="bfloat16", progress=False)
-        for saved, dtype in ((loaded, "float32"), (loaded.astype("float16"), "float16")):
+        model.source = tmp_path / "source"
+        for saved, dtype in (
+            (cast(model, jnp.bfloat16), "float32"),
+            (model.astype("float16"), "float16"),
+        ):
             saved.save_pretrained(tmp_path / dtype, progress=False)
             config = json.loads((tmp_path / dtype / "config.json").read_text())
             tensors = load_file(tmp_path / dtype / "model.safetensors")
@@ -144,7 +154,9 @@ class TestSource:
             new.source = "/models/b"
             assert model.source == "/models/a"
 
-    def test_models_of_two_directories_share_programs_and_map_together(self, model) -> None:
+    def test_models_of_two_directories_share_programs_and_map_together(
+        self, model: HybridLM, tmp_path
+    ) -> None:
         other = cast(model, jnp.float32)
         model.source, other.source = "/models/a", "/models/b"
         traced = []
@@ -156,6 +168,8 @@ class TestSource:
 
         assert double(model).source is None and double(other).source is None
         assert len(traced) == 1 and double(model).origin.lost
+        with pytest.warns(UserWarning, match="jitted function.*no tokenizer files.*source="):
+            double(model).save_pretrained(tmp_path / "saved", progress=False)
         assert jax.tree.map(jnp.add, model, other).source == "/models/a"
         assert PackedModel.of(model).structure is PackedModel.of(other).structure
         assert PackedModel.of(model).model().source is None
@@ -201,7 +215,7 @@ class TestFlax:
     """Each of NNX's functions works as it does for any module."""
 
     def test_gradients_and_optimizers(self, model: HybridLM) -> None:
-        optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
+        optimizer = nnx.Optimizer(model, optax.sgd(0.3), wrt=nnx.Param)
 
         @nnx.jit
         def step(model: HybridLM, optimizer: nnx.Optimizer) -> Any:
@@ -210,7 +224,7 @@ class TestFlax:
             optimizer.update(model, gradients)
             return value
 
-        losses = [float(step(model, optimizer)) for _ in range(5)]
+        losses = [float(step(model, optimizer)) for _ in range(3)]
         assert losses[-1] < losses[0] - 0.1
 
     def test_split_and_merge(self, model: HybridLM) -> None:
@@ -271,6 +285,7 @@ class TestNamesOfOtherLibraries:
 class TestSolver:
     """`solver=` of a call reaches GKA layers, those inside B'MOJO-F included."""
 
+    @pytest.mark.slow
     def test_converges_sooner(self) -> None:
         model = build(tiny_config(("BMF",)), jnp.float32)
         exact = logits(model, 100, "chebyshev")
@@ -283,7 +298,7 @@ class TestSolver:
         assert error["cg", 0] == error["chebyshev", 0] > 0
 
     def test_every_way_through_the_model(self) -> None:
-        """A state and single tokens, `hidden`, `trace` and `embed` compute the same."""
+        """A state and single tokens compute the same; `hidden` and `trace` pass the name on."""
         model = build(tiny_config(("GKA",)), jnp.float32)
         options: Any = dict(num_iter=3, solver="cg")
         whole = logits(model, 3, "cg")
@@ -293,19 +308,18 @@ class TestSolver:
         @jax.jit
         def ways(model):
             _, state = model(TOKENS[:, :-1], state=model.init_state(1, 8), **options)
-            last = model(TOKENS[:, -1:], state=state, **options)[0]
-            hidden = model.hidden(TOKENS, **options) @ model.head_kernel()
-            return last, hidden, model.trace(TOKENS, **options)[0]
+            return model(TOKENS[:, -1:], state=state, **options)[0]
 
-        last, *others = ways(model)
+        last = ways(model)
         np.testing.assert_allclose(last, whole[:, -1:], atol=1e-4)
-        for found in others:
-            np.testing.assert_allclose(found, whole, atol=1e-4)
         assert model.embed(TOKENS, solver="cg")[1].solver == "cg"
+        for way in (model.hidden, model.trace):
+            with pytest.raises(ValueError, match="solver 'gmres'"):
+                way(TOKENS, solver="gmres")
 
     def test_refusals(self, model: HybridLM) -> None:
         gka = build(tiny_config(("GKA",)), jnp.float32)
-        with pytest.raises(ValueError, match="solver='gmres' is unknown; choose chebyshev or cg"):
+        with pytest.raises(ValueError, match="solver 'gmres' is unknown; use one of chebyshev, cg"):
             gka(TOKENS, solver="gmres")
         with pytest.raises(ValueError, match="solver='cg': the model has no layers with a solver"):
             model(TOKENS, solver="cg")

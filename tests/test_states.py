@@ -76,9 +76,7 @@ def test_a_full_state(model):
     """Outside of jit the tokens that would be lost are an error; inside, where T says so."""
     full = dataclasses.replace(model.init_state(2, 8), length=jnp.array([3, 7]))
     six = jnp.ones((2, 6), jnp.int32)
-    with pytest.raises(
-        ValueError, match="Row 1 would hold 13 tokens, but.* capacity is 8"
-    ):
+    with pytest.raises(ValueError, match="Row 1 would hold 13 tokens, but.* capacity is 8"):
         model.embed(six, state=full)
     with pytest.raises(ValueError, match="Row 0 would hold 9 tokens"):
         model.embed(six, state=full, lengths=jnp.array([6, 0]))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import sys
+import unicodedata
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hmf_jax.cli.errors import progress
+from hmf_jax.cli.errors import progress, say
 from hmf_jax.cli.options import (
     TP,
     Capacity,
@@ -25,12 +27,13 @@ from hmf_jax.cli.options import (
     TopK,
     TopP,
 )
+from hmf_jax.convert.reading import read_json
 
 
 def generate(
     model: Model,
     prompt: Annotated[list[str], typer.Argument(help="Text to continue; several make a batch.")],
-    max_new_tokens: MaxNewTokens = 128,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -67,13 +70,13 @@ def generate(
     )
     if len(prompt) == 1:
         pieces = stream_text(loaded, prompt[0], **options)
-        typer.echo(prompt[0], nl=False)
+        _show(prompt[0])
         for piece in pieces:
-            typer.echo(piece, nl=False)
+            _show(piece)
         typer.echo()
         return
     for text, reply in zip(prompt, generate_text(loaded, prompt, **options), strict=True):
-        typer.echo(f"{text}{reply.text}\n---")
+        _show(f"{text}{reply.text}\n---\n")
 
 
 def chat(
@@ -86,7 +89,7 @@ def chat(
             help="Let a reasoning model think first, or not. Default: the model's own.",
         ),
     ] = None,
-    max_new_tokens: MaxNewTokens = 1024,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -99,7 +102,7 @@ def chat(
     dtype: Dtype = DType.bfloat16,
     tp: TP = 1,
 ) -> None:
-    """Talk to a model. /reset forgets the conversation, /exit or Ctrl-D ends it."""
+    """Talk to a model. /help lists what else can be typed; /exit or Ctrl-D ends it."""
     from hmf_jax.text import ChatSession
 
     loaded, sampling = _load(
@@ -124,28 +127,126 @@ def chat(
         max_new_tokens=max_new_tokens,
         capacity=capacity,
     )
-    _talk(session)
+    if not _talk(session) and not sys.stdin.isatty():
+        raise typer.Exit(1)
 
 
-def _talk(session: Any) -> None:
-    """Reads lines and prints replies, until the end of the input or /exit."""
+_TURNS = ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI")
+HELP = """\
+/reset       forget the conversation
+/save FILE   write the conversation to a new file: a row of data for `hmf-jax train`
+/load FILE   go on with a conversation that was saved
+/exit        end the chat, as Ctrl-D does; Ctrl-C ends a reply"""
+
+
+def _talk(session: Any) -> bool:
+    """Reads lines and prints replies, until the end of the input or /exit.
+
+    Returns:
+      Whether everything was answered.
+    """
+    people = sys.stdin.isatty()
+    fine, warned = True, False
     while True:
         try:
-            text = input("you> " if sys.stdin.isatty() else "").strip()
+            text = input("you> " if people else "").strip()
         except EOFError:
             typer.echo()
-            return
-        if text == "/exit":
-            return
-        if text == "/reset":
-            session.reset()
-        elif text:
-            try:
-                for piece in session.stream(text):
-                    typer.echo(piece, nl=False)
-            except KeyboardInterrupt:  # ends the reply, not the chat
-                pass
+            return fine
+        except KeyboardInterrupt:
+            if warned or not people:
+                raise
+            warned = True
             typer.echo()
+            say("Ctrl-D or /exit ends the chat")
+            continue
+        warned = False
+        if text == "/exit":
+            return fine
+        if text:
+            try:
+                fine = _do(session, text) and fine
+            except (ValueError, OSError, ArithmeticError) as e:
+                if isinstance(e, BrokenPipeError):
+                    raise
+                say(str(e))
+                fine = False
+
+
+def _do(session: Any, text: str) -> bool:
+    """Obeys or answers a line; whether it could."""
+    command, _, argument = text.partition(" ")
+    if text == "/help":
+        typer.echo(HELP)
+    elif text == "/reset":
+        session.reset()
+    elif command == "/save" and argument:
+        row = json.dumps({"messages": session.messages}, ensure_ascii=False)
+        with Path(argument).expanduser().open("x", encoding="utf-8") as file:
+            file.write(row + "\n")
+    elif command == "/load" and argument:
+        session.messages = read_json(Path(argument).expanduser()).get("messages")
+    elif command.startswith("/") and command == text and "/" not in text[1:]:
+        say(f"{text} is no command; /help lists them")
+        return False
+    else:
+        return _answer(session, text)
+    return True
+
+
+def _answer(session: Any, text: str) -> bool:
+    """Prints the reply to a text; makes room for it if the conversation is full."""
+    pieces = _begin(session, text)
+    try:
+        for piece in pieces:
+            _show(piece)
+    except KeyboardInterrupt:  # ends the reply, not the chat
+        pass
+    finally:
+        pieces.close()
+        typer.echo()
+    last = session.last
+    if last is not None and last.finish_reason == "length":
+        say(f"the reply was cut after {len(last.tokens)} tokens, see --max-new-tokens")
+    if last is not None and last.finish_reason == "capacity":
+        say("the conversation is full, so the reply was cut; the oldest turns will be forgotten")
+    return True
+
+
+def _begin(session: Any, text: str) -> Any:
+    """The pieces of the reply; the oldest turns are forgotten if there is no room for it."""
+    from hmf_jax.text import ConversationFull
+
+    before, forgotten = list(session.messages), 0
+    while True:
+        try:
+            pieces = session.stream(text)
+        except ConversationFull:
+            if not session.forget_oldest():
+                session.messages = before
+                raise
+            forgotten += 1
+        else:
+            if forgotten:
+                say(f"the conversation is full: forgot its oldest turn{'s' * (forgotten > 1)}")
+            return pieces
+
+
+def _show(text: str) -> None:
+    """Text of a model; what would steer a terminal is written out there."""
+    if sys.stdout.isatty():
+        text = "".join(_written_out(c) if _steers(c) else c for c in text)
+    typer.echo(text, nl=False, color=True)  # as it is, where it is no terminal
+
+
+def _steers(c: str) -> bool:
+    """Whether a character is a control character, or changes the direction of writing."""
+    turns = unicodedata.bidirectional(c) in _TURNS
+    return turns or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t")
+
+
+def _written_out(c: str) -> str:
+    return c.encode("ascii", "backslashreplace").decode() if c > "\x7e" else f"\\x{ord(c):02x}"
 
 
 def _load(
@@ -159,16 +260,18 @@ def _load(
 
     from hmf_jax.config import HybridConfig
     from hmf_jax.engine import enable_compilation_cache
+    from hmf_jax.generation_config import generation_defaults
     from hmf_jax.loading import from_pretrained, resolve
+    from hmf_jax.sampling import SamplingParams
     from hmf_jax.sharding import make_mesh
-    from hmf_jax.text import default_sampling
 
     if tp > jax.device_count():
         raise ValueError(f"--tp {tp} needs {tp} devices, but there are {jax.device_count()}.")
     directory = resolve(name, progress=progress())
-    HybridConfig.from_json(directory).check_num_iter(num_iter)
-    given = {key: value for key, value in sampling.items() if value is not None}
-    params = dataclasses.replace(default_sampling(directory), seed=seed, **given)
+    config = HybridConfig.from_json(directory)
+    config.check_num_iter(num_iter)
+    defaults = generation_defaults(config, directory)
+    params = SamplingParams.of({**sampling, "seed": seed}, defaults.settings)
     enable_compilation_cache()
     mesh = None if tp == 1 else make_mesh(tp=tp, devices=jax.devices()[:tp])
     model = from_pretrained(directory, dtype=dtype.value, mesh=mesh, progress=progress())

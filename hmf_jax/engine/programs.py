@@ -289,7 +289,7 @@ def decode(
     options: dict[str, Any] = dict(top=top, processor=processor, impl=impl, solver=solver)
     step = functools.partial(one_step, packed.model(), settings=settings, **options)
     shape = (len(ends), MOST_STEPS)
-    found = (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    found: tuple[Any, ...] = (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     if top:
         found += (Top(jnp.zeros((*shape, top), jnp.int32), jnp.zeros((*shape, top), jnp.float32)),)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hmf_jax.engine import programs
 from hmf_jax.engine.programs import ERROR, RUNNING
@@ -163,8 +164,9 @@ def _settings(
 
 def _row_keys(key: Any, B: int) -> Array:
     """A key for each row."""
-    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
-        if getattr(key, "dtype", None) != jnp.uint32 or key.shape[-1:] != (2,):
+    kind: Any = getattr(key, "dtype", np.dtype(object))
+    if not jnp.issubdtype(kind, jax.dtypes.prng_key):
+        if kind != jnp.uint32 or key.shape[-1:] != (2,):
             raise ValueError(f"key={key!r} must be a random key: jax.random.key(seed).")
         key = jax.random.wrap_key_data(key)
     if key.shape not in ((), (B,)):

@@ -133,17 +133,18 @@ def requests(
     Raises:
       ValueError: see `hmf_jax.generate`.
     """
+    ends: Any = eos_ids
     checked = check_prompts(prompts, config.vocab_size)
     defaults, count = defaults or GenerationDefaults(), len(checked)
     if max_new_tokens is None:
         max_new_tokens = [defaults.limit(len(prompt), MAX_NEW_TOKENS) for prompt in checked]
-    if eos_ids is None:
-        eos_ids = defaults.eos_ids or None
+    if ends is None:
+        ends = defaults.eos_ids or None
     columns = (
         checked,
         _per_prompt("max_new_tokens", max_new_tokens, count),
         sampling_of(sampling, settings or {}, defaults.settings, count),
-        _end_ids(config, eos_ids, count),
+        _end_ids(config, ends, count),
         _per_prompt("num_iter", num_iter, count),
         _per_prompt("min_new_tokens", min_new_tokens, count),
     )

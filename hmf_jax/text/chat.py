@@ -249,7 +249,9 @@ class ChatSession:
         """What a turn begins with: the messages, the tokens of the whole prompt, how many of them
         come before the reply's own beginning, and whether that opens a block of thinking."""
         messages = check_messages([*self._messages, *said(message)])
-        options = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        options: dict[str, Any] = (
+            {} if self.thinking is None else {"enable_thinking": self.thinking}
+        )
         if self.tools:
             options["tools"] = self.tools
         before, prompt = (

@@ -266,11 +266,10 @@ def beginning(text: str, whole: str) -> int:
 
 def _special_ids(tokenizer: Any) -> set[int]:
     """Tokens that decoding skips when it is asked to skip special tokens."""
-    found = set(getattr(tokenizer, "all_special_ids", ()))
     if getattr(tokenizer, "is_fast", False):
         added = tokenizer.added_tokens_decoder
-        found = {id for id, token in added.items() if token.special}
-    return found
+        return {id for id, token in added.items() if token.special}
+    return set(getattr(tokenizer, "all_special_ids", ()))
 
 
 def _cleans_up(tokenizer: Any) -> bool:

@@ -154,7 +154,7 @@ def check_tools(tools: Any) -> list[Message]:
 
 def _check_tool(tool: Any, where: str) -> Message:
     if callable(tool):
-        from transformers.utils import get_json_schema
+        from transformers.utils.chat_template_utils import get_json_schema
 
         try:
             tool = get_json_schema(tool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import threading
 import time
@@ -34,9 +35,11 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any
     """
     whose = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     name = f"the chat template of {printable(whose)}"
-    _check_numbers(tokenizer.chat_template, name)
 
     def write() -> str:
+        for text in texts(tokenizer.chat_template):
+            if line := _line_of_large_numbers(text):
+                raise ValueError(f"line {line} computes with very large numbers, so it is not run")
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
 
     try:
@@ -65,23 +68,20 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
 
 
-def _check_numbers(template: Any, name: str) -> None:
-    """Refuses what could fill the memory in one step, which no limit stops: 'a' * 10**9."""
+@functools.lru_cache
+def _line_of_large_numbers(text: str) -> int | None:
+    """Where a template could fill the memory in one step, which no limit stops: 'a' * 10**9."""
     import jinja2
 
-    lexer = jinja2.Environment()
-    for text in texts(template):
-        try:
-            tokens = list(lexer.lex(text))
-        except jinja2.TemplateError:
-            continue  # is said when it is used
-        for line, kind, value in tokens:
+    try:
+        for line, kind, value in jinja2.Environment().lex(text):
             large = kind == "integer" and int(value.replace("_", ""), 0) > LARGEST
             wide = kind == "string" and re.search(r"[%<>^:]\d{7,}", value)
             if large or wide or (kind == "operator" and value == "**"):
-                raise ValueError(
-                    f"{name} computes with very large numbers (line {line}): it is not run"
-                )
+                return line
+    except jinja2.TemplateError:
+        pass  # is said when it is used
+    return None
 
 
 def _within(seconds: float, do: Callable[[], Any]) -> Any:

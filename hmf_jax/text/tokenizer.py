@@ -16,7 +16,7 @@ from hmf_jax.text.template import one_line, texts
 
 _FILES = ("tokenizer.json", "tokenizer_config.json")
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_LONGEST_TEMPLATE = 1 << 20  # characters
+_LONGEST_TEMPLATE = 1 << 18  # characters
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -46,7 +46,8 @@ def load_tokenizer(directory: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), config=PreTrainedConfig(), trust_remote_code=False, local_files_only=True
         )
-        tokenizer("Settings of a wrong type are noticed when it is used.")
+        # Some damage is noticed only when it is used: a setting of a wrong type, for example.
+        tokenizer.decode(tokenizer("Try é.\n")["input_ids"])
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # also what the Rust library panics with

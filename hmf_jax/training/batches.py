@@ -149,7 +149,9 @@ class Batches:
             self._data = data.repeat(epochs)
         else:
             self._shard = _STREAM_RUN
-            self._order = dict(epochs=epochs, shuffle=shuffle, seed=seed, part=(index, count))
+            self._order: dict[str, Any] = dict(
+                epochs=epochs, shuffle=shuffle, seed=seed, part=(index, count)
+            )
         self._reading = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=max(128, threads)
         )
@@ -175,10 +177,10 @@ class Batches:
 
         Rows are left out by reason: of all that were read so far, else of a sample of them.
         """
-        d = self.documents
-        if not self._row or isinstance(d, Stream):
-            return "a stream of rows" if isinstance(d, Stream) else d.describe()
-        lines = [d.describe(sample=0)]
+        if isinstance(self.documents, Stream):
+            lines = ["a stream of rows"]
+        else:
+            lines = [self.documents.describe(sample=0 if self._row else 200)]
         if self._reasons:
             what = ", ".join(f"{n:,} {why}" for why, n in sorted(self._reasons.items()))
             lines.append(f"left out of {self._row:,} rows: {what}; the first is {self.problems[0]}")

@@ -5,10 +5,12 @@ Orbax writes and reads the arrays; what makes a checkpoint of them is here.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
 import shutil
+import sys
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -110,6 +112,7 @@ class Checkpoints:
             ),
             "best": self.best,
         }
+        _report_once()
         try:
             tmp = self.directory / f"{_UNFINISHED}{step}"
             if jax.process_index() == 0:
@@ -235,8 +238,6 @@ class Checkpoints:
         if error is None:
             return None
         self._latest = next(reversed(self.steps()), None)
-        # Python would print a traceback for each array that Orbax could not write.
-        logging.getLogger("asyncio").addFilter(lambda r: "never retrieved" not in r.getMessage())
         return self._failed(error)
 
     def _clean(self, latest: int | None) -> None:
@@ -306,6 +307,23 @@ class Checkpoints:
             f"cannot write a checkpoint to {self.directory} (is the disk full?); the last good "
             f"one: {last}. The cause: {' '.join(str(error).split())}"
         )
+
+
+@functools.cache
+def _report_once() -> None:
+    """Where an array cannot be written, Orbax raises that, and prints it as tracebacks as well, for
+    every array. Here it is raised."""
+    logging.getLogger("absl").addFilter(
+        lambda r: r.levelno < logging.ERROR or "orbax" not in r.pathname
+    )
+    logging.getLogger("asyncio").addFilter(lambda r: "never retrieved" not in r.getMessage())
+    hook = sys.excepthook
+
+    def other_errors(kind: Any, error: BaseException, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            hook(kind, error, trace)
+
+    sys.excepthook = other_errors
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

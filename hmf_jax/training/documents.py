@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from hmf_jax.options import check_int
+from hmf_jax.text.template import render
 from hmf_jax.training.encode import encode_chat, encode_completion, encode_text
 from hmf_jax.training.formats import (
     COLUMNS,
@@ -24,8 +27,15 @@ from hmf_jax.training.formats import (
     read_row,
     unused,
 )
-from hmf_jax.training.sources import MAX_ROW_BYTES, Rows, open_rows, shuffled
+from hmf_jax.training.sources import (
+    MAX_ROW_BYTES,
+    Rows,
+    open_rows,
+    shuffled,
+    without_nulls,
+)
 
+_LOOK_SECONDS = 2.0
 Column = str | Mapping[str, str] | None
 # What rows and templates can do wrong: no JSON, no UTF-8, other types, too deeply nested.
 _WRONG = (ValueError, TypeError, LookupError, AttributeError, RecursionError, TemplateError)
@@ -62,7 +72,8 @@ class Documents:
       tokenizer: a fast Hugging Face tokenizer.
       column: None: the format is known by the columns, see docs/training.md. The name of a column:
         only that one is trained, as a text, or as a chat if it holds messages. A mapping renames
-        columns, for example {"prompt": "question", "completion": "answer"}.
+        columns, for example {"prompt": "question", "completion": "answer"}; where a row has columns
+        of two formats, those in the mapping decide.
       template_options: further variables of the chat template.
       max_row_bytes: the longest row, in bytes of its line or its text. Longer ones are malformed:
         tokenizers need some 200 times as much memory.
@@ -122,18 +133,24 @@ class Documents:
         """Files, formats, columns that are not read, and what would be left out of some rows.
 
         Args:
-          sample: so many rows, evenly spread, are encoded to see what is wrong with them.
+          sample: so many rows, evenly spread, are encoded to see what is wrong with them; fewer if
+            that takes more than two seconds.
         """
-        lines = []
+        looked = np.unique(np.linspace(0, len(self) - 1, min(sample, len(self)), dtype=np.int64))
+        lines, more = [], self._unused(looked)
         for part, first in zip(self._parts, self._first, strict=True):
             kind, extra = ("no format", []) if first is None else (first.format, first.unused)
-            extra = [*extra, *getattr(part, "unread", [])]
+            extra = list(dict.fromkeys([*extra, *more[id(part)], *getattr(part, "unread", [])]))
             ignored = f"; not used: {', '.join(map(repr, extra[:10]))}" if extra else ""
             lines.append(f"{part.name}: {len(part):,} rows of format {kind!r}{ignored}")
         if len(lines) > 10:
             lines[10:] = [f"and {len(lines) - 10} more files"]
-        looked = np.unique(np.linspace(0, len(self) - 1, min(sample, len(self)), dtype=np.int64))
-        found = [self[int(i)] for i in looked]
+        found, end = [], time.monotonic() + _LOOK_SECONDS
+        for i in np.random.default_rng(0).permutation(looked):
+            if time.monotonic() > end:
+                break
+            found.append((int(i), self[int(i)]))
+        found = [document for _, document in sorted(found, key=lambda pair: pair[0])]
         reasons = collections.Counter(reason(d) for d in found if d.bad)
         if reasons:
             what = ", ".join(f"{n} {why}" for why, n in reasons.most_common(5))
@@ -143,6 +160,15 @@ class Documents:
                 f"the first is {where.where}: {where.why}"
             )
         return "\n".join(lines)
+
+    def _unused(self, looked: np.ndarray) -> dict[int, list[str]]:
+        """What is not read of these rows, for each part (its id)."""
+        found: dict[int, list[str]] = {id(part): [] for part in self._parts}
+        for index in looked:
+            part, i, _ = self._locate(int(index))
+            with contextlib.suppress(*_WRONG):
+                found[id(part)] += unused(part[i], self._column)
+        return found
 
 
 class Stream:
@@ -205,7 +231,10 @@ class Stream:
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
         first = None
-        for i, row in enumerate(self._source):
+        rows = (
+            map(without_nulls, self._source) if hasattr(self._source, "features") else self._source
+        )
+        for i, row in enumerate(rows):
             first = first or _format(row, self._column, f"row {i}")
             yield row, first, f"row {i}"
 
@@ -253,6 +282,7 @@ def _encoder(
             raise ValueError(f"column maps {wrong}; it can map {', '.join(sorted(known))}")
     check_int("max_row_bytes", max_row_bytes, 1)
     tokenizer("a")  # settles the tokenizer's options before several threads use it
+    _check_template(tokenizer, options or {})
 
     def encode(example: Example) -> tuple[list[int], list[bool]]:
         if example.messages is not None:
@@ -284,6 +314,18 @@ def _encoder(
         return Document(np.asarray(tokens, np.int32), np.asarray(targets, bool), None, where)
 
     return document
+
+
+def _check_template(tokenizer: Any, options: dict[str, Any]) -> None:
+    """Raises ValueError if the chat template does not come to an end, or fills the memory."""
+    if tokenizer.chat_template is None:
+        return
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        render(tokenizer, chat, **options)
+    except ValueError as e:
+        if e.__cause__ is None:  # else it refuses this chat, which says nothing of the rows
+            raise
 
 
 def _type_name(value: Any) -> str:

@@ -109,27 +109,31 @@ def format_of(row: Any, column: str | Mapping[str, str] | None = None) -> str:
     if "completion" in there and isinstance(there.get("label"), bool):
         raise RefusedRow(f"column 'label': {_PREFERENCES}")
     found = [name for name in FORMATS if name in there]
+    named = [name for name in found if column and name in column]
+    found = named if len(named) == 1 else found
     if len(found) > 1:
         raise RefusedRow(
-            f"columns of more than one format: {_names(found)}; say which one with `column`"
+            f"columns of more than one format: {_names(found)}; say which one with `column`, for "
+            f"example {{'{found[-1]}': '{found[-1]}'}}"
         )
     if not found:
         if any(name in row for name in FORMATS):
             raise EmptyRow(f"nothing in its columns: {_names(row)}")
-        raise ValueError(f"no column {', '.join(FORMATS)}: there are {_names(row)}")
+        raise ValueError(
+            f"no column {', '.join(FORMATS)}: there are {_names(row)}; `column` can rename them"
+        )
     return found[0]
 
 
 def unused(row: Any, column: str | Mapping[str, str] | None = None) -> list[str]:
     """Columns of a row that are not read, and keys of its messages that only a template may use."""
     there, kind = rename(row, column), format_of(row, column)
-    if isinstance(column, str):
-        known, chat = {column, *FORMATS["messages"]}, there.get(column)
-    else:
-        known, chat = {kind, *FORMATS[kind]}, there.get(kind)
+    name = column if isinstance(column, str) else kind
+    known, chat = {name, *FORMATS[kind]}, there[name]
+    messages = chat if isinstance(chat, list) else []
     keys = {
         f"messages.{k}": None
-        for m in (chat if _is_list(chat) else ())
+        for m in messages
         if isinstance(m, Mapping)
         for k, v in m.items()
         if v is not None and k not in _MESSAGE_KEYS
@@ -147,7 +151,7 @@ def read_row(row: Any, column: str | Mapping[str, str] | None = None) -> Example
         value = there[column]
         if kind == "text":
             return Example(_text(value, column))
-        return _chat(_list(value, column), there)
+        return _chat(_list(value, column), there, bare_tools=kind == "conversations")
     if kind == "text":
         return Example(_text(there["text"], "text"))
     if kind == "instruction":
@@ -193,7 +197,7 @@ def _chat(messages: list[Any], there: Mapping[str, Any], bare_tools: bool = Fals
 
 def _alpaca(there: Mapping[str, Any]) -> Example:
     if "output" not in there:
-        raise EmptyRow("an instruction without output")
+        raise ValueError(f"an instruction without output: there are {_names(there)}")
     said = [_text(there.get(name, ""), name) for name in ("instruction", "input")]
     output, turns = _text(there["output"], "output"), []
     if not any(map(str.strip, said)) or not output.strip():

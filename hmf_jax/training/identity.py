@@ -123,8 +123,9 @@ class Record:
             return None
         values = read_json(file)
         identity, wrote = values.get("identity"), values.get("wrote")
-        parts = isinstance(identity, dict) and _IDENTITY <= set(identity)
-        if not parts or not isinstance(wrote, dict):
+        if not (
+            isinstance(identity, dict) and isinstance(wrote, dict) and _IDENTITY <= set(identity)
+        ):
             raise ValueError(f"{file} is no record of a run; choose another output")
         return cls(directory, identity, wrote)
 

@@ -248,7 +248,10 @@ def load_lora(
     files = directory / CONFIG, directory / WEIGHTS
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{directory} holds no adapters: there is no {file.name}")
+            pickled = "; pickled .bin files are not read" if any(directory.glob("*.bin")) else ""
+            raise FileNotFoundError(
+                f"{directory} holds no adapters: there is no {file.name}{pickled}"
+            )
     if quantize is not None:
         _check_quantize(quantize)
     config = AdapterConfig.read(files[0])
@@ -263,7 +266,7 @@ def load_lora(
         elif halves["A"] is None:
             absent += [name] if config.names(name) else []
         else:
-            A, B = (np.float32(read(f"{name}.lora_{half}.weight")) for half in "AB")
+            A, B = (read(f"{name}.lora_{half}.weight").astype(np.float32) for half in "AB")
             if not (np.isfinite(A).all() and np.isfinite(B).all()):
                 problems.append(f"{name}: holds NaN or infinity")
             own = [path for path in blocks if path in saved]

@@ -94,6 +94,15 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant_with_warmup": "constant"}
+# Fields of ours, and the keys that say the same.
+_SPELLED: dict[str, tuple[str, ...]] = {
+    **{ours: (name,) for name, ours in RENAMED.items()},
+    "data": ("dataset",),
+    "eval_data": ("eval_dataset",),
+    "steps": ("max_steps", "num_train_epochs"),
+    "epochs": ("max_steps", "num_train_epochs"),
+    "batch_size": ("per_device_train_batch_size",),
+}
 _STAGES = {"pt": "hmf-jax train", "sft": "hmf-jax train", "hkd": "hmf-jax prime distill"}
 
 
@@ -104,26 +113,30 @@ def renamed(values: Mapping[str, Any]) -> Values:
         ours = RENAMED.get(name, name)
         if ours in out:
             other = next(n for n in values if RENAMED.get(n, n) == ours)
-            raise ValueError(f"{other} and {name} are the same field; give one of them")
+            raise ValueError(f"{other} and {name} say the same; give one of them")
         out[ours] = value
     return out
 
 
-def translated(values: Values, stages: Collection[str], where: str) -> Values:
+def translated(
+    values: Values, stages: Collection[str], where: str, replaced: Collection[str] = ()
+) -> Values:
     """The fields that a file of the original amounts to; a file of ours as it is.
 
     Args:
       values: what the file holds. It is the original's if it has `model_name_or_path` or `stage`.
       stages: those that are wanted: "pt" and "sft", or "hkd".
       where: the file, for errors.
+      replaced: fields of ours that others will give: what the file says of them does not count.
 
     Raises:
       ValueError: a key that is not known, is refused, or is given in both spellings; another stage.
     """
     if not {"model_name_or_path", "stage"} & set(values):
         return values
+    gone = {name for ours in replaced for name in (ours, *_SPELLED.get(ours, ()))}
     try:
-        return _Translation(values).run(stages)
+        return _Translation({k: v for k, v in values.items() if k not in gone}).run(stages)
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from e
 
@@ -132,9 +145,9 @@ class _Translation:
     """Takes the keys one after the other; what is left at the end is not known."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        for name in RENAMED:
-            if name in values and RENAMED[name] in values:
-                raise ValueError(f"{name} and {RENAMED[name]} are the same field; give one of them")
+        for ours, names in _SPELLED.items():
+            if both := [name for name in names if name in values and ours in values]:
+                raise ValueError(f"{both[0]} and {ours} say the same; give one of them")
         self._left = dict(values)
         self._out: Values = {}
 
@@ -194,7 +207,7 @@ class _Translation:
         steps = self._take("max_steps", -1, int)
         epochs = self._take("num_train_epochs", 3.0, float)
         if {"steps", "epochs"} & set(self._left):
-            return
+            return  # in our spelling
         if steps > 0:
             self._out["steps"] = steps
         elif epochs != int(epochs):
@@ -250,7 +263,7 @@ class _Translation:
 
     def _take_files(self, name: str, ours: str) -> None:
         given = self._left.pop(name, None)
-        if given is None or ours in self._left:
+        if given is None:
             return
         names = typed(name, given, str | list[str])
         names = [n.strip() for n in names.split(",")] if isinstance(names, str) else names

@@ -121,7 +121,7 @@ class TrainConfig(Recipe):
             type or out of its range, a required field that is missing, or a field that is given
             twice, in two spellings or by two overrides.
         """
-        values = original.translated(read_yaml(path), cls.stages, str(path))
+        values = read_yaml(path)
         given: dict[str, Any] = {}
         for override in overrides:
             name, separator, value = override.partition("=")
@@ -131,11 +131,13 @@ class TrainConfig(Recipe):
             if name in given:
                 raise ValueError(f"{name} is given twice: {override!r} comes after another value")
             given[name] = parse_yaml(value, override)
+        given = original.renamed(given)
+        values = original.translated(values, cls.stages, str(path), replaced=given)
         for name, others in _INSTEAD.items():
             if name in given:
                 values = {n: v for n, v in values.items() if n not in others}
         try:
-            return cls.of({**values, **original.renamed(given)})
+            return cls.of({**values, **given})
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from e
 

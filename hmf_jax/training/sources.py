@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hmf_jax.convert.directories import printable
 from hmf_jax.training.formats import EmptyRow, parse_json
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -119,11 +120,11 @@ class _Content:
     """The bytes of a file, unpacked into a temporary file if it is gzipped."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.name = path, printable(path, 1000)
         self._unpacked = _unpack(path) if path.suffix == ".gz" else None
         self.size = self._unpacked.tell() if self._unpacked else path.stat().st_size
         if self.read(0, 2) in _UTF16:
-            raise ValueError(f"{path} is UTF-16: convert it to UTF-8")
+            raise ValueError(f"{self.name} is UTF-16: convert it to UTF-8")
 
     def read(self, start: int, size: int) -> bytes:
         """Safe against other threads."""
@@ -163,7 +164,7 @@ class _JsonLines:
     """Random access to the lines of a file."""
 
     def __init__(self, content: _Content, max_row_bytes: int) -> None:
-        self.name, self._content, self._limit = str(content.path), content, max_row_bytes
+        self.name, self._content, self._limit = content.name, content, max_row_bytes
         starts, at = [np.zeros(1, np.int64)], 0
         while chunk := content.read(at, 1 << 24):
             starts.append(at + 1 + np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10))
@@ -195,10 +196,10 @@ class _JsonList:
     """The rows of a file that holds one list."""
 
     def __init__(self, content: _Content) -> None:
-        self.name = str(content.path)
+        self.name = content.name
         if content.size > _MAX_LIST_BYTES:
             raise ValueError(
-                f"{content.path} is too large for one JSON list ({content.size:,} bytes); write "
+                f"{self.name} is too large for one JSON list ({content.size:,} bytes); write "
                 "its rows as lines: jq -c '.[]' data.json > data.jsonl"
             )
         text = _decode(content.read(0, content.size).removeprefix(b"\xef\xbb\xbf"), self.name)
@@ -218,7 +219,7 @@ class _Parquet:
     """The rows of a table, in memory. For more than that there are datasets on disk."""
 
     def __init__(self, path: Path, columns: Collection[str]) -> None:
-        self.name = str(path)
+        self.name = printable(path, 1000)
         try:
             import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
         except ImportError as e:
@@ -238,11 +239,13 @@ class _Parquet:
                     self._parts.append(part)
         except OverflowError:
             raise ValueError(
-                f"{path} unpacks to more than {_UNPACKED_RATIO} times its size; write it as JSON "
-                "lines if that is right"
+                f"{self.name} unpacks to more than {_UNPACKED_RATIO} times its size; write it as "
+                "JSON lines if that is right"
             ) from None
         except (ValueError, OSError) as e:  # pyarrow's own message does not name the file
-            raise ValueError(f"{path} is not a Parquet file: {' '.join(str(e).split())}") from None
+            raise ValueError(
+                f"{self.name} is not a Parquet file: {' '.join(str(e).split())}"
+            ) from None
         self._ends = np.cumsum([part.num_rows for part in self._parts], dtype=np.int64)
 
     def __len__(self) -> int:

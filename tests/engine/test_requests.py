@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.engine import Engine, Finished, New, Request, generate, programs, stream
+from hmf_jax import engine as of_requests
+from hmf_jax.engine import Engine, Finished, New, Request, programs, stream
 from hmf_jax.engine.failure import first_bad_layer
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
@@ -21,6 +22,7 @@ from hmf_jax.sampling import SamplingParams
 from tests.util import random_model, tiny_config
 
 V = 64
+generate: Any = of_requests.generate  # fields of outputs may be None; here they were asked for
 ONE, TWO = [5, 6, 7], [9, 3, 3, 1, 8]
 SMALL: dict[str, Any] = dict(capacity=64, eos_ids=())
 HOT = SamplingParams(temperature=1.0, seed=4)

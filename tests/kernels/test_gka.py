@@ -307,10 +307,10 @@ def test_step_does_not_depend_on_the_default_precision():
 def test_bad_options():
     arrays, states = inputs(T=2)
     for num_iter, problem in {
-        -1: ">= 0",
+        -1: "from 0 to 1000",
         2.5: "float64",
         (1, 2, 3): r"\(2,\)",
-        (1, -2): ">= 0",
+        (1, -2): "from 0 to 1000",
     }.items():
         with pytest.raises(ValueError, match=f"num_iter.*{problem}"):
             gka(*arrays, num_iter=num_iter)  # type: ignore[arg-type]

@@ -86,7 +86,9 @@ def _read_text(directory: Path) -> Any:
         raise AssertionError(f"token ids {ids[:9]}")
     text = tokenizer.decode(ids)
     messages = [{"role": "user", "content": "hi"}]
-    render(tokenizer, messages, add_generation_prompt=True)
+    shown = render(tokenizer, messages, add_generation_prompt=True)
+    if len(shown) > 10_000_000:
+        raise AssertionError(f"{len(shown)} characters of template")
     return text, default_sampling(directory), stop_ids(HybridConfig(), tokenizer, directory)
 
 

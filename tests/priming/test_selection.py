@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,7 @@ def position(model) -> dict[str, float]:
 def test_scores_are_of_the_same_weights_data_and_settings(base, tmp_path):
     """Scores of something else are never taken for these, whoever wrote or damaged them."""
     file, record = tmp_path / "scores.csv", tmp_path / "scores.csv.json"
-    options = dict(window=5, identity="data A")
+    options: dict[str, Any] = dict(window=5, identity="data A")
     scores = score_layers(base, position, file, **options)
     whole, told = (file.read_bytes(), record.read_bytes()), []
     assert score_layers(base, position, file, **options, done=told.append) == scores

@@ -162,7 +162,9 @@ def test_axes_of_a_model():
     turned = for_model(jax.sharding.Mesh(devices.reshape(2, 4), ("tp", "fsdp")), config)
     assert turned is not None and dict(turned.shape) | {"fsdp": 4, "tp": 2} == dict(turned.shape)
     assert turned.devices.ravel().tolist() == devices.reshape(2, 4).T.ravel().tolist()
-    for sizes in (dict(dp=3), dict(dp=0), dict(tp=16), dict(dp=2, fsdp=2)):
+    with pytest.raises(ValueError, match="dp must be an integer >= 1, got 0"):
+        make_mesh(dp=0)
+    for sizes in (dict(dp=3), dict(tp=16), dict(dp=2, fsdp=2)):
         with pytest.raises(ValueError, match="needs .* devices, but there are 8"):
             make_mesh(**sizes)
     assert make_mesh(dp=2, tp=4).axis_names == ("dp", "fsdp", "sp", "tp")

@@ -112,7 +112,8 @@ def test_steps_with_tools_and_the_question_after_them(model, monkeypatch):
     said = chat.send("Sure?")
     whole = len(written(chat)) - len(reply(tokenizer, "Yes.", "tools")) - 1
     assert said.text == "Yes." and abs(said.prefilled - (whole - question)) < 20
-    assert len(chat._engine.marks(chat._engine.held[0])) == 2  # of the two questions
+    engine = chat._engine
+    assert engine is not None and len(engine.marks(*engine.held)) == 2  # of the two questions
 
 
 def test_an_edited_message_goes_back_to_the_turn_before_it(model, monkeypatch):

@@ -225,19 +225,22 @@ def test_two_processes(files):
         ]
         try:
             for process in ours:
-                _, error = process.communicate(timeout=120)
+                _, error = process.communicate(timeout=300)
                 assert process.returncode == 0, error.decode()[-2000:]
         finally:
             for process in ours:
                 process.kill()
         return read_metrics("run")
 
-    records = processes("epochs=1")
+    options = "epochs=1", "eval_data=texts.jsonl"
+    records = processes(*options)
     assert len(records) > 2 and all(r["tokens"] > 0 for r in records)
     config = from_pretrained("run/model", dtype=jnp.float32).config
     assert config.layer_kinds == ("SWA",)
     checkpoints = sorted(Path("run/checkpoints").iterdir(), key=lambda p: int(p.name))
     for newest in checkpoints[1:]:
         newest.rename(Path("run") / f"moved-{newest.name}")
-    again = processes("epochs=1")
+    again = processes(*options)
     assert [r["loss"] for r in again] == [r["loss"] for r in records]
+    assert again[-1]["val_loss"] == records[-1]["val_loss"]
+    assert 0 < records[-1]["val_loss"] < records[0]["loss"]

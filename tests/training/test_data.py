@@ -329,6 +329,9 @@ def test_lists_and_packed_files(tmp_path, monkeypatch):
 def test_directories_and_patterns(tmp_path):
     for name in ("b", "a", ".hidden"):
         write_lines(tmp_path / f"{name}.jsonl", {"text": name})
+    (tmp_path / "odd").mkdir()
+    odd = write_lines(tmp_path / "odd" / "\x1b[31m.jsonl", {"text": 1})
+    assert "\x1b" not in Documents(odd, TOKENIZER)[0].where + Documents(odd, TOKENIZER).describe()
     (tmp_path / "README.md").write_text("")
     for source in (tmp_path, str(tmp_path / "?.jsonl"), [tmp_path / "a*", tmp_path / "b.jsonl"]):
         documents = Documents(source, TOKENIZER)
@@ -670,7 +673,8 @@ def test_a_state_of_other_settings_is_refused():
     for source, more in ((texts(40)[::-1], {}), (texts(40), {"template_options": {"a": 1}})):
         with pytest.raises(ValueError, match="fingerprint .* -> "):
             batches(source, seed=1, **more).set_state(state)
-    for damaged in ({}, [], {**state, "settings": {}}):
+    damaged_states: list[Any] = [{}, [], {**state, "settings": {}}]
+    for damaged in damaged_states:
         with pytest.raises(ValueError, match="no state|settings"):
             batches(texts(40), seed=1).set_state(damaged)
     batches(texts(40), seed=1, epochs=3, on_bad="error").set_state(state)

@@ -120,7 +120,7 @@ def test_what_is_trained(row, whole, targets):
         ({"text": None}, "empty", "nothing in its columns: 'text'"),
         ({"messages": []}, "empty", "no messages"),
         ({"instruction": "a", "output": ""}, "empty", "empty instruction or output"),
-        ({"instruction": "a"}, "empty", "an instruction without output"),
+        ({"instruction": "a", "response": "b"}, "malformed", "without output: there are .*'resp"),
         ({"prompt": "a", "completion": " "}, "empty", "empty completion"),
         ({"messages": [U, {**A, "weight": 0}]}, "empty", "no reply of weight 1"),
         ({"text": 3}, "malformed", "text must be a text: this is a number"),
@@ -225,6 +225,12 @@ def test_columns():
     asked = {"question": "2 + 2 =", "answer": " 4", "prompt": "not this"}
     names = {"prompt": "question", "completion": "answer"}
     assert learnt(Documents([asked], TOKENIZER, names)[0]) == [f" 4{END}"]
+    both = {"instruction": "ask", "output": "reply", "text": "ask reply"}  # as the original alpaca
+    with pytest.raises(ValueError, match="say which one with `column`, for example {'instruction'"):
+        Documents([both], TOKENIZER)
+    names = {"instruction": "instruction"}
+    assert learnt(Documents([both], TOKENIZER, names)[0]) == [f"reply{END}"]
+    names = {"prompt": "question", "completion": "answer"}
     assert "no column 'answer'" in Documents([row], TOKENIZER, names)[0].why
     assert "nothing in column 'none'" in Documents([row], TOKENIZER, "none")[0].why
     with pytest.raises(ValueError, match=r"column maps \['question'\]; it can map "):
@@ -236,11 +242,9 @@ def test_the_format_is_that_of_the_first_row():
     documents = Documents(rows, TOKENIZER)
     assert [documents[i].bad for i in range(4)] == ["empty", None, "refused", None]
     assert "another format than row 1: 'messages', not 'text'" in documents[2].why
-    rows = [{"messages": [{**U, "lang": "en"}, A], "prompt": "ask", "source": "web"}]
+    rows = [{"messages": [{**U, "lang": "en"}, A], "prompt": "ask"}, {"messages": [U, A], "id": 1}]
     said = Documents(rows, TOKENIZER).describe()
-    assert said == (
-        "list: 1 rows of format 'messages'; not used: 'prompt', 'source', 'messages.lang'"
-    )
+    assert said == "list: 2 rows of format 'messages'; not used: 'prompt', 'messages.lang', 'id'"
 
 
 IGNORES = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
@@ -273,6 +277,15 @@ def test_templates_that_leave_something_out(monkeypatch, template, messages, too
         monkeypatch.setattr(TOKENIZER, "chat_template", template + prompt)
     with pytest.raises(ValueError, match=why):
         encode_chat(TOKENIZER, messages, tools)
+
+
+def test_templates_that_do_not_end(monkeypatch):
+    monkeypatch.setattr("hmf_jax.text.template.SECONDS", 0.2)
+    loops = "{% for i in range(99999) %}" * 3 + "x" + "{% endfor %}" * 3
+    for template, why in ((loops, "takes too long"), ("{{ 'a' * 10**9 }}", "template")):
+        monkeypatch.setattr(TOKENIZER, "chat_template", template)
+        with pytest.raises(ValueError, match=why):
+            Documents([{"messages": [U, A]}], TOKENIZER)
 
 
 GENERATION = """\

@@ -53,12 +53,13 @@ def changed(rng: random.Random, value: Any) -> Any:
     value = copy.deepcopy(value)
     where, key = rng.choice(places(value))
     how = rng.randrange(4)
-    if how == 0 or (how < 3 and isinstance(where, list) and how == 2):
+    if how == 0 or (how == 2 and isinstance(where, list)):
         where[key] = copy.deepcopy(rng.choice(ODD_VALUES))
     elif how == 1:
         del where[key]
     elif how == 2:
-        where[rng.choice(["role", "from", "content", "text", "images", "odd\x1b"])] = where.pop(key)
+        name: Any = rng.choice(["role", "from", "content", "text", "images", "odd\x1b"])
+        where[name] = where.pop(key)
     elif isinstance(where, list):
         where.append(copy.deepcopy(where[key]))
     else:

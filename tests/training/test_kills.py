@@ -119,9 +119,10 @@ def test_two_runs_in_one_directory(place):
     assert results(place / "twice") == results(place / "whole")
 
 
-@pytest.mark.parametrize("limit", [100, 2000, 8000, 30000, 100_000])
+@pytest.mark.parametrize("limit", [100, 8000, 100_000])
 def test_a_full_disk(place, limit):
-    """No file can have more bytes than this; afterwards the same command goes on."""
+    """No file can have more bytes than this: run.json, a checkpoint, the exported model are the
+    first that cannot be written. Afterwards the same command goes on."""
     output = f"full{limit}"
 
     def small() -> None:

@@ -163,8 +163,11 @@ def test_keys_that_are_obeyed(changes, wanted):
         (dict(lora_rank=4), "lora_rank needs finetuning_type: lora"),
         (dict(finetuning_type="lora", lora_dropout=0.1), "lora_dropout: 0.1 is not supported"),
         (dict(finetuning_type="lora", use_dora=True), "use_dora: True is not supported"),
-        (dict(seq_len=8), "cutoff_len and seq_len are the same field; give one of them"),
-        (dict(model="m"), "model_name_or_path and model are the same field"),
+        (dict(seq_len=8), "cutoff_len and seq_len say the same; give one of them"),
+        (dict(model="m"), "model_name_or_path and model say the same"),
+        (dict(steps=3), "num_train_epochs and steps say the same"),
+        (dict(data="texts.jsonl"), "dataset and data say the same"),
+        (dict(batch_size=4), "per_device_train_batch_size and batch_size say the same"),
         (dict(warmup=3), "warmup is also said by other keys of the original"),
         (dict(config_overrides_json="{"), "config_overrides_json: not JSON"),
         (dict(cutoff_lenn=8), "unknown field 'cutoff_lenn'; did you mean 'cutoff_len'?"),
@@ -190,7 +193,7 @@ def test_overrides_in_both_spellings():
     config = load(COMMON | INSTRUCT, TrainConfig, "cutoff_len=64", "steps=5", "batch_size=6")
     assert (config.seq_len, config.steps, config.epochs) == (64, 5, None)
     assert (config.batch_size, config.per_device_batch_size) == (6, None)
-    with pytest.raises(ValueError, match="seq_len and cutoff_len are the same field"):
+    with pytest.raises(ValueError, match="seq_len and cutoff_len say the same"):
         load(COMMON | INSTRUCT, TrainConfig, "seq_len=3", "cutoff_len=64")
 
 
@@ -206,7 +209,7 @@ def test_named_datasets():
         load(values | {"dataset": "other"})
     with pytest.raises(ValueError, match="mix_strategy: 'interleave_under' is not supported for"):
         load(values | {"dataset": "two,texts.jsonl", "mix_strategy": "interleave_under"})
-    config = load(values | {"dataset": "unknown", "data": "texts.jsonl"})
+    config = load(values | {"dataset": "unknown"}, TrainConfig, "data=texts.jsonl")
     assert config.data == "texts.jsonl"
 
 

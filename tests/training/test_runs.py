@@ -119,6 +119,7 @@ def test_the_validation_loss_is_the_mean_over_targets(finished):
     directory, _ = finished
     model = from_pretrained(directory / "run" / "model", dtype="float32", progress=False)
     options: dict[str, Any] = dict(length=32, batch_size=8, epochs=1, shuffle=False)
+    batch: Any
     (batch,) = Batches(directory / "b.jsonl", load_tokenizer(directory / "base"), **options)
     total, count = next_token_loss(model, **batch)
     assert count == batch["loss_mask"].sum() > 0

@@ -479,7 +479,7 @@ def test_recipes():
     with pytest.raises(ValueError, match="depends on the data"):
         RECIPES["reasoning"].optimizer()
     for bad, message in (
-        (dict(schedule="cosin"), "schedule='cosin'"),
+        (dict(schedule="cosin"), "schedule must be .*, not 'cosin'"),
         (dict(schedule="linear", warmup=3.0), "warmup=3.0"),
         (dict(schedule="linear", learning_rate=0.0), "learning_rate=0.0"),
     ):

@@ -73,7 +73,7 @@ def gka(
       alpha: [B, T, H] blend of query and solution, in [0, 1]; None = 1.
       g: [B, T, H] log-decay per token, <= 0, best float32; None = no decay.
       beta: [B, T, H] factor on k and on v; None = 1.
-      num_iter: solver steps from 0 to 1000, for all rows or per row [B]; may be traced. 0 leaves the
+      num_iter: solver steps, 0 to 1000, for all rows or per row [B]; may be traced. 0 leaves the
         query as it is (alpha is ignored), h_kk is still updated.
       ridge: lambda over the Frobenius norm of H, >= 0.
       scale: factor on the output; None = D**-0.5.
