@@ -169,10 +169,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "m": 14,
         "exclude_layer_0": False,
         "kind": "GKA",
-        "length": 8192,
-        "rows": 16,
-        "window": 2048,
-        "dtype": "bfloat16",
+        **dict.fromkeys(("length", "rows", "window", "dtype")),  # those of `score_directory`
     },
 }
 
