@@ -54,7 +54,7 @@ def gates(count: int, *tokens: int) -> list[Any]:
     return [array(B, *tokens, H) for _ in range(count)]
 
 
-def states(D: int, dtype: Any = F32) -> tuple[Any, Any]:
+def states(D: int, dtype: Any = F32) -> tuple[Any, ...]:
     return (array(B, H, D, D, dtype=dtype),) * 2
 
 

@@ -182,7 +182,7 @@ def test_errors_of_padding_do_not_count():
     wanted = ((a - b) ** 2).mean(-1)[np.asarray(arrange(jnp.asarray(ids), ctx.place)) != 0].sum()
     assert np.isclose(_square_error(a, b, weights), wanted, rtol=1e-6)
     a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    exact = _square_error(*(x.astype(jnp.float32) for x in (a, b)), weights)
+    exact = _square_error(a.astype(jnp.float32), b.astype(jnp.float32), weights)
     assert _square_error(a, b, weights) == exact  # computed in float32
 
 

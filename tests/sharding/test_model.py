@@ -164,7 +164,8 @@ def test_axes_of_a_model():
     assert turned.devices.ravel().tolist() == devices.reshape(2, 4).T.ravel().tolist()
     with pytest.raises(ValueError, match="dp must be an integer >= 1, got 0"):
         make_mesh(dp=0)
-    for sizes in (dict(dp=3), dict(tp=16), dict(dp=2, fsdp=2)):
+    bad: list[dict[str, Any]] = [dict(dp=3), dict(tp=16), dict(dp=2, fsdp=2)]
+    for sizes in bad:
         with pytest.raises(ValueError, match="needs .* devices, but there are 8"):
             make_mesh(**sizes)
     assert make_mesh(dp=2, tp=4).axis_names == ("dp", "fsdp", "sp", "tp")
