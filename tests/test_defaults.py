@@ -169,7 +169,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "m": 14,
         "exclude_layer_0": False,
         "kind": "GKA",
-        **dict.fromkeys(("length", "rows", "window", "dtype")),  # those of score_directory
+        **dict.fromkeys(("length", "rows", "window", "dtype")),  # those of `score_directory`
     },
 }
 

@@ -34,7 +34,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return np.asarray(jnp.asarray(x, jnp.float32).astype(BF16), np.float32)
 
 
-def rms(x: jax.Array, eps: float) -> np.ndarray:
+def rms(x: Any, eps: float) -> np.ndarray:
     wide = np.asarray(x, np.float32)
     return wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + np.float32(eps))
 
@@ -202,7 +202,8 @@ def test_every_norm_has_its_own_eps():
     own = {"o_norm": None, "B_norm": 1e-6, "C_norm": 1e-6, "mixer.norm": 1e-5, "inner.norm": 1e-5}
     seen = set()
     for i, block in enumerate(model.layers):
-        for path, module in nnx.iter_modules(block):
+        modules: Any = nnx.iter_modules(block)
+        for path, module in modules:
             if hasattr(module, "eps"):
                 name = ".".join(map(str, path))
                 expected = next((eps for end, eps in own.items() if name.endswith(end)), 3e-3)

@@ -54,8 +54,8 @@ def gates(count: int, *tokens: int) -> list[Any]:
     return [array(B, *tokens, H) for _ in range(count)]
 
 
-def states(D: int, dtype: Any = F32) -> tuple[Any, Any]:
-    return array(B, H, D, D, dtype=dtype), array(B, H, D, D, dtype=dtype)
+def states(D: int, dtype: Any = F32) -> tuple[Any, ...]:
+    return (array(B, H, D, D, dtype=dtype),) * 2
 
 
 def ssd_arguments(D: int, *dtypes: Any) -> tuple[Any, ...]:
@@ -154,6 +154,8 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[str
     (attention, qkv(64, BF16), IDS, ("chunked", "mosaic", *CHUNKED[2:])),
     (attention, qkv(128, BF16), OFFSET, ("chunked", "mosaic", *CHUNKED[2:])),
     (attention, qkv(64, F16), IDS, CHUNKED),
+    (attention, qkv(64, BF16), IDS | {"scale": 0.0}, CHUNKED),
+    (attention, qkv(64, BF16), OFFSET | {"scale": -0.1}, CHUNKED),
     (attention, qkv(32, BF16), IDS, CHUNKED),
     (decode_attention, decoding(64, BF16), {}, ("chunked", "cudnn", "cudnn", "cudnn", "chunked")),
     (decode_attention, decoding(64, F32), {}, CHUNKED),
@@ -227,7 +229,7 @@ def picked(op: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str
     """The implementation that this call would run."""
     module: Any = inspect.getmodule(op)
     resolve = module.resolve
-    plain = {name: x for name, x in options.items() if isinstance(x, int | str)}
+    plain = {name: x for name, x in options.items() if isinstance(x, int | float | str)}
     arrays = {name: x for name, x in options.items() if name not in plain}
 
     def stop(*args: Any) -> None:

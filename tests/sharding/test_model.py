@@ -164,10 +164,10 @@ def test_axes_of_a_model():
     assert turned.devices.ravel().tolist() == devices.reshape(2, 4).T.ravel().tolist()
     with pytest.raises(ValueError, match="dp must be an integer >= 1, got 0"):
         make_mesh(dp=0)
-    sizes: tuple[dict[str, Any], ...] = (dict(dp=3), dict(tp=16), dict(dp=2, fsdp=2))
-    for wrong in sizes:
+    bad: list[dict[str, Any]] = [dict(dp=3), dict(tp=16), dict(dp=2, fsdp=2)]
+    for sizes in bad:
         with pytest.raises(ValueError, match="needs .* devices, but there are 8"):
-            make_mesh(**wrong)
+            make_mesh(**sizes)
     assert make_mesh(dp=2, tp=4).axis_names == ("dp", "fsdp", "sp", "tp")
     assert row_parts(make_mesh(dp=2, fsdp=2, tp=2)) == 4
 
