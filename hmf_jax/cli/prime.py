@@ -9,6 +9,7 @@ import typer
 
 from hmf_jax.cli.errors import progress, talk
 from hmf_jax.cli.options import DryRun, DType, Dtype, Fields, Overwrite, Quiet
+from hmf_jax.options import check_int
 
 
 def init(
@@ -148,20 +149,11 @@ def select(
     from hmf_jax.config import HybridConfig
     from hmf_jax.engine import enable_compilation_cache
     from hmf_jax.loading import resolve
-    from hmf_jax.options import check_int
     from hmf_jax.priming import read_scores, select_layers, selection
 
-    if (data is not None or variants is not None) and base is None:
-        raise ValueError("--data and --variants need the model: --base.")
-    if base is not None and data is None and variants is None:
-        raise ValueError("--base needs --data to score it on, or --variants to write.")
-    options = {"length": length, "rows": rows, "dtype": dtype and dtype.value}
-    scoring: dict[str, Any] = {name: x for name, x in options.items() if x is not None}
-    windowed: dict[str, Any] = (
-        {} if window is None else {"window": check_int("--window", window, 1)}
+    scoring, windowed = _scoring(
+        base, data, variants, window, {"length": length, "rows": rows, "dtype": dtype}
     )
-    if (scoring and data is None) or (windowed and base is None):
-        raise ValueError(f"--{next(iter(scoring), 'window')} is for scoring: it needs --data.")
     selection.pattern([], 1, kind)  # says whether there is such a kind
     if base is not None:
         layers = HybridConfig.from_json(resolve(base, progress=progress())).num_hidden_layers
@@ -191,3 +183,25 @@ def select(
         found, m, num_layers=num_layers, exclude_layer_0=exclude_layer_0, task_filter=task_filter
     )
     typer.echo(selection.describe(chosen, num_layers or max(found.rows) + 1, kind))
+
+
+def _scoring(
+    base: str | None,
+    data: str | None,
+    variants: Path | None,
+    window: int | None,
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was said about scoring, and about the window of the layer in question, by name.
+
+    Raises ValueError for what would have no effect.
+    """
+    if (data is not None or variants is not None) and base is None:
+        raise ValueError("--data and --variants need the model: --base.")
+    if base is not None and data is None and variants is None:
+        raise ValueError("--base needs --data to score it on, or --variants to write.")
+    scoring = {name: getattr(x, "value", x) for name, x in options.items() if x is not None}
+    windowed = {} if window is None else {"window": check_int("--window", window, 1)}
+    if (scoring and data is None) or (windowed and base is None):
+        raise ValueError(f"--{next(iter(scoring), 'window')} is for scoring: it needs --data.")
+    return scoring, windowed

@@ -30,6 +30,14 @@ _STREAM_RUN = 10_000  # bad rows of a stream without a good one, after which it 
 Piece = tuple[np.ndarray, np.ndarray]
 
 
+def _grain() -> Any:
+    try:
+        import grain  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise ImportError("training data are read with grain: pip install 'hmf-jax[train]'") from e
+    return grain
+
+
 class Batches:
     """Iterator over batches of tokens, the same for the same arguments, which can be resumed.
 
@@ -99,12 +107,7 @@ class Batches:
         process_count: int | None = None,
         threads: int = 4,
     ) -> None:
-        try:
-            import grain  # pyright: ignore[reportMissingImports]
-        except ImportError as e:
-            raise ImportError(
-                "training data are read with grain: pip install 'hmf-jax[train]'"
-            ) from e
+        grain = _grain()
         given = dict(zip(_CHOICES, (packing, overlong, on_bad, padding_side), strict=True))
         for name, value in given.items():
             check_choice(name, value, _CHOICES[name])
