@@ -12,6 +12,7 @@ from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingSettings
 from hmf_jax.text.detokenizer import TextStream
+from hmf_jax.text.messages import check_text
 from hmf_jax.text.tokenizer import directory_of, stop_ids, tokenizer_of
 
 
@@ -142,8 +143,7 @@ def _begin(
     """An engine with a request for each prompt, the text of each continuation so far, by id, and
     the number of tokens of each prompt."""
     for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValueError(f"Prompt {i} must be text, not {type(prompt).__name__}.")
+        check_text(prompt, f"Prompt {i}", "text")
     tokenizer = tokenizer_of(model, tokenizer)
     directory = directory_of(model, tokenizer)
     ends = stop_ids(model.config, tokenizer, directory)

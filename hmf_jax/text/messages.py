@@ -70,7 +70,7 @@ def _check(message: Any, where: str) -> Message:
             raise ValueError(f"{where}: {key} is for messages of the {whose}, not of the {role}")
     for key in ("name", "tool_call_id", "reasoning_content"):
         if key in found:
-            _check_text(found[key], f"{where}.{key}")
+            check_text(found[key], f"{where}.{key}")
     if "tool_calls" in found:
         found["tool_calls"] = _check_calls(found["tool_calls"], f"{where}.tool_calls")
     found["content"] = _content(found.get("content", ""), f"{where}.content")
@@ -83,7 +83,7 @@ def _check(message: Any, where: str) -> Message:
 def _content(content: Any, where: str) -> str:
     if isinstance(content, list | tuple):
         return "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
-    _check_text(content, where, "a string, or a list of text parts")
+    check_text(content, where, "a string, or a list of text parts")
     return content
 
 
@@ -92,7 +92,7 @@ def _part(part: Any, where: str) -> str:
     if kind != "text":
         what = _shown(part) if kind is None else f"a part of type {_shown(kind)}"
         raise ValueError(f'{where} is {what}; only {{"type": "text", "text": ...}} is supported')
-    _check_text(part.get("text"), f"{where}.text")
+    check_text(part.get("text"), f"{where}.text")
     if extra := set(part) - {"type", "text"}:
         raise ValueError(f"{where} has the key {_shown(min(map(str, extra)))}; known: type, text")
     return part["text"]
@@ -102,7 +102,8 @@ def _shown(value: Any) -> str:
     return printable(repr(value), 60)
 
 
-def _check_text(text: Any, where: str, what: str = "a string") -> None:
+def check_text(text: Any, where: str, what: str = "a string") -> None:
+    """Raises ValueError, which names the place, unless it is a string of whole characters."""
     if not isinstance(text, str):
         hint = "; write values as JSON text" if isinstance(text, Mapping) else ""
         raise ValueError(f"{where} must be {what}, not {_shown(text)}{hint}")
