@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,15 @@ CHATS = [
     {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}]}
     for n in ("Rada", "Buse", "Make", "Ruga")
 ]
-# A run of a page, made small: what its commands get in addition.
+# What makes the commands of a page small: other words, and fields of runs in addition.
+WORDS = {"-M 18": "-M 2", "*DA-GKA*-...": "*DA-GKA*-*DA-GKA*"}
+FIELDS = "steps=2 seq_len=64 batch_size=2 dtype=float32 fsdp=1".split()
 SMALL = {
-    "train": "steps=2 seq_len=32 batch_size=2 dtype=float32 mesh=none fsdp=1".split(),
+    "train": FIELDS,
+    "prime distill": FIELDS,
+    "prime select": ["--length", "64", "--rows", "2", "--window", "16", "--dtype", "float32"],
 }
+QUICK = ("README.md", "index.md")  # the others compile for half a minute
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -40,8 +46,13 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return [code for excuse, language, code in found if language in languages and not excuse]
 
 
-def has(*languages: str) -> list[Path]:
-    return [page for page in PAGES if blocks(page, *languages)]
+def pages(*languages: str) -> list[Any]:
+    """The pages that have such blocks, as parameters of a test."""
+    return [
+        pytest.param(page, id=page.name, marks=() if page.name in QUICK else pytest.mark.slow)
+        for page in PAGES
+        if blocks(page, *languages)
+    ]
 
 
 @pytest.fixture
@@ -80,14 +91,14 @@ def variables() -> dict[str, object]:
     step = {f"{name}1": x[:, :1] for name, x in zip("qkv", qkv, strict=True)}
     step |= {f"{name}1": x[:, :1] for name, x in gates.items()}
     return dict(
-        jax=jax, jnp=jnp, hmf_jax=hmf_jax,
+        jax=jax, jnp=jnp, hmf_jax=hmf_jax, model=hmf_jax.from_pretrained(embedded.directory("gka")),
         tokens=jnp.ones((B, T), jnp.int32), ids=jnp.ones((B, T), jnp.int32),
         lengths=jnp.array([T, 7]), context=list(range(64)), instructions=[1, 2], question=[3, 4],
         **dict(zip("qkv", qkv, strict=True)), **gates, **step,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("page", has("python"), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages("python"))
 def test_python_of_a_page_runs(page: Path, released, workplace, capsys):
     names = variables()
     for code in blocks(page, "python"):
@@ -96,18 +107,22 @@ def test_python_of_a_page_runs(page: Path, released, workplace, capsys):
             names["tokenizer"] = hmf_jax.text.load_tokenizer(embedded.directory("gka"))
 
 
-@pytest.mark.parametrize("page", has("bash"), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages("bash"))
 def test_commands_of_a_page_run(page: Path, released, workplace):
     for text in blocks(page, "yaml"):
         if found := re.match(r"# ([\w.]+\.yaml)", text):
             (workplace / found[1]).write_text(text)
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for line in "\n".join(blocks(page, "bash")).splitlines():
+    text = "\n".join(blocks(page, "bash"))
+    for word, other in WORDS.items():
+        text = text.replace(word, other)
+    for line in text.splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
             assert words[1] in targets, line
         elif words[:1] == ["hmf-jax"]:
-            arguments = words[1:] + SMALL.get(words[1], [])
+            command = " ".join(words[1 : 3 if words[1] == "prime" else 2])
+            arguments = words[1:] + SMALL.get(command, [])
             result = CliRunner().invoke(app, arguments)
             assert result.exit_code == 0, f"{line}\n{result.output}"
         else:
@@ -164,3 +179,21 @@ def test_from_pytorch(tmp_path, everything: bool) -> None:
     if everything:
         exec(blocks[1], space)
     assert space["half"].dtype == "float16" and (tmp_path / "saved/config.json").is_file()
+
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_open_in_colab(script: Path) -> None:
+    """A badge leads to the notebook, and a cell installs the package where it is not."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    name = urls["Repository"].removeprefix("https://github.com/")
+    text = script.read_text()
+    colab = f"https://colab.research.google.com/github/{name}/blob/main/notebooks/{script.stem}"
+    assert f"({colab}.ipynb)" in text
+    assert f"@ git+{urls['Repository']}" in text and 'find_spec("hmf_jax")' in text
+    cells = json.loads(script.with_suffix(".ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(source in text for source in code), "run `make notebooks` and save the notebook"
+    assert all(cell["outputs"] for cell in cells if "plt.show()" in "".join(cell["source"]))
