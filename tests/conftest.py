@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 # Programs here are small and run a few times: what costs is compiling them, so optimise little.
@@ -21,6 +22,8 @@ import jax
 import pytest
 
 jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where an operation is from
+# Programs that a shell starts in the background ignore it, and so would those that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.set_threshold(100_000)  # traced programs are many objects that stay: going over them costs
 
 # The files that take longest, which workers begin with: none is left alone at the end.

@@ -36,7 +36,7 @@ def x64():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow) if n == "picaso_gdn" else n
+        pytest.param(n, marks=pytest.mark.slow) if n in ("picaso_gdn", "picaso_m2") else n
         for n in goldens.cases("compose")
     ],
 )
@@ -165,6 +165,7 @@ def test_states_are_means_or_nothing(model) -> None:
         compose(model, CONTEXT, 4, ssm="fuse")
 
 
+@pytest.mark.slow
 def test_fused_states() -> None:
     """GKA: the sum. Mamba2: the mean over all orders of the parts."""
     with jax.enable_x64(True):
@@ -215,6 +216,7 @@ def test_weights_of_one_and_of_equal_parts() -> None:
     np.testing.assert_allclose(weights(jnp.full((4,), -1e4)), 0.25, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_generation_continues_a_composed_state() -> None:
     """Greedy tokens are those of a loop by hand; the state can be used again."""
     model = build(tiny_config(("GKA", "*", "SWA")), jnp.float32)
@@ -242,6 +244,7 @@ def test_generation_continues_a_composed_state() -> None:
         model.generate([QUERY.tolist()], state=model.init_state(1, 513))
 
 
+@pytest.mark.slow
 def test_on_a_mesh() -> None:
     config = tiny_config(("GKA", "*", "SWA"))
     model, mesh = build(config, jnp.float32), mesh_of(dict(tp=2))

