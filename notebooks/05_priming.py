@@ -194,9 +194,10 @@ plt.show()
 hybrid.save_pretrained(work / "hybrid", source=embedded.directory("transformer"), progress=False)
 model = hmf_jax.from_pretrained(work / "hybrid", dtype=jnp.float32, progress=False)
 print("pattern in its config.json:", model.config.hybrid_override_pattern)
-facts = "Gasa has 25. Zepi has 73. Dile has 67. the moon finds the old cat. the moon hears my dog."
+facts, names = corpus.context(random.Random(3), 128, 4, 42)
+print(facts)
 chat = hmf_jax.ChatSession(model, system=facts, max_new_tokens=16)
-for name in ("Zepi", "Gasa"):
+for name, _, _ in names:
     print(f"{name}?  {chat.send(f'{name}?')}")
 
 print(hmf_jax.memory.memory_table(model.config, (1024, 4096)))
