@@ -37,7 +37,7 @@ WORDS = {
     "steps=1000": "steps=2",
     "length=4096": "length=64",
 }
-FIELDS = "steps=2 seq_len=64 batch_size=2 dtype=float32 fsdp=1".split()
+FIELDS = "steps=2 seq_len=64 batch_size=2 accumulate=1 dtype=float32 fsdp=1".split()
 SMALL = {
     "train": FIELDS,
     "prime distill": FIELDS,

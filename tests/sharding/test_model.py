@@ -135,6 +135,10 @@ def test_bad_meshes():
         make_mesh(tp=3)
     with pytest.raises(ValueError, match="tp=3 does not divide num_attention_heads=8"):
         for_model(make_mesh(tp=3, devices=jax.devices()[:3]), config)
+    sixth = dict(num_attention_heads=12, num_key_value_heads=4, intermediate_size=72, vocab_size=66)
+    six = tiny_config(("*",), **{**HEADS, **sixth})
+    with pytest.raises(ValueError, match="tp=6 neither divides num_key_value_heads=4"):
+        for_model(make_mesh(tp=6, devices=jax.devices()[:6]), six)
     two = make_mesh(tp=2, devices=jax.devices()[:2])
     for name, odd in (("intermediate_size", 65), ("vocab_size", 63)):
         with pytest.raises(ValueError, match=f"tp=2 does not divide {name}={odd}"):
