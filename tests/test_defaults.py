@@ -14,7 +14,7 @@ import pytest
 import typer
 
 import hmf_jax
-from hmf_jax import pallas_kernels, sampling, verify
+from hmf_jax import composition, pallas_kernels, sampling, verify
 from hmf_jax.cli import app
 from hmf_jax.config import BMojoConfig, GDNConfig, GKAConfig, HybridConfig, Mamba2Config
 from hmf_jax.engine import buffers, programs, settings
@@ -275,7 +275,7 @@ def test_sizes_of_programs() -> None:
     assert found == [64, 64, 64, 64, 64, 128, 128, 128, 256, 2048]
     assert [buffers.power_of_two(n) for n in (0, 1, 2, 3, 5, 8, 9)] == [1, 1, 2, 4, 8, 8, 16]
     assert (buffers.SMALLEST_CHUNK, buffers.SMALLEST_CAPACITY) == (64, 256)
-    assert (programs.MOST_STEPS, settings.END_IDS) == (64, 16)
+    assert (programs.MOST_STEPS, settings.END_IDS, composition.ROOM) == (64, 16, 512)
 
 
 def test_public_names() -> None:

@@ -24,6 +24,15 @@ def other(kinds=("*", "GKA"), dtype=jnp.float32, **changes) -> HybridLM:
     return jax.eval_shape(lambda: HybridLM(tiny_config(kinds, **changes), dtype=dtype))
 
 
+def test_bytes_of_a_state():
+    """Keys and values have the model's dtype, recurrent states are float32."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        state = HybridLM.init(tiny_config(("*", "GKA")), dtype=dtype).init_state(2, 32)
+        cache = 2 * 2 * 32 * 2 * 16 * jnp.dtype(dtype).itemsize  # keys and values
+        assert state.layers[0].k.nbytes + state.layers[0].v.nbytes == cache
+        assert state.nbytes() == sum(x.nbytes for x in jax.tree.leaves(state))
+
+
 @pytest.mark.parametrize("loop", ["fori", "while", "scan"])
 def test_a_state_is_a_carry_from_the_start(model, loop):
     def step(carry):
