@@ -56,9 +56,54 @@ LONGEST = (
 )
 
 
+# Slow, too: what takes long and is asserted more cheaply by others (a kernel's law by the model's,
+# a command by the function behind it, a step by its parts).
+OVERLAPPING = (
+    "test_attention.py::test_any_split_equals_the_whole",
+    "test_attention.py::test_auto_looks_at_the_scale",
+    "test_attention_mosaic.py::test_every_visible_pair_is_visited",
+    "test_attention_mosaic.py::test_two_windows_continue_a_sequence",
+    "test_attention_mosaic.py::test_two_windows_of_packed_documents",
+    "test_benchmarks.py::test_checkpoint_as_from_a_new_model",
+    "test_benchmarks.py::test_models[mixer,mixer_decode]",
+    "test_benchmarks.py::test_models[ttft]",
+    "test_cli.py::test_convert_there_and_back",
+    "test_cli.py::test_verify",
+    "test_compose.py::test_keys_and_values_follow_each_other",
+    "test_compose.py::test_recorded_by_the_original[picaso_gka]",
+    "test_config.py::test_the_command",
+    "test_distill.py::test_terms_are_the_differences_of_two_models",
+    "test_generation.py::test_packed_models_share_programs",
+    "test_generation.py::test_second_prompt_compiles_nothing",
+    "test_gka.py::test_gradient_is_that_of_the_exact_solve[0-1]",
+    "test_gka.py::test_num_iter_per_row_at_run_time",
+    "test_gka_mosaic.py::TestLaws::test_row_of_padding_keeps_the_state",
+    "test_gka_mosaic.py::test_equals_float64[packed]",
+    "test_kinds.py::test_however_it_is_cut",
+    "test_laws.py::test_any_cut_gives_the_same[GDN]",
+    "test_laws.py::test_any_cut_gives_the_same[M2]",
+    "test_laws.py::test_any_cut_gives_the_same[SWA]",
+    "test_laws.py::test_packed_is_separate[BMF]",
+    "test_laws.py::test_padding_leaves_no_trace[M2]",
+    "test_lora.py::test_a_mesh_makes_the_same_step",
+    "test_lora.py::test_merged_is_unmerged_in_every_layer_kind",
+    "test_model.py::test_every_mesh_gives_the_single_device_logits",
+    "test_model_goldens.py::test_bfloat16[attn_hd64_bias]",
+    "test_step.py::test_adamw_step",
+    "test_step.py::test_chunked_loss_is_the_plain_loss",
+    "test_step.py::test_packed_is_separate",
+    "test_step.py::test_remat_changes_nothing_but_memory",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    for item in items:
+        _, _, name = item.nodeid.rpartition("/")
+        if name.startswith(OVERLAPPING):
+            item.add_marker(pytest.mark.slow)
     if jax.default_backend() != "gpu":
         for item in items:
             if "gpu" in item.keywords:

@@ -36,7 +36,7 @@ def x64():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow) if n in ("picaso_gdn", "picaso_m2") else n
+        pytest.param(n, marks=pytest.mark.slow) if n == "picaso_gdn" else n
         for n in goldens.cases("compose")
     ],
 )
