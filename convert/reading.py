@@ -102,12 +102,7 @@ def parse_json(raw: bytes, file: object) -> dict[str, Any]:
             "repository it comes from"
         )
     try:
-        data = json.loads(
-            raw.decode("utf-8-sig"),
-            object_pairs_hook=_unique,
-            parse_constant=_not_finite,
-            parse_float=_finite,
-        )
+        data = strict_json(raw.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError(f"{file} is nested too deeply") from None
     except ValueError as e:
@@ -121,6 +116,16 @@ def parse_json(raw: bytes, file: object) -> dict[str, Any]:
     if level:
         raise ValueError(f"{file} is nested too deeply: more than {_DEPTH} levels")
     return data
+
+
+def strict_json(text: str) -> Any:
+    """JSON without what its readers understand differently: double keys, NaN, infinite numbers.
+
+    Raises ValueError, which says what is wrong but not where; RecursionError.
+    """
+    return json.loads(
+        text, object_pairs_hook=_unique, parse_constant=_not_finite, parse_float=_finite
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,11 +7,10 @@ fine-tuning guide, of TRL's SFTTrainer, and of the original (alpaca and sharegpt
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+from hmf_jax.convert.reading import strict_json
 from hmf_jax.text.thinking import END_THINK, THINK
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -365,30 +364,10 @@ def _tools(value: Any, name: str, bare: bool) -> list[Any] | None:
 
 
 def parse_json(text: str, name: str = "") -> Any:
-    """JSON without what its readers understand differently: double keys, NaN, infinite numbers.
-
-    Raises ValueError, which begins with `name`.
-    """
+    """JSON as `strict_json` reads it. Raises ValueError, which begins with `name`."""
     name = f"{name}: " if name else ""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(out := dict(pairs)) < len(pairs):
-            keys = [k for k, _ in pairs]
-            raise ValueError(f"key {_short(next(k for k in keys if keys.count(k) > 1))} twice")
-        return out
-
-    def constant(word: str) -> NoReturn:
-        raise ValueError(f"{word} is no number of JSON")
-
-    def number(word: str) -> float:
-        if not math.isfinite(value := float(word)):
-            raise ValueError(f"{_short(word)} is too large a number")
-        return value
-
     try:
-        return json.loads(
-            text, object_pairs_hook=unique, parse_constant=constant, parse_float=number
-        )
+        return strict_json(text)
     except RecursionError:
         raise ValueError(f"{name}no JSON: nested too deeply") from None
     except ValueError as e:

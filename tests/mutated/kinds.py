@@ -480,18 +480,24 @@ def checkpoint_files(directory: Path) -> list[Path]:
     return [f for f in sorted((directory / "params").rglob("*")) if f.is_file()] + own
 
 
-@kind("orbax", REFUSED, "orbax")
-def orbax_bit(directory: Path, rng: random.Random) -> None:
-    file = rng.choice([*checkpoint_files(directory), directory / "checksums.sha256"])
+def flip_in(file: Path, rng: random.Random) -> None:
     raw = bytearray(file.read_bytes())
     file.write_bytes(flip(raw, 0, len(raw), rng))
 
 
-@kind("orbax", REFUSED, "orbax")
-def orbax_truncated(directory: Path, rng: random.Random) -> None:
-    file = rng.choice(checkpoint_files(directory))
+def cut(file: Path, rng: random.Random) -> None:
     raw = file.read_bytes()
     file.write_bytes(raw[: rng.randrange(len(raw))])
+
+
+@kind("orbax", REFUSED, "orbax")
+def orbax_bit(directory: Path, rng: random.Random) -> None:
+    flip_in(rng.choice([*checkpoint_files(directory), directory / "checksums.sha256"]), rng)
+
+
+@kind("orbax", REFUSED, "orbax")
+def orbax_truncated(directory: Path, rng: random.Random) -> None:
+    cut(rng.choice(checkpoint_files(directory)), rng)
 
 
 @kind("orbax", REFUSED, "orbax")
@@ -519,16 +525,12 @@ def unsummed(directory: Path, rng: random.Random) -> None:
 
 @kind("orbax without checksums", OTHER, "unsummed")
 def unsummed_bit(directory: Path, rng: random.Random) -> None:
-    file = rng.choice(checkpoint_files(directory))
-    raw = bytearray(file.read_bytes())
-    file.write_bytes(flip(raw, 0, len(raw), rng))
+    flip_in(rng.choice(checkpoint_files(directory)), rng)
 
 
 @kind("orbax without checksums", OTHER, "unsummed")
 def unsummed_truncated(directory: Path, rng: random.Random) -> None:
-    file = rng.choice(checkpoint_files(directory))
-    raw = file.read_bytes()
-    file.write_bytes(raw[: rng.randrange(len(raw))])
+    cut(rng.choice(checkpoint_files(directory)), rng)
 
 
 @kind("orbax without checksums", OTHER, "unsummed")
