@@ -11,7 +11,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 # The most that a model can have: far above all that exist, and low enough that a damaged or hostile
 # config.json takes neither memory nor time.
@@ -27,12 +27,32 @@ _ROPE_LIMITS = {
     "beta_slow": (1e-3, 1e6),
     "mscale": (0, 1e3),
     "mscale_all_dim": (0, 1e3),
+    "low_freq_factor": (1e-3, 1e6),
+    "high_freq_factor": (1e-3, 1e6),
+    "partial_rotary_factor": (1e-3, 1),
+    "llama_4_scaling_beta": (0, 1e3),
 }
 # What the scaling of each type of rotary embedding reads.
 SCALINGS = {
     "default": (),
     "linear": ("factor",),
-    "yarn": tuple(_ROPE_LIMITS)[1:] + ("truncate",),
+    "llama3": (
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "llama_4_scaling_beta",
+    ),
 }
 _BACKBONE_LIMITS = {
     "vocab_size": (1, 2**24),
@@ -44,6 +64,21 @@ _BACKBONE_LIMITS = {
     "rms_norm_eps": (1e-30, 1),
     "max_position_embeddings": (1, MOST_POSITIONS),
     "initializer_range": (0, 10),
+}
+MOST_EXPERTS = 2**14
+_MOE_LIMITS = {
+    "num_experts": (1, MOST_EXPERTS),
+    "experts_per_token": (1, MOST_EXPERTS),
+    "intermediate_size": (1, WIDEST),
+    "shared_intermediate_size": (1, WIDEST),
+    "every": (1, MOST_LAYERS),
+    "aux_coef": (0, 1e3),
+}
+_LINEAR_LIMITS = {
+    "num_key_heads": (1, WIDEST),
+    "num_value_heads": (1, WIDEST),
+    "head_dim": (1, WIDEST),
+    "conv_size": (1, 64),
 }
 
 
@@ -155,10 +190,12 @@ def shown(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base and, for `rope_type` "linear" and "yarn", its long-context scaling.
+    """Rotary embedding: base, rotated part of a head, and long-context scaling by `rope_type`.
 
     Fields other than `theta` and `rope_type` carry the names and meanings of `rope_parameters` in
-    config.json; `None` means "not stored".
+    config.json; `None` means "not stored". `partial_rotary_factor` is the part of each head that is
+    rotated, its first channels; None: all of it. `llama_4_scaling_beta` scales the rotated queries
+    of attention with the token's position p by 1 + beta * log(1 + floor(p / original context)).
     """
 
     theta: float = 10000.0
@@ -171,23 +208,111 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    partial_rotary_factor: float | None = None
+    llama_4_scaling_beta: float | None = None
 
     def __post_init__(self) -> None:
         prefix = "rope_parameters."
         if not isinstance(self.rope_type, str) or self.rope_type not in SCALINGS:
             raise ValueError(
                 f"rope_type {shown(self.rope_type)} is not supported; set {prefix}rope_type to "
-                "'default', 'linear' or 'yarn'"
+                "'default', 'linear', 'llama3' or 'yarn'"
             )
         check_number("rope_theta", self.theta, *_ROPE_LIMITS["theta"])
         check_fields(self, _ROPE_LIMITS, prefix)
         given = {f.name for f in dataclasses.fields(self)[2:] if getattr(self, f.name) is not None}
-        if foreign := given - set(SCALINGS[self.rope_type]):
+        if foreign := given - {*SCALINGS[self.rope_type], "partial_rotary_factor"}:
             raise ValueError(f"{names(foreign)} mean nothing with rope_type {self.rope_type!r}")
         if self.rope_type != "default" and self.factor is None:
             raise ValueError(f"rope_type {self.rope_type!r} needs {prefix}factor >= 1, got None")
         if self.rope_type == "yarn" and self.theta == 1:
             raise ValueError("rope_type 'yarn' needs a rope_theta above 1")
+        if self.rope_type == "llama3":
+            low, high = self.low_freq_factor, self.high_freq_factor
+            if low is None or high is None or self.original_max_position_embeddings is None:
+                raise ValueError(
+                    f"rope_type 'llama3' needs {prefix}low_freq_factor, high_freq_factor and "
+                    "original_max_position_embeddings"
+                )
+            if high <= low:
+                raise ValueError(
+                    f"{prefix}high_freq_factor {high:g} must be above low_freq_factor {low:g}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of the MLP: a router sends each token to a few SwiGLU experts.
+
+    Attributes:
+      num_experts: experts of a layer.
+      experts_per_token: how many of them a token goes to.
+      intermediate_size: width of an expert.
+      renormalize: the weights of a token's experts are divided by their sum.
+      shared_intermediate_size: width of a further expert that all tokens go to, behind a sigmoid
+        gate of its own; None: there is none.
+      every: layer i is sparse if (i + 1) % every == 0.
+      dense_layers: layers that keep an MLP all the same.
+      aux_coef: weight of the load-balancing loss in training (`router_aux_loss_coef`).
+    """
+
+    num_experts: int = 128
+    experts_per_token: int = 8
+    intermediate_size: int = 768
+    renormalize: bool = True
+    shared_intermediate_size: int | None = None
+    every: int = 1
+    dense_layers: tuple[int, ...] = ()
+    aux_coef: float = 0.001
+
+    def __post_init__(self) -> None:
+        layers = self.dense_layers
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise ValueError(f"moe.dense_layers must be a list of layers, got {shown(layers)}")
+        layers = tuple(check_int("moe.dense_layers", i, 0, MOST_LAYERS) for i in layers)
+        object.__setattr__(self, "dense_layers", layers)
+        check_fields(self, _MOE_LIMITS, "moe.")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"moe.experts_per_token {self.experts_per_token} must be at most num_experts "
+                f"{self.num_experts}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearHeads:
+    """Heads of GKA and GDN where they are not those of attention (Qwen3-Next).
+
+    Attributes:
+      num_key_heads: of queries and keys; they are repeated to the number of value heads.
+      num_value_heads: a multiple of them.
+      head_dim: of all three.
+      conv_size: taps of the convolutions of layers whose settings do not say.
+    """
+
+    num_key_heads: int = 16
+    num_value_heads: int = 32
+    head_dim: int = 128
+    conv_size: int = 4
+
+    def __post_init__(self) -> None:
+        check_fields(self, _LINEAR_LIMITS, "linear.")
+        if self.num_value_heads % self.num_key_heads:
+            raise ValueError(
+                f"linear.num_value_heads {self.num_value_heads} must be a multiple of "
+                f"num_key_heads {self.num_key_heads}"
+            )
+
+
+class Heads(NamedTuple):
+    """Heads of queries, of keys and of values, and the channels of each."""
+
+    q: int
+    k: int
+    v: int
+    dim: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +326,14 @@ class Backbone:
       rope: rotary embedding.
       qk_norm: queries and keys are normalised per head (RMSNorm) before they are rotated.
       qkv_bias, o_bias: biases of the projections of attention.
+      bmojo_bias: biases of q, k and v in the attention of B'MOJO-F; None: as `qkv_bias`.
       mlp_bias: biases of the three projections of the MLP.
+      output_gate: the outputs of attention are multiplied by the sigmoid of a gate, which q_proj
+        makes beside the queries. Not in B'MOJO-F.
+      zero_centered_norm: the norms of the blocks, of queries and keys, and the last one store
+        their weight minus one.
+      moe: experts in place of the MLP; None: all layers are dense.
+      linear: heads of GKA and GDN; None: those of attention.
 
     Raises ValueError, saying what to change, for values that cannot form a model.
     """
@@ -220,11 +352,19 @@ class Backbone:
     qk_norm: bool = True
     qkv_bias: bool = False
     o_bias: bool = False
+    bmojo_bias: bool | None = None
     mlp_bias: bool = False
+    output_gate: bool = False
+    zero_centered_norm: bool = False
+    moe: MoEConfig | None = None
+    linear: LinearHeads | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rope, RopeConfig):
-            raise ValueError(f"rope must be a RopeConfig, got {shown(self.rope)}")
+        parts = (("rope", RopeConfig), ("moe", MoEConfig), ("linear", LinearHeads))
+        for name, kind in parts:
+            value = getattr(self, name)
+            if not isinstance(value, kind) and (name == "rope" or value is not None):
+                raise ValueError(f"{name} must be a {kind.__name__}, got {shown(value)}")
         check_fields(self, _BACKBONE_LIMITS)
         if max(self.query_width, self.key_width) > WIDEST:
             raise ValueError(
@@ -238,6 +378,15 @@ class Backbone:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (rotary embedding), got {self.head_dim}")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(
+                f"rope_parameters.partial_rotary_factor {self.rope.partial_rotary_factor:g} must "
+                f"rotate an even number of the {self.head_dim} channels of a head"
+            )
+        if self.linear is not None:
+            heads = self.linear_heads
+            if max(heads.q, heads.v) * heads.dim > WIDEST:
+                raise ValueError(f"linear heads x head_dim must be at most {WIDEST}")
 
     @property
     def query_width(self) -> int:
@@ -248,3 +397,22 @@ class Backbone:
     def key_width(self) -> int:
         """Channels of all key heads together; as many as of the values."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated, the first ones."""
+        return int(self.head_dim * (self.rope.partial_rotary_factor or 1))
+
+    @property
+    def linear_heads(self) -> Heads:
+        """The heads of GKA and GDN: those of `linear`, or else of attention."""
+        if self.linear is None:
+            kv = self.num_key_value_heads
+            return Heads(self.num_attention_heads, kv, kv, self.head_dim)
+        c = self.linear
+        return Heads(c.num_key_heads, c.num_key_heads, c.num_value_heads, c.head_dim)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the MLP of this layer is a mixture of experts."""
+        moe = self.moe
+        return moe is not None and layer not in moe.dense_layers and (layer + 1) % moe.every == 0
