@@ -226,6 +226,7 @@ def convert_directory(
     to: Literal["orbax", "hf"] | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    for_original: bool = True,
     progress: bool = True,
 ) -> Literal["orbax", "hf"]:
     """A model directory in the other format, every number bit-identical.
@@ -234,7 +235,7 @@ def convert_directory(
       source: directory or repository of a model.
       target: the directory to write.
       to: the format to write; None: Orbax from safetensors, else Hugging Face's.
-      max_shard_size, overwrite, progress: see `save_pretrained`.
+      max_shard_size, overwrite, for_original, progress: see `save_pretrained`.
 
     Returns:
       the format written.
@@ -254,7 +255,12 @@ def convert_directory(
         save_orbax(model, target, overwrite=overwrite)
     else:
         save_pretrained(
-            model, target, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+            model,
+            target,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            for_original=for_original,
+            progress=progress,
         )
     return to
 
