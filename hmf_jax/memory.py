@@ -221,7 +221,9 @@ def _describe_mlp(c: HybridConfig) -> str:
     mlp, moe = f"MLP {c.intermediate_size}", c.moe
     if moe is None or len(dense) == c.num_hidden_layers:
         return mlp
-    text = f"{moe.num_experts} experts of {moe.intermediate_size} ({moe.experts_per_token} a token"
+    text = (
+        f"{moe.num_experts} experts of {moe.intermediate_size} ({moe.experts_per_token} per token"
+    )
     if moe.shared_intermediate_size is not None:
         text += f", and one of {moe.shared_intermediate_size} for all"
     return f"{text}{f'; {mlp} in {len(dense)} layers' if dense else ''})"
