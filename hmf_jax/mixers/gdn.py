@@ -19,6 +19,7 @@ from hmf_jax.mixers.linear import (
     gated_linear_rows,
     geometry,
     l2_normalize,
+    state_heads,
 )
 from hmf_jax.options import Backbone, check_fields
 from hmf_jax.pallas_kernels import gated_delta_rule, gated_delta_rule_step
@@ -46,7 +47,8 @@ class GDNConfig:
 class GDNState:
     """Gated DeltaNet: the last conv_size - 1 projections of q, k, v, and a float32 matrix.
 
-    conv_q [B, K-1, Hq*D], conv_k, conv_v [B, K-1, Hkv*D] (None where there is no convolution);
+    conv_q [B, K-1, Hq*D], conv_k [B, K-1, Hk*D], conv_v [B, K-1, Hv*D] (None where there is no
+    convolution);
     s [B, H, D, D] (key dim, value dim).
     """
 
@@ -67,7 +69,7 @@ class GatedDeltaNet(GatedLinearMixer):
     def __init__(self, config: Backbone, c: GDNConfig, *, dtype, rngs: nnx.Rngs):
         convs = (c.use_short_conv, c.use_short_conv, c.use_short_conv)
         super().__init__(config, c, dtype=dtype, rngs=rngs, convs=convs, conv_bias=c.conv_bias)
-        d, H = config.hidden_size, config.num_attention_heads
+        d, H = config.hidden_size, self.heads
         self.gk_proj = linear(d, H, ("embed", "heads"), config, dtype, rngs)
         self.b_proj = linear(d, H, ("embed", "heads"), config, dtype, rngs)
 
@@ -78,7 +80,8 @@ class GatedDeltaNet(GatedLinearMixer):
         q, conv_q = self.convolve(self.q_proj(x), self.q_conv1d, ctx, s and s.conv_q, silu=True)
         k, conv_k = self.convolve(self.k_proj(x), self.k_conv1d, ctx, s and s.conv_k, silu=True)
         v, conv_v = self.convolve(self.v_proj(x), self.v_conv1d, ctx, s and s.conv_v, silu=True)
-        q = l2_normalize(split_heads(q, self.head_dim), 1e-6, under_root=True)
+        q = self.repeat(split_heads(q, self.head_dim))
+        q = l2_normalize(q, 1e-6, under_root=True)
         k = l2_normalize(self.expand(k, self.proj_k, self.k_rep), 1e-6, under_root=True)
         v = self.expand(v, self.proj_v, self.v_rep)
         q, k = q.astype(v.dtype), k.astype(v.dtype)
@@ -114,7 +117,7 @@ def _rows(config: Backbone, sections: Sections) -> list[Row]:
     c = sections["gdn"]
     convs = "qkv" if c.use_short_conv else ""
     found = gated_linear_rows(config, c, decay="gk_proj", convs=convs, conv_bias=c.conv_bias)
-    return found + rows.linear(config.num_attention_heads, config.hidden_size, "b_proj")
+    return found + rows.linear(state_heads(config), config.hidden_size, "b_proj")
 
 
 GDN = Kind(
