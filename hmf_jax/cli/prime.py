@@ -14,7 +14,7 @@ from hmf_jax.options import check_int
 
 def init(
     base: Annotated[
-        str | None, typer.Argument(help="Directory or repository of a Qwen3 Transformer.")
+        str | None, typer.Argument(help="Directory or repository of a Transformer.")
     ] = None,
     output: Annotated[Path | None, typer.Argument(help="Directory to write.")] = None,
     pattern: Annotated[
