@@ -277,7 +277,7 @@ def gated_linear_rows(
             found += rows.linear(rank, widths[s], f"proj_{s}.linearA")
             found += rows.linear(H * D, rank, f"proj_{s}.linearB")
             if c.kv_learnable_residual:
-                found.append((f"{s}_rep", f"{s}_rep", (H, counts[s]), "same"))
+                found.append(Row(f"{s}_rep", f"{s}_rep", (H, counts[s]), "same"))
     return found
 
 
