@@ -120,6 +120,34 @@ def _rows(config: Backbone, sections: Sections) -> list[Row]:
     return found + rows.linear(state_heads(config), config.hidden_size, "b_proj")
 
 
+def _base_rows(config: Backbone, sections: Sections, layout: str) -> list[Row]:
+    """As the base models have them that have such layers.
+
+    "packed": the rows of q, k, v and the output gate in one tensor, of both other gates in another,
+    key head by key head with what belongs to it. "split": q, k and v in one, the gates apart.
+    """
+    d, heads, H = config.hidden_size, config.linear_heads, state_heads(config)
+    D, taps = heads.dim, sections["gdn"].conv_size
+    widths = {"q": heads.q * D, "k": heads.k * D, "v": heads.v * D}
+    packed = layout == "packed"
+    groups = heads.k if packed else 1
+    qkv, z, b, a = ("qkvz", "qkvz", "ba", "ba") if packed else ("qkv", "z", "b", "a")
+
+    def proj(n_out: int, name: str, path: str) -> list[Row]:
+        return rows.linear(n_out, d, f"in_proj_{name}", path=path, groups=groups)
+
+    return [
+        *(row for s, width in widths.items() for row in proj(width, qkv, f"{s}_proj")),
+        *proj(H * D, z, "g_proj"),
+        *proj(H, b, "b_proj"),
+        *proj(H, a, "gk_proj"),
+        *(r for s, n in widths.items() for r in rows.conv(n, taps, "conv1d", path=f"{s}_conv1d")),
+        *rows.vector(H, "A_log", "dt_bias"),
+        Row("norm.weight", "o_norm.weight", (D,), "same"),
+        *rows.linear(d, H * D, "out_proj", path="o_proj"),
+    ]
+
+
 GDN = Kind(
     symbol="GDN",
     label="Gated DeltaNet",
@@ -132,4 +160,7 @@ GDN = Kind(
     aliases=("gdn", "gated_deltanet"),
     starts={BASE: lambda sections: FROM_ATTENTION},
     fuses=False,  # its transitions do not commute
+    layer_type="linear_attention",
+    base_name="linear_attn",
+    base_rows=_base_rows,
 )
