@@ -291,3 +291,10 @@ def geometry(config: Backbone) -> dict[str, Any]:
         "num_k_heads": heads.k,
         "num_v_heads": heads.v,
     }
+
+
+def defaults(config: Backbone) -> dict[str, Any]:
+    """Settings that are not given, of models whose linear layers have heads of their own."""
+    if config.linear is None:
+        return {}
+    return {"conv_size": config.linear.conv_size, "norm_eps": config.rms_norm_eps}
