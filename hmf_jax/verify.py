@@ -1,5 +1,5 @@
-"""Compares a model with recorded outputs of the original: logits, hidden states, caches, decoding;
-of fused models the distillation's losses and gradients.
+"""Compares a model with recorded outputs of the original: logits, hidden states, routing, caches,
+decoding; of fused models the distillation's losses and gradients.
 
 A case directory holds a checkpoint, `case.json` and `expected.safetensors`. Of the model only
 `__call__`, `trace`, `init_state` and `dtype` are used, so this module imports no model.
@@ -33,17 +33,21 @@ Distillation = Callable[[Any, jax.Array, str, bool], tuple[Any, Mapping[str, Any
 
 
 class Check(NamedTuple):
-    """One compared tensor; `tolerance` is None where the error is only reported."""
+    """One compared tensor; `tolerance` is None where the error is only reported, `note` says why.
+
+    The error of chosen experts is the share of them that the original did not choose.
+    """
 
     name: str
     error: float
     tolerance: float | None
     ok: bool
+    note: str = ""
 
     def __str__(self) -> str:
         verdict = "  --" if self.tolerance is None else "  ok" if self.ok else "FAIL"
-        limit = "" if self.tolerance is None else f"  (at most {self.tolerance:.2e})"
-        return f"{verdict}  {self.error:.2e}  {self.name}{limit}"
+        limit = self.note if self.tolerance is None else f"at most {self.tolerance:.2e}"
+        return f"{verdict}  {self.error:.2e}  {self.name}" + (f"  ({limit})" if limit else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +167,9 @@ def run_case(
     """Runs one case and compares every recorded tensor.
 
     The recorded tokens are run three ways: as one forward without a cache (`logits`,
-    `logits_tail`), as a prefill of L tokens (`logits (prefill)`, `layers.*`, `state.*`), and as 8
-    single steps after it (`decode`), which must give what the original's decode gave, or its full
-    forward where its own cached decode is wrong (B'MOJO-F).
+    `logits_tail`), as a prefill of L tokens (`logits (prefill)`, `layers.*`, `aux`, `state.*`), and
+    as 8 single steps after it (`decode`), which must give what the original's decode gave, or its
+    full forward where its own cached decode is wrong (B'MOJO-F) or not recorded.
 
     Args:
       model: with `dtype`, `init_state(batch, capacity)`, `__call__(tokens, state=)` and
@@ -178,13 +182,13 @@ def run_case(
     bf16 = case.get("checks", {}).get("bf16")
     checks: list[Check] = []
 
-    def compare(name: str, actual: Any, wanted: np.ndarray) -> None:
-        tolerance = rtol if exact else None
+    def compare(name: str, actual: Any, wanted: np.ndarray, note: str = "") -> None:
+        tolerance = rtol if exact and not note else None
         if not exact and name.startswith("logits") and "tail" not in name and bf16:
             tolerance = BF16_FACTOR * bf16
         error = rel(actual, wanted)
         ok = math.isfinite(error) if tolerance is None else error <= tolerance
-        checks.append(Check(name, error, tolerance, ok))
+        checks.append(Check(name, error, tolerance, ok, note))
 
     tokens = jnp.asarray(expected["input_ids"], jnp.int32)
     L = case["L"]
@@ -194,14 +198,22 @@ def run_case(
     whole = _host(model(tokens)[0])
     compare("logits", whole[rows][:, positions], expected["logits"])
     compare("logits_tail", whole[:, L - 1 :], expected["logits_tail"])
+    if _SCALE in expected:
+        compare(_SCALE, whole[rows][:, positions], expected[_SCALE], _SCALE_NOTE)
 
     state = model.init_state(*tokens.shape)
     logits, state, layers = model.trace(tokens[:, :L], state=state)
     compare("logits (prefill)", _host(logits)[rows][:, positions], expected["logits"])
     for name in sorted(expected):
-        if found := re.fullmatch(r"layers\.(\d+)\.(mixer_out|layer_out)", name):
-            output = _layer(layers, found[1])[found[2] == "layer_out"]
-            compare(name, _host(output)[row, positions], expected[name])
+        if found := re.fullmatch(r"layers\.(\d+)\.(mixer_out|layer_out|router_logits)", name):
+            output = _output(layers, found[1], found[2])
+            compare(name, output[row, positions], expected[name])
+        elif found := re.fullmatch(r"layers\.(\d+)\.router_topk", name):
+            router = _output(layers, found[1], "router_logits")[row, positions]
+            wrong = _share_not_chosen(router, expected[name])
+            checks.append(Check(name, wrong, 0.0 if exact else None, not exact or not wrong))
+        elif name == "aux":
+            compare(name, _aux(layers, expected), expected[name])
         elif found := re.fullmatch(r"state\.(\d+)\.(\w+)", name):
             actual, wanted = _state(
                 _layer(state.layers, found[1]), found[2], expected[name], row, L
@@ -270,7 +282,11 @@ def run_stage1(
     return checks
 
 
-_GLOBAL = ("input_ids", "positions", "logits", "logits_tail", "logits_decode")
+# Logits with the original's own scale of B'MOJO-F attention, where that is not 1 / sqrt(head_dim).
+_SCALE = "original_scale.logits"
+_SCALE_NOTE = "the original scales B'MOJO-F by (hidden_size / heads)^-1/2, this package does not"
+_GLOBAL = ("input_ids", "positions", "logits", "logits_tail", "logits_decode", _SCALE)
+_OUTPUTS = ("mixer_out", "layer_out", "router_logits")  # of a layer, as `trace` gives them
 # Recorded name -> field of the layer's state; both [H, D, D] (or [H]).
 _FIELDS = {
     "h_kk": "h_kk",
@@ -289,6 +305,41 @@ def _layer(layers: Any, index: str) -> Any:
     if len(index) > 6 or int(index) >= len(layers):
         raise ValueError(f"layer {printable(index)} is recorded and the model has {len(layers)}")
     return layers[int(index)]
+
+
+def _output(layers: Any, index: str, name: str) -> np.ndarray:
+    output = _layer(layers, index)[_OUTPUTS.index(name)]
+    if output is None:
+        raise ValueError(f"layer {index} is recorded with a router and the model's has none")
+    return _host(output)
+
+
+def _chosen(router: np.ndarray, k: int) -> np.ndarray:
+    """The k experts with the largest logits [..., E]."""
+    return np.argsort(-router, axis=-1, kind="stable")[..., :k]
+
+
+def _share_not_chosen(router: np.ndarray, wanted: np.ndarray) -> float:
+    """Share of the recorded experts [P, k] that the logits [P, E] do not choose."""
+    chosen = _chosen(router, wanted.shape[-1])
+    if chosen.shape != wanted.shape:
+        raise ValueError(f"shapes differ: experts {chosen.shape}, expected {wanted.shape}")
+    return float(1 - (wanted[..., None] == chosen[:, None]).any(-1).mean())
+
+
+def _aux(layers: Any, expected: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[1]: the load-balancing loss of all sparse layers and tokens: experts x sum of each one's
+    share of the tokens x its mean probability."""
+    routers = [_host(layer[2]) for layer in layers if layer[2] is not None]
+    ids = [x for name, x in expected.items() if name.endswith(".router_topk")]
+    if not routers or not ids:
+        raise ValueError("aux is recorded and there are no experts that it could be of")
+    logits = np.concatenate([x.reshape(-1, x.shape[-1]) for x in routers]).astype(np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p = (p / p.sum(-1, keepdims=True)).mean(0)
+    chosen = _chosen(logits, ids[0].shape[-1])
+    share = np.bincount(chosen.ravel(), minlength=len(p)) / len(logits)
+    return np.asarray([len(p) * (share * p).sum()])
 
 
 def _state(state: Any, key: str, wanted: np.ndarray, row: int, length: int):
