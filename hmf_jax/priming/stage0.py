@@ -35,7 +35,7 @@ from hmf_jax.loading import from_pretrained, resolve, save_pretrained
 from hmf_jax.mixers import KINDS, Section, make_mixer, split_symbol
 from hmf_jax.model import HybridLM
 from hmf_jax.moved import moved
-from hmf_jax.options import check_int
+from hmf_jax.options import Backbone, check_int
 from hmf_jax.parameters import abstract_params, flat_params, with_params
 from hmf_jax.priming.origins import IN_LAYER, describe_plan, stage0_plan
 from hmf_jax.training.fields import Range, read_yaml, typed, unknown
@@ -234,7 +234,7 @@ def primed_config(
     changes: dict[str, Any] = {"layer_kinds": kinds, "stock": None}
     for name, given in settings.items():
         if given is not None:
-            changes[name] = _settings(name, given)
+            changes[name] = _settings(name, given, base)
     known = {*base.sections, *changes}
     for symbol in dict.fromkeys(kind for s in kinds for kind in split_symbol(s) if kind in KINDS):
         section = KINDS[symbol].section
@@ -248,11 +248,12 @@ def _sections() -> dict[str, Section]:
     return {kind.section.attribute: kind.section for kind in KINDS.values() if kind.section}
 
 
-def _settings(name: str, given: Any) -> Any:
+def _settings(name: str, given: Any, backbone: Backbone) -> Any:
     """A kind's settings from a dict of their fields."""
     if name not in _sections():
         raise ValueError(f"there are no settings {name!r}; there are {', '.join(_sections())}")
-    make = _sections()[name].type
+    section = _sections()[name]
+    make = section.type
     if isinstance(given, make):
         return given
     if not isinstance(given, Mapping):
@@ -265,7 +266,7 @@ def _settings(name: str, given: Any) -> Any:
         if field.default is dataclasses.MISSING and field.name not in given:
             example = f" ({field.metadata['example']})" if "example" in field.metadata else ""
             raise ValueError(f"{name} needs {field.name}{example}")
-    return make(**given)
+    return make(**{**section.defaults(backbone), **given})
 
 
 def _fresh(config: HybridConfig, dtype, seed: int, abstract: Mapping[str, jax.ShapeDtypeStruct]):
