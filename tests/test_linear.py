@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hmf_jax.config import HybridConfig
 from hmf_jax.mixers import GKAConfig, make_mixer
 from hmf_jax.mixers.linear import channels, geometry
 from hmf_jax.options import LinearHeads
 from hmf_jax.parameters import flat_params, with_params
-from hmf_jax.table import num_parameters
+from hmf_jax.table import entries, num_parameters
 from tests.util import mesh_of, place, random_model, rel, tiny_config
 
 FEW, MANY = LinearHeads(2, 4, 8), LinearHeads(4, 4, 8)
@@ -119,3 +120,50 @@ def test_more_devices_than_key_heads(few):
     text = step.lower(split, tokens(8)).compile().as_text() or ""
     found = re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
     assert found == ["all-reduce"] * 5  # of the embedding, of each mixer and of each MLP
+
+
+def base_config(family: str) -> HybridConfig:
+    linear = {"num_key_heads": 2, "num_value_heads": 6, "key_head_dim": 8, "value_head_dim": 8}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 64}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    stored = {f"linear_{name}": value for name, value in linear.items()}
+    layers = ["linear_attention", "full_attention"]
+    return HybridConfig.from_dict(
+        {"model_type": family, "layer_types": layers, **sizes, **experts, **stored}
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
+def test_layers_of_base_models_that_are_not_attention(family):
+    """Packed, the rows of a key head and of its three value heads are together: q, k, v, gate."""
+    config = base_config(family)
+    assert config.layer_kinds == ("GDN", "*") and config.is_stock
+    assert config.to_dict()["layer_types"] == ["linear_attention", "full_attention"]
+    prefix = "model.layers.0.linear_attn."
+    of_layer = [e for e in entries(config) if e.name.startswith(prefix)]
+    if family == "qwen3_next":
+        stacks = {"in_proj_qkvz": {"q": 16, "k": 16, "v": 48, "g": 48}}
+        stacks |= {"in_proj_ba": {"b": 6, "gk": 6}}
+    else:
+        stacks = {"in_proj_qkv": {"q": 16, "k": 16, "v": 48}}
+    names = {e.name.removeprefix(prefix).removesuffix(".weight") for e in of_layer}
+    others = {"in_proj_z", "in_proj_b", "in_proj_a"} if family != "qwen3_next" else set()
+    assert names == {*stacks, *others, "conv1d", "A_log", "dt_bias", "norm", "out_proj"}
+    groups = 2 if family == "qwen3_next" else 1
+    for name, parts in stacks.items():
+        heights = [height // groups for height in parts.values()]
+        rows = np.arange(groups * sum(heights)).reshape(groups, -1)
+        found = {e.path: e for e in of_layer if e.name == f"{prefix}{name}.weight"}
+        for s, block in zip(parts, np.split(rows, np.cumsum(heights)[:-1], axis=1), strict=True):
+            entry = found.pop(f"layers.0.mixer.{s}_proj.kernel")
+            np.testing.assert_array_equal(rows.reshape(-1)[entry.rows], block.reshape(-1))
+        assert not found
+    conv = [e for e in of_layer if e.name == f"{prefix}conv1d.weight"]
+    assert [(e.path.split(".")[3], e.start, e.shape) for e in conv] == [
+        ("q_conv1d", 0, (16, 1, 4)), ("k_conv1d", 16, (16, 1, 4)), ("v_conv1d", 32, (48, 1, 4)),
+    ]  # fmt: skip
+    mixer = nnx.eval_shape(
+        lambda: make_mixer("GDN", config, config.sections, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    )
+    shapes = {f"layers.0.mixer.{path}": x.shape for path, x in flat_params(mixer).items()}
+    assert {e.path: e.parameter_shape for e in of_layer} == shapes
