@@ -7,11 +7,12 @@ here; `hmf_jax.convert` reads and writes checkpoints by them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.convert import rows
 from hmf_jax.convert.rows import Entry, Row
+from hmf_jax.families import FAMILIES
 from hmf_jax.mixers import BASE, KINDS, split_symbol
 
 
@@ -42,6 +43,16 @@ def aliases(config: HybridConfig) -> dict[str, str]:
     return out
 
 
+def prefixes(config: HybridConfig) -> Mapping[str, str]:
+    """Beginning of tensor names in checkpoints of the family -> what it stands for."""
+    return FAMILIES[config.family].prefixes
+
+
+def ignored(config: HybridConfig) -> tuple[str, ...]:
+    """Beginnings of names of tensors that checkpoints of the family may hold and nothing needs."""
+    return FAMILIES[config.family].ignored
+
+
 def copies(config: HybridConfig) -> dict[str, str]:
     """Tensors that a checkpoint may hold although they equal another one -> that one."""
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
@@ -49,7 +60,7 @@ def copies(config: HybridConfig) -> dict[str, str]:
 
 def _rows(c: HybridConfig) -> Iterator[Row]:
     V, d, F, bias = c.vocab_size, c.hidden_size, c.intermediate_size, c.mlp_bias
-    yield "model.embed_tokens.weight", "embed_tokens.embedding", (V, d), "same"
+    yield Row("model.embed_tokens.weight", "embed_tokens.embedding", (V, d), "same")
     for i, symbol in enumerate(c.layer_kinds):
         kind, teacher = split_symbol(symbol)
         block = _mixer(c, kind, "mixer")
@@ -62,9 +73,9 @@ def _rows(c: HybridConfig) -> Iterator[Row]:
             *rows.linear(d, F, "mlp.down_proj", bias),
         ]
         yield from rows.under(f"model.layers.{i}", block, f"layers.{i}")
-    yield "model.norm.weight", "norm.weight", (d,), "same"
+    yield Row("model.norm.weight", "norm.weight", (d,), "same")
     if not c.tie_word_embeddings:
-        yield "lm_head.weight", "lm_head.kernel", (V, d), "linear"
+        yield Row("lm_head.weight", "lm_head.kernel", (V, d), "linear")
 
 
 def _mixer(config: HybridConfig, symbol: str, path: str) -> list[Row]:

@@ -320,11 +320,11 @@ class Remat(Block):
     def __init__(self, block: Block, choice: str):
         self.block, self.choice = block, choice
 
-    def __call__(self, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
+    def __call__(self, x: Array, ctx: Context, state: Any, experts: Array | None = None) -> Any:
         def run(block: Block, *args: Any):
             return block(*args)
 
-        return jax.checkpoint(run, policy=REMAT[self.choice])(self.block, x, ctx, state)
+        return jax.checkpoint(run, policy=REMAT[self.choice])(self.block, x, ctx, state, experts)
 
 
 def _check_settings(accumulate: int, max_grad_norm: float | None, chunk_size: int) -> None:
