@@ -2,7 +2,8 @@
 decoding; of fused models the distillation's losses and gradients.
 
 A case directory holds a checkpoint, `case.json` and `expected.safetensors`. Of the model only
-`__call__`, `trace`, `init_state` and `dtype` are used, so this module imports no model.
+`__call__`, `trace`, `init_state` and `dtype` are used, and where routing is recorded `embed` and
+`blocks`, so this module imports no model.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors import safe_open
 
 from hmf_jax.convert.directories import printable, read_json
 from hmf_jax.convert.safetensors_io import Checkpoint
+from hmf_jax.moe import load_balancing_loss
 from hmf_jax.options import check_int
 
 RTOL = 1e-4
@@ -186,7 +188,7 @@ def run_case(
         tolerance = rtol if exact and not note else None
         if not exact and name.startswith("logits") and "tail" not in name and bf16:
             tolerance = BF16_FACTOR * bf16
-        error = rel(actual, wanted)
+        error = (_share_not_chosen if name.endswith("router_topk") else rel)(actual, wanted)
         ok = math.isfinite(error) if tolerance is None else error <= tolerance
         checks.append(Check(name, error, tolerance, ok, note))
 
@@ -204,16 +206,13 @@ def run_case(
     state = model.init_state(*tokens.shape)
     logits, state, layers = model.trace(tokens[:, :L], state=state)
     compare("logits (prefill)", _host(logits)[rows][:, positions], expected["logits"])
+    routings = _routings(model, tokens, L) if any(map(_ROUTED.fullmatch, expected)) else []
     for name in sorted(expected):
-        if found := re.fullmatch(r"layers\.(\d+)\.(mixer_out|layer_out|router_logits)", name):
-            output = _output(layers, found[1], found[2])
-            compare(name, output[row, positions], expected[name])
-        elif found := re.fullmatch(r"layers\.(\d+)\.router_topk", name):
-            router = _output(layers, found[1], "router_logits")[row, positions]
-            wrong = _share_not_chosen(router, expected[name])
-            checks.append(Check(name, wrong, 0.0 if exact else None, not exact or not wrong))
-        elif name == "aux":
-            compare(name, _aux(layers, expected), expected[name])
+        if found := re.fullmatch(r"layers\.(\d+)\.(mixer_out|layer_out)", name):
+            output = _layer(layers, found[1])[found[2] == "layer_out"]
+            compare(name, _host(output)[row, positions], expected[name])
+        elif _ROUTED.fullmatch(name):
+            compare(name, _routed(routings, name, row, positions), expected[name])
         elif found := re.fullmatch(r"state\.(\d+)\.(\w+)", name):
             actual, wanted = _state(
                 _layer(state.layers, found[1]), found[2], expected[name], row, L
@@ -286,7 +285,7 @@ def run_stage1(
 _SCALE = "original_scale.logits"
 _SCALE_NOTE = "the original scales B'MOJO-F by (hidden_size / heads)^-1/2, this package does not"
 _GLOBAL = ("input_ids", "positions", "logits", "logits_tail", "logits_decode", _SCALE)
-_OUTPUTS = ("mixer_out", "layer_out", "router_logits")  # of a layer, as `trace` gives them
+_ROUTED = re.compile(r"aux|layers\.(\d+)\.router_(logits|topk)")
 # Recorded name -> field of the layer's state; both [H, D, D] (or [H]).
 _FIELDS = {
     "h_kk": "h_kk",
@@ -295,6 +294,25 @@ _FIELDS = {
     "ssm": "s",
     "log_aprods": "log_decay",
 }
+
+
+def _routings(model: Any, tokens: jax.Array, length: int) -> list[Any]:
+    """What the router of each layer decides in a prefill; None in dense ones."""
+    state = model.init_state(*tokens.shape)
+    x, ctx = model.embed(tokens[:, :length], state=state)
+    return [layer.routing for layer in model.blocks(x, ctx, state)]
+
+
+def _routed(routings: list[Any], name: str, row: int, positions: np.ndarray) -> np.ndarray:
+    """What is recorded as `layers.i.router_logits`, `layers.i.router_topk` or `aux`."""
+    sparse = [routing for routing in routings if routing is not None]
+    if name == "aux" and sparse:
+        return _host(load_balancing_loss(sparse))[None]
+    routing = None if name == "aux" else _layer(routings, name.split(".")[1])
+    if routing is None:
+        raise ValueError(f"{name} is recorded and the model has no router there")
+    found = routing.logits if name.endswith("logits") else routing.experts
+    return _host(found)[row, positions]
 
 
 def _host(x: Any) -> np.ndarray:
@@ -307,39 +325,11 @@ def _layer(layers: Any, index: str) -> Any:
     return layers[int(index)]
 
 
-def _output(layers: Any, index: str, name: str) -> np.ndarray:
-    output = _layer(layers, index)[_OUTPUTS.index(name)]
-    if output is None:
-        raise ValueError(f"layer {index} is recorded with a router and the model's has none")
-    return _host(output)
-
-
-def _chosen(router: np.ndarray, k: int) -> np.ndarray:
-    """The k experts with the largest logits [..., E]."""
-    return np.argsort(-router, axis=-1, kind="stable")[..., :k]
-
-
-def _share_not_chosen(router: np.ndarray, wanted: np.ndarray) -> float:
-    """Share of the recorded experts [P, k] that the logits [P, E] do not choose."""
-    chosen = _chosen(router, wanted.shape[-1])
+def _share_not_chosen(chosen: np.ndarray, wanted: np.ndarray) -> float:
+    """Share of the recorded experts [P, k] of each token that are not among the chosen ones."""
     if chosen.shape != wanted.shape:
         raise ValueError(f"shapes differ: experts {chosen.shape}, expected {wanted.shape}")
     return float(1 - (wanted[..., None] == chosen[:, None]).any(-1).mean())
-
-
-def _aux(layers: Any, expected: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[1]: the load-balancing loss of all sparse layers and tokens: experts x sum of each one's
-    share of the tokens x its mean probability."""
-    routers = [_host(layer[2]) for layer in layers if layer[2] is not None]
-    ids = [x for name, x in expected.items() if name.endswith(".router_topk")]
-    if not routers or not ids:
-        raise ValueError("aux is recorded and there are no experts that it could be of")
-    logits = np.concatenate([x.reshape(-1, x.shape[-1]) for x in routers]).astype(np.float64)
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    p = (p / p.sum(-1, keepdims=True)).mean(0)
-    chosen = _chosen(logits, ids[0].shape[-1])
-    share = np.bincount(chosen.ravel(), minlength=len(p)) / len(logits)
-    return np.asarray([len(p) * (share * p).sum()])
 
 
 def _state(state: Any, key: str, wanted: np.ndarray, row: int, length: int):

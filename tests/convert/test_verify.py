@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from hmf_jax.moe import Routing
 from hmf_jax.verify import rel, run_case, verify_dir
 
 B, L, V, D, W = 2, 9, 5, 4, 6
@@ -58,9 +59,19 @@ class Lookup:
 
     def trace(self, tokens, *, state):
         logits = TABLE[np.asarray(tokens)] * (1 + self.error)
-        router = ROUTER[np.asarray(tokens)] * (1 + self.error)
-        mixed, out = logits * 2, logits * 3
-        return logits, state, [(mixed, out, None)] * 3 + [(mixed, out, router)]
+        return logits, state, [(logits * 2, logits * 3)] * 4
+
+    def embed(self, tokens, *, state):
+        return np.asarray(tokens), None
+
+    def blocks(self, x, ctx, state):
+        """The last layer sends each token to two of three experts."""
+        logits = ROUTER[x] * (1 + self.error)
+        experts = np.argsort(-logits, axis=-1)[..., :2]
+        chosen = (experts[..., None] == np.arange(3)).sum((0, 1))
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        routing = Routing(logits, experts, chosen, p.sum((0, 1)))
+        return [Namespace(routing=None)] * 3 + [Namespace(routing=routing)]
 
 
 def case(**changes) -> dict[str, Any]:
@@ -128,7 +139,7 @@ def test_decode_is_compared_with_the_originals_only_where_that_is_right():
 
 
 def routing() -> dict[str, np.ndarray]:
-    """Of the last layer, which sends each token to two of three experts."""
+    """What the routers decide, as recorded."""
     tokens = TOKENS[1, [0, 3, 8]]
     best = np.argsort(-ROUTER, axis=1)[:, :2]
     counts, total = np.zeros(3), np.zeros(3)
@@ -155,7 +166,7 @@ def test_routing():
     model = Lookup()
     model.dtype = jnp.bfloat16  # rounding chooses others
     assert errors(run_case(model, case(), recorded() | other)) == set()
-    with pytest.raises(ValueError, match="layer 0 is recorded with a router and the model's has"):
+    with pytest.raises(ValueError, match="layers.0.router_logits is recorded and the model has no"):
         run_case(Lookup(), case(), recorded() | {"layers.0.router_logits": ROUTER})
 
 
