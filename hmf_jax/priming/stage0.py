@@ -153,9 +153,13 @@ def prime_directory(
     old = HybridConfig.from_json(directory)
     report(f"{old.hybrid_override_pattern} -> {model.config.hybrid_override_pattern}")
     report(describe_plan(stage0_plan(old, model.config), model.config))
+    if foreign := model.config.foreign_layers:
+        report(
+            f"Only this package can load it: {', '.join(foreign)} layers are foreign to its family."
+        )
     if not copy_auxiliary_files:
         model.source = None
-    save_pretrained(model, output, overwrite=overwrite, progress=progress)
+    save_pretrained(model, output, overwrite=overwrite, for_original=False, progress=progress)
     report(f"Wrote {output}.")
 
 
