@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from hmf_jax import families, overrides, presets
+from hmf_jax import families, keys, overrides, presets
 from hmf_jax.convert.reading import read_json
-from hmf_jax.families import FAMILIES, KNOWN_MODEL_TYPES, TOKENS
+from hmf_jax.families import FAMILIES, KNOWN_MODEL_TYPES
+from hmf_jax.keys import TOKENS
 from hmf_jax.mixers import (
     BASE,
     KINDS,
@@ -112,7 +113,7 @@ class HybridConfig(Backbone):
         check_choice("family", family, FAMILIES)
         own = {
             "layer_kinds": layer_kinds,
-            "sections": sections_of(needed, check_sections({**(sections or {}), **given})),
+            "sections": sections_of(needed, check_sections({**(sections or {}), **given}), self),
             "pad_token_id": _check_token("pad_token_id", pad_token_id),
             "bos_token_id": _check_token("bos_token_id", bos_token_id),
             "eos_token_id": _check_tokens("eos_token_id", eos_token_id),
@@ -157,8 +158,12 @@ class HybridConfig(Backbone):
     def is_stock(self) -> bool:
         """Whether it is stored as a base model, which other libraries load: it was read as one,
         and all its layers are of kinds that base models have."""
-        base = all(symbol in KINDS and KINDS[symbol].layer_type for symbol in self.layer_kinds)
-        return self.stock is not None and base
+        if self.stock is None or not set(self.layer_kinds) <= {*FAMILIES[self.family].base_kinds}:
+            return False
+        kinds = [KINDS[symbol] for symbol in self.layer_kinds]
+        unsaid = [k.section for k in kinds if k.section and not k.base_keys(self.sections)]
+        # What base models do not say must be what it always is there.
+        return all(self.sections[s.attribute] == s.type(**s.defaults(self)) for s in unsaid)
 
     @property
     def solves(self) -> bool:
@@ -223,9 +228,10 @@ class HybridConfig(Backbone):
         if not isinstance(data, Mapping):
             raise ValueError(f"config.json must be a JSON object, got {shown(data)}")
         notes: list[str] = []
+        data = keys.text_part(data, notes)
         rest = dict(data)
-        family, hybrid = families.take_family(rest)
-        rest = {**family.defaults, **rest}
+        family, hybrid = keys.take_family(rest)
+        rest = keys.fill_in(rest, family, hybrid, notes)
         if rest.get("quantization_config"):
             raise ValueError(
                 "quantized checkpoints are not supported; dequantize the weights to bfloat16 and "
@@ -233,14 +239,14 @@ class HybridConfig(Backbone):
             )
         if (act := rest.pop("hidden_act", "silu")) not in ("silu", "swish"):
             raise ValueError(f"hidden_act {shown(act)} is not supported, only 'silu' is")
-        values = families.take_backbone(rest, family, notes)
-        values["layer_kinds"] = families.take_layers(rest, family, hybrid, notes)
+        values = keys.take_backbone(rest, family, notes)
+        values["layer_kinds"] = keys.take_layers(rest, family, hybrid, notes)
         options = [field.name for field in dataclasses.fields(Backbone)]
         backbone = Backbone(**{k: v for k, v in values.items() if k in options})
-        values |= families.take_tokens(rest, backbone.vocab_size, notes)
+        values |= keys.take_tokens(rest, backbone.vocab_size, notes)
         sections = take_sections(rest, backbone, len(values["layer_kinds"]), notes)
         kept = {section.key for section in all_sections()} | {"rope_parameters"}
-        families.check_rest({k: v for k, v in rest.items() if k not in kept}, notes)
+        keys.check_rest({k: v for k, v in rest.items() if k not in kept}, family, notes)
         known = _constants(family) if hybrid else {}  # written in any case
         config = cls(
             **values,
@@ -260,9 +266,12 @@ class HybridConfig(Backbone):
         out = self._keys()
         if not self.is_stock:
             return out
-        read, legacy = json.loads(self.stock or "{}"), families.LEGACY_ROPE
+        read, legacy = json.loads(self.stock or "{}"), keys.LEGACY_ROPE
         if "torch_dtype" in read and "dtype" not in read:
             del out["dtype"]
+        for name, other in (keys.EXPERTS, keys.EXPERTS[::-1]):
+            if name in read and other in out:  # its name there
+                out[name] = out.pop(other)
         if not self._as_read(read):
             # One value may imply another: only what means nothing here stays as it was read.
             read = {k: v for k, v in read.items() if k not in out and k not in legacy}
@@ -278,7 +287,7 @@ class HybridConfig(Backbone):
         """config.json with every key under its present name; `copies`: see `Section`."""
         family, kinds = FAMILIES[self.family], [KINDS.get(symbol) for symbol in self.layer_kinds]
         out: dict[str, Any] = {
-            **families.backbone_keys(self, family),
+            **keys.backbone_keys(self, family),
             "dtype": "bfloat16",
             "hidden_act": "silu",
             "num_hidden_layers": self.num_hidden_layers,
@@ -290,13 +299,17 @@ class HybridConfig(Backbone):
         out["rope_parameters"] |= extra.pop("rope_parameters", {})
         if self.is_stock:
             out["model_type"], out["architectures"] = family.stock[0], [family.architectures[1]]
-            out["layer_types"] = [kind.layer_type for kind in kinds if kind]
+            if "GDN" in family.base_kinds or family.windows == "from":
+                out["layer_types"] = [kind.layer_type for kind in kinds if kind]
             for kind in kinds:
                 out |= kind.base_keys(self.sections) if kind else {}
+            if family.windows == "always":
+                out.pop("use_sliding_window", None)
         else:
             out |= _constants(family)
             out["model_type"], out["architectures"] = family.hybrid, [family.architectures[0]]
-            out["layer_types"] = list(self.layer_kinds)
+            if family.layer_types:
+                out["layer_types"] = keys.layer_types(self.layer_kinds, family)
             out["hybrid_override_pattern"] = self.hybrid_override_pattern
             for section in all_sections():
                 if section.attribute in self.sections:
@@ -339,12 +352,12 @@ class HybridConfig(Backbone):
         new, notes = HybridConfig._read(data)
         ignored = [path for path in _unread(new) - _unread(self) if {path, path[:1]} & set(paths)]
         for path in ignored:
-            if not families.is_known(path[0]):
+            if not keys.is_known(path[0]):
                 raise ValueError(overrides.unknown(path, _known_keys(self)))
         hybrid = new.stock is None
-        for key in families.WINDOW_KEYS:
+        for key in keys.WINDOW_KEYS:
             if (key,) in paths and data[key] and (hybrid or set(new.layer_kinds) == {BASE}):
-                where = "swa_config.window_size" if hybrid else " and ".join(families.WINDOW_KEYS)
+                where = "swa_config.window_size" if hybrid else " and ".join(keys.WINDOW_KEYS)
                 raise ValueError(f"{key} alone has no effect: give {where}")
         _warn([note for note in notes if note not in before])
         return new
@@ -428,7 +441,7 @@ def _known_keys(config: HybridConfig) -> list[str]:
         for section in all_sections()
         for field in dataclasses.fields(section.type)
     ]
-    return [*config._keys(), *families.LEGACY_ROPE, *rope, *settings]
+    return [*config._keys(), *keys.LEGACY_ROPE, *rope, *settings]
 
 
 def __getattr__(name: str) -> Any:

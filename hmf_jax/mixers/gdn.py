@@ -16,6 +16,7 @@ from hmf_jax.mixers.linear import (
     FROM_ATTENTION,
     LIMITS,
     GatedLinearMixer,
+    defaults,
     gated_linear_rows,
     geometry,
     l2_normalize,
@@ -125,8 +126,15 @@ GDN = Kind(
         config, sections["gdn"], dtype=dtype, rngs=rngs
     ),
     rows=_rows,
-    section=Section(attribute="gdn", key="gdn_config", type=GDNConfig, geometry=geometry),
+    section=Section(
+        attribute="gdn",
+        key="gdn_config",
+        type=GDNConfig,
+        geometry=geometry,
+        defaults=defaults,
+    ),
     aliases=("gdn", "gated_deltanet"),
     starts={BASE: lambda sections: FROM_ATTENTION},
+    layer_type="linear_attention",
     fuses=False,  # its transitions do not commute
 )

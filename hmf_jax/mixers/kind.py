@@ -55,6 +55,7 @@ class Section:
         what it reads from the top level. Default: the value of `key`.
       read: the section as stored -> the same under the names of the fields.
       write: the settings -> keys to write besides the fields, or in place of them.
+      defaults: backbone -> values of fields that are not given, where they are not those of `type`.
       patch: another key of the top level; what it holds is put over this section.
     """
 
@@ -68,6 +69,7 @@ class Section:
     take: Callable[[dict[str, Any]], Any] | None = None
     read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda stored: stored
     write: Callable[[Any], Mapping[str, Any]] = lambda settings: {}
+    defaults: Callable[[Backbone], Mapping[str, Any]] = lambda backbone: {}
     patch: str | None = None
 
 

@@ -252,10 +252,18 @@ def gated_linear_rows(
 
 def geometry(config: Backbone) -> dict[str, Any]:
     """The copies of the backbone's options in gka_config and gdn_config."""
+    heads = config.linear_heads
     return {
         "hidden_size": config.hidden_size,
-        "head_dim": config.head_dim,
-        "num_q_heads": config.num_attention_heads,
-        "num_k_heads": config.num_key_value_heads,
-        "num_v_heads": config.num_key_value_heads,
+        "head_dim": heads.dim,
+        "num_q_heads": heads.q,
+        "num_k_heads": heads.k,
+        "num_v_heads": heads.v,
     }
+
+
+def defaults(config: Backbone) -> dict[str, Any]:
+    """Settings that are not given, of models whose linear layers have heads of their own."""
+    if config.linear is None:
+        return {}
+    return {"conv_size": config.linear.conv_size, "norm_eps": config.rms_norm_eps}
