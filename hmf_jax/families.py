@@ -34,6 +34,8 @@ class Family:
       absent: options that have keys of their own name in all other families, and none in this one.
       rope: further fields of `RopeConfig` that its models read.
       constants: keys that are written into hybrids and mean nothing here.
+      layout: how its base models store layers that are not attention, see `Kind.base_rows`.
+      experts: how its checkpoints hold experts, "per_expert" or "stacked"; both are read.
       unused: keys, also of rope_parameters, that are kept although they mean nothing here.
       windows: which layers of a base model that switches a sliding window on have one: "from"
         max_window_layers on, "all", or "always" all, and there is no switch; "" for none.
@@ -56,6 +58,8 @@ class Family:
     absent: tuple[str, ...] = ()
     rope: tuple[str, ...] = ()
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layout: str = "packed"
+    experts: str = "per_expert"
     unused: tuple[str, ...] = ()
     windows: str = ""
     layer_types: bool = True
@@ -259,6 +263,8 @@ _TABLE = (
         absent=("intermediate_size",),
         rope=("partial_rotary_factor",),
         constants={**_WRITTEN, **_NO_LOGITS},
+        layout="split",
+        experts="stacked",
         unused=(
             "full_attention_interval",
             "mamba_ssm_dtype",

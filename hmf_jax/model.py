@@ -7,7 +7,7 @@ it directly. What it remembers between calls is a `ModelState`, passed in and re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from hmf_jax.block import Block, LayerOutput, run_block
 from hmf_jax.config import HybridConfig
 from hmf_jax.layers import (
-    RMSNorm,
+    backbone_norm,
     in_dtype_of_first,
     linear,
     one_row_twice,
+    query_scale,
     rope_table,
     untabulated,
     without_dtype,
@@ -93,9 +94,12 @@ class HybridLM(nnx.Module):
             embedding_metadata={"dims": ("vocab", "embed")},
         )
         self.embed_tokens = split(without_dtype(embed), self.mesh)
-        layers = (Block(symbol, config, dtype=dtype, rngs=rngs) for symbol in config.layer_kinds)
+        layers = (
+            Block(symbol, config, sparse=config.is_sparse(i), dtype=dtype, rngs=rngs)
+            for i, symbol in enumerate(config.layer_kinds)
+        )
         self.layers: Sequence[Block] = nnx.List([split(layer, self.mesh) for layer in layers])
-        self.norm = split(RMSNorm(d, config.rms_norm_eps, dtype), self.mesh)
+        self.norm = split(backbone_norm(d, config, dtype), self.mesh)
         head = ("embed", "vocab"), config, dtype, rngs
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else split(linear(d, V, *head), self.mesh)
@@ -393,11 +397,10 @@ class HybridLM(nnx.Module):
             num_iter=None if num_iter is None else jnp.asarray(num_iter, jnp.int32),
             place=place,
             fresh=state is not None and state.fresh,
-            impl=impl,
-            mesh=self.mesh,
             position=after,
-            solver=solver,
-        )
+            query_scale=query_scale(positions, self.config),
+            impl=impl, mesh=self.mesh, solver=solver,
+        )  # fmt: skip
         # The table is split along d over sp x fsdp; the compiler moves one axis at a time well.
         x = one_row_twice(self.embed_tokens, tokens)
         x = constrain(x, self.mesh, "batch", None, "tokens")
@@ -405,14 +408,26 @@ class HybridLM(nnx.Module):
 
     @untabulated
     def blocks(
-        self, x: Array, ctx: Context, state: ModelState | None = None
+        self,
+        x: Array,
+        ctx: Context,
+        state: ModelState | None = None,
+        *,
+        experts: Mapping[int, Array] | None = None,
     ) -> Iterator[LayerOutput]:
-        """Runs layer after layer on what `embed` returned; what was yielded is not kept here."""
+        """Runs layer after layer on what `embed` returned; what was yielded is not kept here.
+
+        `experts`: sparse layer -> [B, T, k] integers, the experts that its tokens go to in place of
+        those that its router chooses, each with the weight that the router gives it.
+        """
+        forced = dict(experts or {})
+        if dense := [i for i in forced if not self.config.is_sparse(i)]:
+            raise ValueError(f"experts of layers {dense}, which have none")
         states = [None] * len(self.layers) if state is None else state.layers
-        for block, before in zip(self.layers, states, strict=True):
-            x, mixed, after = run_block(block, x, ctx, before)
-            yield LayerOutput(mixed, x, after)
-            del mixed, after
+        for i, (block, before) in enumerate(zip(self.layers, states, strict=True)):
+            x, mixed, after, routing = run_block(block, x, ctx, before, forced.get(i))
+            yield LayerOutput(mixed, x, after, routing)
+            del mixed, after, routing
 
     def _head(self, x: Array) -> Array:
         x = self.norm(x)

@@ -8,14 +8,24 @@ from typing import Annotated, Any
 import typer
 
 from hmf_jax.cli.errors import progress
-from hmf_jax.cli.options import DType, Dtype, Format, Model
+from hmf_jax.cli.options import DType, Dtype, Format
 
 
 def convert(
-    source: Model,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Directory of the model (Hugging Face or Orbax format), a Hugging Face repository "
+            "such as org/name, or a GGUF file of a Llama, Qwen2 or Qwen3 model."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
     to: Annotated[
         Format | None, typer.Option(help="Format to write. Default: the one SOURCE is not.")
+    ] = None,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Of a GGUF file: the format its numbers become. Default: bfloat16."),
     ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Largest weight file in Hugging Face format. Default: 5GB.")
@@ -31,10 +41,13 @@ def convert(
         ),
     ] = True,
 ) -> None:
-    """Convert a model from Hugging Face to Orbax format, or back. Numbers stay bit-identical."""
-    from hmf_jax.loading import convert_directory, resolve
+    """Convert a model from Hugging Face to Orbax format, or back. Numbers stay bit-identical.
 
-    if max_shard_size is not None:
+    Of a GGUF file, quantised or not, it makes a model in Hugging Face format.
+    """
+    from hmf_jax.loading import convert_directory, is_gguf, resolve
+
+    if max_shard_size is not None and not is_gguf(source):
         stored = to is None and any(resolve(source, progress=progress()).glob("*.safetensors"))
         if stored or to is Format.orbax:
             raise ValueError("--max-shard-size is for Hugging Face format, this writes Orbax.")
@@ -42,6 +55,7 @@ def convert(
         source,
         target,
         to=None if to is None else to.value,
+        dtype=None if dtype is None else dtype.value,
         max_shard_size="5GB" if max_shard_size is None else max_shard_size,
         overwrite=overwrite,
         for_original=for_original,
