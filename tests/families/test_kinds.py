@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hmf_jax import families
 from hmf_jax.config import HybridConfig
 from hmf_jax.loading import save_pretrained
 from hmf_jax.memory import describe
@@ -77,3 +81,24 @@ def test_presets_have_as_many_parameters_as_the_released_models(name, billions, 
     assert num_parameters(config) / 1e9 == pytest.approx(billions, abs=5e-4)
     assert num_active_parameters(config) / 1e9 == pytest.approx(active, abs=5e-4)
     assert ("of them used by a token" in describe(config)) == (active < billions)
+
+
+def test_the_guide_has_every_family():
+    """Model types, shapes and the size of its row."""
+    table = ast.parse(Path(families.__file__).read_text())
+    (rows,) = [
+        node.value.elts
+        for node in table.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id == "_TABLE"
+        and isinstance(node.value, ast.Tuple)
+    ]
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    for row, family in zip(rows, families.FAMILIES.values(), strict=True):
+        (line,) = [x for x in page.splitlines() if f"| `{family.stock[0]}`" in x]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[-1] == str((row.end_lineno or 0) - row.lineno + 1), family.name
+        presets = {n for n, p in PRESETS.items() if p.fields.get("family", "qwen3") == family.name}
+        assert set(re.findall(r"`([^`]+)`", cells[3])) == presets
+    assert all(f"`{name}`" in page for name in families.model_types())
