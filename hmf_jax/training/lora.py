@@ -202,8 +202,7 @@ def save_lora(model: HybridLM, directory: str | Path) -> None:
         B = np.zeros((tensor_shape(list(blocks.values()))[0], rank), np.float32)
         at = 0
         for entry, a in parts:
-            rows = slice(entry.start, entry.start + entry.shape[0])
-            B[rows, at : at + a.rank] = np.asarray(a.lora_B[...], np.float32).T
+            B[entry.rows, at : at + a.rank] = np.asarray(a.lora_B[...], np.float32).T
             at += a.rank
         A = np.concatenate([np.asarray(a.lora_A[...], np.float32).T for _, a in parts])
         A = np.ascontiguousarray(A)  # safetensors writes the memory as it lies
@@ -317,7 +316,7 @@ def _split(
         n, i = (len(own), own.index(path)) if own else (1, 0)
         columns = slice(i * len(A) // n, (i + 1) * len(A) // n)
         e = blocks[path]
-        part = B[e.start : e.start + e.shape[0], columns]
+        part = B[e.rows, columns]
         found[path] = jnp.asarray(A[columns].T, dtype), jnp.asarray(part.T, dtype), alpha / n
     return found
 
