@@ -269,7 +269,6 @@ _TABLE = (
         unreadable=("M2", "SWA", "BMF:M2"),
         ignored=("mtp.", "visual.", "model.visual."),
         prefixes={"model.language_model.": "model."},
-        experts="stacked",
     ),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE}
