@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hmf_jax.mixers import BASE
+from hmf_jax.options import check_bool, check_object, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Family:
       absent: options that have keys of their own name in all other families, and none in this one.
       rope: further fields of `RopeConfig` that its models read.
       constants: keys that are written into hybrids and mean nothing here.
+      layout: how its base models store layers that are not attention, see `Kind.base_rows`.
+      experts: how its checkpoints hold experts, "per_expert" or "stacked"; both are read.
       unused: keys, also of rope_parameters, that are kept although they mean nothing here.
       windows: which layers of a base model that switches a sliding window on have one: "from"
         max_window_layers on, "all", or "always" all, and there is no switch; "" for none.
@@ -41,7 +44,6 @@ class Family:
         "BMF:M2" is B'MOJO-F around Mamba-2.
       ignored: how names of checkpoint tensors begin that are of no use to a text model.
       prefixes: how names of checkpoint tensors may begin -> how they begin here.
-      experts: how experts are written, "per_expert" or "stacked"; both are read.
     """
 
     name: str
@@ -56,13 +58,14 @@ class Family:
     absent: tuple[str, ...] = ()
     rope: tuple[str, ...] = ()
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layout: str = "packed"
+    experts: str = "per_expert"
     unused: tuple[str, ...] = ()
     windows: str = ""
     layer_types: bool = True
     unreadable: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    experts: str = "per_expert"
 
     def part(self, name: str) -> dict[str, str]:
         """The keys of an option that has fields ("moe", "linear"): field -> key."""
@@ -260,11 +263,12 @@ _TABLE = (
         absent=("intermediate_size",),
         rope=("partial_rotary_factor",),
         constants={**_WRITTEN, **_NO_LOGITS},
+        layout="split",
+        experts="stacked",
         unused=("full_attention_interval", "mrope_section", "mrope_interleaved"),
         unreadable=("M2", "SWA", "BMF:M2"),
         ignored=("mtp.", "visual.", "model.visual."),
         prefixes={"model.language_model.": "model."},
-        experts="stacked",
     ),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE}
@@ -319,9 +323,116 @@ REFUSED = {
     "qwen3_vl_moe": "split the text model (model_type qwen3_moe) off first",
 }
 KNOWN_MODEL_TYPES = tuple(REFUSED)
+# The number of experts has two names, and both are read.
+EXPERTS = ("num_experts", "num_local_experts")
+# The windows of base models. Those of a hybrid are its pattern's and swa_config's.
+WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers")
+# In older files, in place of rope_parameters.
+LEGACY_ROPE = ("rope_theta", "rope_scaling", "original_max_position_embeddings")
 
 
 def model_types() -> tuple[str, ...]:
     """The model types of config.json that can run."""
     of_families = (name for f in FAMILIES.values() for name in (f.hybrid, *f.stock))
     return (*of_families, *ALSO, *COMPOSITES)
+
+
+def text_part(data: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The config.json of the text model in that of a model of several parts; a copy of others."""
+    model_type = data.get("model_type")
+    if not isinstance(model_type, str) or model_type not in COMPOSITES:
+        return dict(data)
+    notes.append(f"of a {model_type} model only the text part is read, nothing of images or video")
+    text = check_object("text_config", data.get("text_config"))
+    if text is None:  # older files have its keys at the top level
+        text = {k: v for k, v in data.items() if not k.startswith(("vision_", "image_", "video_"))}
+    text.pop("architectures", None)
+    tied = (text.get("tie_word_embeddings"), data.get("tie_word_embeddings"))
+    if any(value is not None for value in tied):
+        text["tie_word_embeddings"] = any(check_bool("tie_word_embeddings", v) for v in tied if v)
+    for key in ("quantization_config", "dtype", "torch_dtype", "transformers_version"):
+        if key in data:
+            text.setdefault(key, data[key])
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = check_object(key, text.get(key))
+        if rope and "mrope" in (rope.get("type"), rope.get("rope_type")):
+            # Of a text all three axes of positions are the same: it is plain RoPE.
+            text[key] = {**{k: v for k, v in rope.items() if k != "type"}, "rope_type": "default"}
+    also = ALSO.get(COMPOSITES[model_type])
+    if also is None:
+        return {**text, "model_type": COMPOSITES[model_type]}
+    return {**text, **_absent(also[1], text), "model_type": also[0]}
+
+
+def take_family(top: dict[str, Any]) -> tuple[Family, bool]:
+    """The family of a config.json, and whether it describes a hybrid and not a base model.
+
+    Removes what it reads from the top level. Raises ValueError for families that cannot run.
+    """
+    architectures = top.pop("architectures", None)
+    model_type = top.pop("model_type", None)
+    if architectures is not None and not isinstance(architectures, list | tuple):
+        raise ValueError(f"architectures must be a list of names, got {shown(architectures)}")
+    families = list(FAMILIES.values())
+    if model_type is None:
+        types = {f.architectures[0]: f.hybrid for f in families}
+        types |= {f.architectures[1]: f.stock[0] for f in families}
+        model_type = next((types[str(a)] for a in architectures or () if str(a) in types), None)
+    if isinstance(model_type, str) and model_type in ALSO:
+        like, defaults = ALSO[model_type]
+        top |= _absent(defaults, top)
+        if model_type == "mistral" and top["sliding_window"] is not None:
+            raise ValueError(
+                f"sliding_window {shown(top['sliding_window'])} of a mistral model is not "
+                "supported, only null is (absent means 4096)"
+            )
+        model_type = like
+    for family in families:
+        if model_type == family.hybrid or model_type in family.stock:
+            return family, model_type == family.hybrid or "hybrid_override_pattern" in top
+    why = f" ({REFUSED[model_type]})" if str(model_type) in REFUSED else ""
+    raise ValueError(
+        f"model_type {shown(model_type)} is not supported{why}; supported are "
+        f"{', '.join(model_types())}"
+    )
+
+
+def fill_in(top: dict[str, Any], family: Family, hybrid: bool, notes: list[str]) -> dict[str, Any]:
+    """The top level of a config.json with what absent keys mean, one name for each setting."""
+    top, experts = dict(top), family.part("moe").get("num_experts")
+    for name in EXPERTS:
+        if experts is not None and name != experts and name in top:
+            value = top.pop(name)
+            if top.setdefault(experts, value) != value:
+                raise ValueError(
+                    f"{name} is {shown(value)} but {experts} is {shown(top[experts])}; "
+                    "correct one of them"
+                )
+    found = _absent(family.defaults, top)
+    if not hybrid:
+        found |= _absent(family.base_defaults, top)
+    if "rope_parameters" in found and (theta := top.get("rope_theta")) is not None:
+        if theta != found["rope_parameters"]["rope_theta"]:
+            notes.append("rope_theta has no effect: give all of rope_parameters")
+    top |= found
+    switches = [top.get(key) for key in WINDOW_KEYS[:2]]
+    if family.windows == "always":
+        top["use_sliding_window"] = switches[1] is not None
+    elif not family.windows:
+        if switches[0]:
+            notes.append(f"use_sliding_window has no effect in the family {family.name}")
+        top["use_sliding_window"] = False
+    return top
+
+
+def _absent(defaults: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that count beside these keys."""
+    found = {key: value for key, value in defaults.items() if key not in top}
+    rope = top.get("rope_scaling") or top.get("rope_parameters")
+    if rope is not None:
+        found.pop("rope_parameters", None)
+    elif "rope_parameters" in defaults:  # null is as good as absent
+        found["rope_parameters"] = defaults["rope_parameters"]
+    if isinstance(rope, Mapping) and rope.get("partial_rotary_factor") is not None:
+        found.pop("partial_rotary_factor", None)
+    return found

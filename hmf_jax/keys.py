@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hmf_jax.families import ALSO, COMPOSITES, FAMILIES, REFUSED, Family, model_types
+from hmf_jax.families import Family
 from hmf_jax.mixers import BASE, KINDS, check_symbols, known_symbols, split_symbol
 from hmf_jax.mixers.attention import base_window
 from hmf_jax.options import (
@@ -48,19 +48,13 @@ _OPTIONS = tuple(
     for field in dataclasses.fields(Backbone)
     if field.name not in (*_PLAIN, *_PARTS, "rope")
 )
-# The number of experts has two names, and both are read.
-EXPERTS = ("num_experts", "num_local_experts")
 # Beside linear_key_head_dim, which it must equal.
 _VALUE_HEAD_DIM = "linear_value_head_dim"
 _PARTIAL = "partial_rotary_factor"
 # Fields of RopeConfig that only some families read, with any type of embedding.
 _ROPE_OPTIONS = (_PARTIAL, "llama_4_scaling_beta")
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-# In older files, in place of rope_parameters.
-LEGACY_ROPE = ("rope_theta", "rope_scaling", "original_max_position_embeddings")
 _SLIDING = "sliding_attention"
-# The windows of base models. Those of a hybrid are its pattern's and swa_config's.
-WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers")
 # Keys that libraries write for themselves. They say nothing about the numbers a model computes.
 BOOKKEEPING = frozenset(
     """_name_or_path _commit_hash _attn_implementation _attn_implementation_autoset
@@ -93,99 +87,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "norm_type": ("rmsnorm",),
     "position_embedding_type": ("rope", "absolute"),  # the default that old files have
 }
-
-
-def text_part(data: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The config.json of the text model in that of a model of several parts; a copy of others."""
-    model_type = data.get("model_type")
-    if not isinstance(model_type, str) or model_type not in COMPOSITES:
-        return dict(data)
-    notes.append(f"of a {model_type} model only the text part is read, nothing of images or video")
-    text = check_object("text_config", data.get("text_config"))
-    if text is None:  # older files have its keys at the top level
-        text = {k: v for k, v in data.items() if not k.startswith(("vision_", "image_", "video_"))}
-    text.pop("architectures", None)
-    tied = (text.get("tie_word_embeddings"), data.get("tie_word_embeddings"))
-    if any(value is not None for value in tied):
-        text["tie_word_embeddings"] = any(check_bool("tie_word_embeddings", v) for v in tied if v)
-    for key in ("quantization_config", "dtype", "torch_dtype", "transformers_version"):
-        if key in data:
-            text.setdefault(key, data[key])
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = check_object(key, text.get(key))
-        if rope and "mrope" in (rope.get("type"), rope.get("rope_type")):
-            # Of a text all three axes of positions are the same: it is plain RoPE.
-            text[key] = {**{k: v for k, v in rope.items() if k != "type"}, "rope_type": "default"}
-    also = ALSO.get(COMPOSITES[model_type])
-    if also is None:
-        return {**text, "model_type": COMPOSITES[model_type]}
-    return {**_absent(also[1], text), **text, "model_type": also[0]}
-
-
-def take_family(top: dict[str, Any]) -> tuple[Family, bool]:
-    """The family of a config.json, and whether it describes a hybrid and not a base model.
-
-    Removes what it reads from the top level. Raises ValueError for families that cannot run.
-    """
-    architectures = top.pop("architectures", None)
-    model_type = top.pop("model_type", None)
-    if architectures is not None and not isinstance(architectures, list | tuple):
-        raise ValueError(f"architectures must be a list of names, got {shown(architectures)}")
-    families = list(FAMILIES.values())
-    if model_type is None:
-        types = {f.architectures[0]: f.hybrid for f in families}
-        types |= {f.architectures[1]: f.stock[0] for f in families}
-        model_type = next((types[str(a)] for a in architectures or () if str(a) in types), None)
-    if isinstance(model_type, str) and model_type in ALSO:
-        like, defaults = ALSO[model_type]
-        top |= {**_absent(defaults, top), **top}
-        if model_type == "mistral" and top["sliding_window"] is not None:
-            raise ValueError(
-                f"sliding_window {shown(top['sliding_window'])} of a mistral model is not "
-                "supported, only null is (absent means 4096)"
-            )
-        model_type = like
-    for family in families:
-        if model_type == family.hybrid or model_type in family.stock:
-            return family, model_type == family.hybrid or "hybrid_override_pattern" in top
-    why = f" ({REFUSED[model_type]})" if str(model_type) in REFUSED else ""
-    raise ValueError(
-        f"model_type {shown(model_type)} is not supported{why}; supported are "
-        f"{', '.join(model_types())}"
-    )
-
-
-def fill_in(top: dict[str, Any], family: Family, hybrid: bool, notes: list[str]) -> dict[str, Any]:
-    """The top level of a config.json with what absent keys mean, one name for each setting."""
-    top, experts = dict(top), family.part("moe").get("num_experts")
-    for name in EXPERTS:
-        if experts is not None and name != experts and name in top:
-            value = top.pop(name)
-            if top.setdefault(experts, value) != value:
-                raise ValueError(
-                    f"{name} is {shown(value)} but {experts} is {shown(top[experts])}; "
-                    "correct one of them"
-                )
-    top = {**_absent(family.defaults, top), **top}
-    if not hybrid:
-        top = {**family.base_defaults, **top}
-    switches = [top.get(key) for key in WINDOW_KEYS[:2]]
-    if family.windows == "always":
-        top["use_sliding_window"] = switches[1] is not None
-    elif not family.windows:
-        if switches[0]:
-            notes.append(f"use_sliding_window has no effect in the family {family.name}")
-        top["use_sliding_window"] = False
-    return top
-
-
-def _absent(defaults: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults that count beside these keys: RoPE under one name replaces that of another."""
-    given = {key for key in ("rope_parameters", "rope_scaling") if top.get(key) is not None}
-    rope = "rope_parameters" in defaults and bool(given)
-    found = {k: v for k, v in defaults.items() if not (rope and k == "rope_parameters")}
-    null = [k for k in ("rope_parameters", "rope_theta") if k in found and top.get(k) is None]
-    return {k: v for k, v in found.items() if k not in top or k in null}
 
 
 def take_backbone(top: dict[str, Any], family: Family, notes: list[str]) -> dict[str, Any]:
@@ -458,6 +359,19 @@ def take_tokens(top: dict[str, Any], vocab_size: int, notes: list[str]) -> dict[
         if not all(isinstance(token, int) and 0 <= token < vocab_size for token in tokens):
             notes.append(f"{name} {shown(value)} is outside the vocabulary of {vocab_size} tokens")
     return values
+
+
+def check_token(name: str, value: Any) -> int | None:
+    """The value, a token or None. Raises ValueError for anything else."""
+    # Released files also say -1 for "none".
+    return None if value is None else check_int(name, value, -1, 2**31 - 1)
+
+
+def check_tokens(name: str, value: Any) -> int | tuple[int, ...] | None:
+    """The value, a token, several of them, or None. Raises ValueError for anything else."""
+    if isinstance(value, list | tuple):
+        return tuple(check_int(name, token, -1, 2**31 - 1) for token in value)
+    return check_token(name, value)
 
 
 def is_known(key: str) -> bool:

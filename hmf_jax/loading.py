@@ -144,12 +144,13 @@ def save_pretrained(
     source: str | Path | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    for_original: bool = True,
     progress: bool = True,
 ) -> None:
     """Writes a Hugging Face directory that the original and this package load.
 
-    A base model (Qwen3) that was loaded and is still one comes back as it was read, so that
-    transformers loads it; everything else is written as a hybrid.
+    A base model that was loaded and is still one comes back as it was read, so that transformers
+    loads it; everything else is written as a hybrid.
 
     Args:
       model: the model.
@@ -162,14 +163,23 @@ def save_pretrained(
       max_shard_size: largest weight file, e.g. "5GB", "500MiB" or a number of bytes.
       overwrite: replace a model that is already there (it may be the one that was loaded). Files
         that are no part of a model (README.md, notes, folders) stay.
+      for_original: refuse layers that the original's classes of this family do not have, such as
+        Mamba-2 in Qwen3-Next. False: write them for this package, which reads them all.
       progress: show a bar.
 
     Raises:
       FileExistsError: the directory is not empty and holds no model, or `overwrite` is off.
       FileNotFoundError: `source` is not a directory.
       OSError: the directory cannot be written: permissions, space.
-      ValueError: parameters that are not finite, by name; nothing is written.
+      ValueError: parameters that are not finite, by name, or layers that the original does not
+        have; nothing is written.
     """
+    if for_original and (foreign := model.config.foreign_layers):
+        raise ValueError(
+            f"nothing written to {directory}: the original has no {', '.join(foreign)} layers in "
+            f"the family {model.config.family}; pass for_original=False to write them for this "
+            "package alone"
+        )
     check_target(directory, overwrite, model_types=model_types())
     source = _source(model, source)
     jax_to_hf.save(
@@ -222,6 +232,7 @@ def convert_directory(
     dtype: Any = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    for_original: bool = True,
     progress: bool = True,
 ) -> Literal["orbax", "hf"]:
     """A model directory in the other format, every number bit-identical; or one from a GGUF file.
@@ -231,7 +242,7 @@ def convert_directory(
       target: the directory to write.
       to: the format to write; None: Orbax from safetensors, else Hugging Face's.
       dtype: what the numbers of a GGUF file, which may be quantised, become; None: bfloat16.
-      max_shard_size, overwrite, progress: see `save_pretrained`.
+      max_shard_size, overwrite, for_original, progress: see `save_pretrained`.
 
     Returns:
       the format written.
@@ -267,7 +278,12 @@ def convert_directory(
         save_orbax(model, target, overwrite=overwrite)
     else:
         save_pretrained(
-            model, target, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+            model,
+            target,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            for_original=for_original,
+            progress=progress,
         )
     return to
 

@@ -8,6 +8,7 @@ from hmf_jax.pallas_kernels.ops.attention.api import attention, decode_attention
 from hmf_jax.pallas_kernels.ops.causal_conv1d.api import causal_conv1d
 from hmf_jax.pallas_kernels.ops.gated_delta_rule.api import gated_delta_rule, gated_delta_rule_step
 from hmf_jax.pallas_kernels.ops.gka.api import gka, gka_step
+from hmf_jax.pallas_kernels.ops.grouped_matmul.api import grouped_matmul
 from hmf_jax.pallas_kernels.ops.ssd.api import ssd, ssd_step
 from hmf_jax.pallas_kernels.ops.two_window_attention.api import (
     two_window_attention,
@@ -22,6 +23,7 @@ __all__ = [
     "gated_delta_rule_step",
     "gka",
     "gka_step",
+    "grouped_matmul",
     "ssd",
     "ssd_step",
     "two_window_attention",

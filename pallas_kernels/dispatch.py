@@ -13,7 +13,7 @@ import jax
 
 from hmf_jax.pallas_kernels.compat import compute_capability
 
-IMPLS = ("auto", "mosaic", "triton", "jla", "cudnn", "chunked", "reference")
+IMPLS = ("auto", "mosaic", "triton", "jla", "cudnn", "xla", "chunked", "reference")
 _log = logging.getLogger("pallas_kernels")
 _said: set[tuple[str, str, str]] = set()
 

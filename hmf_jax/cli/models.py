@@ -33,6 +33,13 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model that is already there.")
     ] = False,
+    for_original: Annotated[
+        bool,
+        typer.Option(
+            "--for-original/--not-for-original",
+            help="Refuse layers that the original does not have in the model's family.",
+        ),
+    ] = True,
 ) -> None:
     """Convert a model from Hugging Face to Orbax format, or back. Numbers stay bit-identical.
 
@@ -51,6 +58,7 @@ def convert(
         dtype=None if dtype is None else dtype.value,
         max_shard_size="5GB" if max_shard_size is None else max_shard_size,
         overwrite=overwrite,
+        for_original=for_original,
         progress=progress(),
     )
     typer.echo(f"Wrote {target} in {written} format.")
@@ -102,7 +110,7 @@ def info(
         str,
         typer.Argument(
             help="Directory of a model, a config.json (no weights needed), or one of the built-in "
-            "shapes tiny, 8b, 32b."
+            "shapes: tiny, 8b, 32b, llama-3.1-8b, ..."
         ),
     ],
     mixer: Annotated[
@@ -113,13 +121,14 @@ def info(
     """Show layers, parameters and the memory of one sequence per context length."""
     from hmf_jax.config import HybridConfig
     from hmf_jax.memory import describe, memory_table
+    from hmf_jax.presets import PRESETS
 
     if mixer is None and Path(model).exists():
         config = HybridConfig.from_json(model)
-    elif model in ("tiny", "8b", "32b"):
+    elif model in PRESETS:
         config = HybridConfig.preset(model, mixer)
     elif mixer is not None:
-        raise ValueError("--mixer is for the built-in shapes tiny, 8b and 32b only.")
+        raise ValueError(f"--mixer is for the built-in shapes only: {', '.join(PRESETS)}.")
     else:  # says what is missing
         config = HybridConfig.from_json(model)
     typer.echo(describe(config))
