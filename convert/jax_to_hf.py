@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from tqdm import tqdm
 from hmf_jax.convert.directories import COMPANIONS, replacing
 from hmf_jax.convert.reading import inside, summary
 from hmf_jax.convert.rows import Entry, by_tensor, tensor_shape
-from hmf_jax.convert.safetensors_io import DTYPES, Pending, dtype_name, parse_size, write
+from hmf_jax.convert.safetensors_io import (
+    DTYPES,
+    Pending,
+    common_dtype,
+    dtype_name,
+    parse_size,
+    write,
+)
 
 
 def save(
@@ -41,7 +48,7 @@ def save(
       entries: the tensors to write, and the parameters that they are made of.
       params: parameter path -> array.
       dtypes: checkpoint name -> "BF16" | "F16" | "F32", e.g. those of the checkpoint the parameters
-        came from; tensors it does not name keep the dtype they are held in.
+        came from (of parts, too); tensors it does not name keep the dtype they are held in.
       companions: directory whose tokenizer, chat template and generation_config.json are copied.
       max_shard_size: "5GB", "500MiB" or bytes.
       overwrite: replace a model that is already there; other files beside it are kept.
@@ -66,14 +73,7 @@ def save(
         if p in params and tuple(params[p].shape) != shape
     ]
     bad: list[str] = []
-    pending = []
-    for name, blocks in by_tensor(entries).items() if not problems else ():
-        held = dtype_name(np.result_type(*(params[e.path].dtype for e in blocks)))
-        dtype = (dtypes or {}).get(name, held)
-        if dtype not in DTYPES:
-            raise ValueError(f"{name}: cannot write dtype {dtype!r}; use one of {list(DTYPES)}")
-        make = functools.partial(_assemble, name, blocks, params, DTYPES[dtype], bad)
-        pending.append(Pending(name, dtype, tensor_shape(blocks), make))
+    pending = [] if problems else _pending(entries, params, dtypes or {}, bad)
     if problems:
         raise ValueError(summary(f"nothing written to {directory}:", problems))
 
@@ -123,16 +123,55 @@ def tensors(entries: Sequence[Entry], params: Mapping[str, jax.Array]) -> dict[s
 
     `params` may be anything shaped like the parameters, for example their gradients.
     """
-    out = {}
+    return {t.name: t.make() for t in _pending(entries, params, {}, [])}
+
+
+def _pending(
+    entries: Sequence[Entry],
+    params: Mapping[str, jax.Array],
+    dtypes: Mapping[str, str],
+    bad: list[str],
+) -> list[Pending]:
+    """What is to be written; `bad` gets the names of tensors that turn out not to be finite."""
+    last = _Last()
+    out = []
     for name, blocks in by_tensor(entries).items():
-        dtype = np.result_type(*(params[e.path].dtype for e in blocks))
-        out[name] = _assemble(name, blocks, params, dtype, [])
+        held = dtype_name(common_dtype(params[e.path].dtype for e in blocks))
+        pieces = dict(blocks[0].pieces()) if blocks[0].split else {name: ...}
+        own = {n: dtypes.get(n, dtypes.get(name, held)) for n in pieces}
+        if unknown := [n for n, dtype in own.items() if dtype not in DTYPES]:
+            n = unknown[0]
+            raise ValueError(f"{n}: cannot write dtype {own[n]!r}; use one of {list(DTYPES)}")
+        shape, dtype = tensor_shape(blocks), common_dtype(DTYPES[d] for d in own.values())
+        make = functools.partial(_assemble, name, blocks, params, dtype, bad)
+        if not blocks[0].split:
+            out.append(Pending(name, own[name], shape, make))
+            continue
+        part = (shape[1] // len(blocks[0].parts), *shape[2:])
+        for n, index in pieces.items():
+            cut = functools.partial(last.part, name, make, index, DTYPES[own[n]])
+            out.append(Pending(n, own[n], part, cut))
     return out
+
+
+class _Last:
+    """The tensor whose parts are being written, made once for all of them."""
+
+    name: str | None = None
+    value: np.ndarray | None = None
+
+    def part(
+        self, name: str, make: Callable[[], np.ndarray], index: Any, dtype: np.dtype
+    ) -> np.ndarray:
+        if name != self.name or self.value is None:
+            self.value = None  # never two at a time
+            self.name, self.value = name, make()
+        return self.value[index].astype(dtype, copy=False)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _convert(x: jax.Array, transpose: bool, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
-    y = (x.T if transpose else x).astype(dtype)
+    y = (x.mT if transpose else x).astype(dtype)
     return y, jnp.isfinite(y).all()
 
 
@@ -144,10 +183,15 @@ def _assemble(
     bad: list[str],
 ) -> np.ndarray:
     """The checkpoint tensor on the host; its name goes to `bad` if it is not finite."""
-    parts = []
+    shape = tensor_shape(blocks)
+    out = None if len(blocks) == 1 else np.empty(shape, dtype)
     for e in blocks:
         y, finite = _convert(params[e.path], e.transposed, dtype)
         if not finite and name not in bad:
             bad.append(name)
-        parts.append(np.asarray(y).reshape(e.shape).astype(dtype, copy=False))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        part = np.asarray(y).reshape(e.shape).astype(dtype, copy=False)
+        if out is None:
+            return part
+        out[e.rows] = part
+    assert out is not None
+    return out

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,14 @@ def dtype_name(dtype: Any) -> str:
         if known == dtype:
             return name
     raise ValueError(f"dtype {dtype} is not supported; use bfloat16, float16, float32 or float64")
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds numbers of all of these exactly."""
+    found = set(dtypes)
+    if len(found) == 1:
+        return found.pop()
+    return max(found | {DTYPES["F32"]}, key=lambda dtype: dtype.itemsize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,11 +262,21 @@ class Checkpoint:
             stop = shape[0] if stop is None else min(stop, shape[0])
             shape = (stop - start, *shape[1:])
             offset += start * math.prod(shape[1:]) * dtype.itemsize
-        count = math.prod(shape) * dtype.itemsize
-        # Aligned memory: JAX's CPU backend then uses it in place instead of copying it.
-        memory = np.empty(count + 64, np.uint8)
-        begin = -memory.ctypes.data % 64
-        data = memory[begin : begin + count]
+        out = aligned(shape, dtype)
+        self._read_into(out, name, offset)
+        return out
+
+    def read_into(self, out: np.ndarray, name: str) -> None:
+        """`read` of a whole tensor into memory of its shape, without gaps; any dtype."""
+        info = self.tensors[name]
+        if out.dtype != DTYPES[info.dtype]:
+            out[...] = self.read(name)
+            return
+        self._read_into(out, name, info.offset)
+
+    def _read_into(self, out: np.ndarray, name: str, offset: int) -> None:
+        info, count = self.tensors[name], out.nbytes
+        data = out.reshape(-1).view(np.uint8)
         with info.file.open("rb", buffering=0) as f:
             if _identity(os.fstat(f.fileno())) != self._found[info.file]:
                 raise ValueError(f"{info.file} was replaced while it was read; load it again")
@@ -268,11 +286,18 @@ class Checkpoint:
                 if not (got := f.readinto(memoryview(data)[done:])):
                     raise ValueError(f"{info.file} ended inside {name}; download it again")
                 done += got
-        return data.view(dtype).reshape(shape)
 
     def dtypes(self) -> dict[str, str]:
         """Name -> stored dtype ("BF16", "F32", ...)."""
         return {name: t.dtype for name, t in self.tensors.items()}
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory that JAX's CPU backend uses in place instead of copying it."""
+    count = math.prod(shape) * dtype.itemsize
+    memory = np.empty(count + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    return memory[begin : begin + count].view(dtype).reshape(shape)
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

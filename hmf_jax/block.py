@@ -1,4 +1,4 @@
-"""A layer: one mixer and one MLP, each behind a norm, added to what came in."""
+"""A layer: one mixer and one MLP (or experts), each behind a norm, added to what came in."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from flax import nnx
 from hmf_jax.config import HybridConfig
 from hmf_jax.layers import MLP, RMSNorm, untabulated
 from hmf_jax.mixers import Context, Mixer, make_mixer, split_symbol
+from hmf_jax.moe import MoE, Routing
 from hmf_jax.sharding import constrain
 
 Array = jax.Array
@@ -19,10 +20,12 @@ class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)).
 
     A fused block (stage 1 of priming) also holds the mixer that its own one is to learn from; the
-    model does not run it, `hmf_jax.priming` does.
+    model does not run it, `hmf_jax.priming` does. In a sparse block the MLP is a `MoE`.
     """
 
-    def __init__(self, symbol: str, config: HybridConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, symbol: str, config: HybridConfig, *, sparse: bool = False, dtype, rngs: nnx.Rngs
+    ):
         def mixer(kind: str) -> Mixer:
             return make_mixer(kind, config, config.sections, dtype=dtype, rngs=rngs)
 
@@ -30,35 +33,50 @@ class Block(nnx.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mixer = mixer(kind)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, dtype, rngs)
+        self.mlp = (MoE if sparse else MLP)(config, dtype, rngs)
         self.teacher = None if teacher is None else mixer(teacher)
 
-    def __call__(self, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
-        """x [B, T, d] -> (the hidden states after the block, the mixer's output, new state)."""
-        x, mixed, _, state = self.run(self.mixer, x, ctx, state)
-        return x, mixed, state
+    def __call__(
+        self, x: Array, ctx: Context, state: Any, experts: Array | None = None
+    ) -> tuple[Array, Array, Any, Routing | None]:
+        """x [B, T, d] -> (the hidden states after the block, the mixer's output, new state, what
+        the router of a sparse block decided).
+
+        `experts`: see `MoE.__call__`.
+        """
+        x, mixed, _, state, routing = self.run(self.mixer, x, ctx, state, experts)
+        return x, mixed, state, routing
 
     @untabulated
     def run(
-        self, mixer: Mixer, x: Array, ctx: Context, state: Any = None
-    ) -> tuple[Array, Array, Array, Any]:
-        """The block with this mixer: (hidden states, mixer's output, MLP's output, new state)."""
+        self, mixer: Mixer, x: Array, ctx: Context, state: Any = None, experts: Array | None = None
+    ) -> tuple[Array, Array, Array, Any, Routing | None]:
+        """The block with this mixer: (hidden states, mixer's output, MLP's output, new state, what
+        the router decided)."""
         mixed, state = mixer(self.input_layernorm(x), ctx=ctx, state=state)
         x = constrain(x + mixed, ctx.mesh, "batch", "tokens", None)
-        fed = self.mlp(self.post_attention_layernorm(x))
-        return constrain(x + fed, ctx.mesh, "batch", "tokens", None), mixed, fed, state
+        h = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoE):
+            fed, routing = self.mlp(h, ctx, experts)
+        else:
+            fed, routing = self.mlp(h), None
+        return constrain(x + fed, ctx.mesh, "batch", "tokens", None), mixed, fed, state, routing
 
 
 class LayerOutput(NamedTuple):
     """What one layer made of its input: the output of its mixer (`mixed`) and its own (`x`, which
-    the next layer reads), both [B, T, d], and its new state (None without one)."""
+    the next layer reads), both [B, T, d], its new state (None without one), and what its router
+    decided (None in a dense layer)."""
 
     mixed: Array
     x: Array
     state: Any
+    routing: Routing | None
 
 
 @jax.jit
-def run_block(block: Block, x: Array, ctx: Context, state: Any) -> tuple[Array, Array, Any]:
+def run_block(
+    block: Block, x: Array, ctx: Context, state: Any, experts: Array | None = None
+) -> tuple[Array, Array, Any, Routing | None]:
     """One inner jit: layers of the same kind have equal tree structures and are traced once."""
-    return block(x, ctx=ctx, state=state)
+    return block(x, ctx=ctx, state=state, experts=experts)

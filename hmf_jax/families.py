@@ -40,6 +40,9 @@ class Family:
       options: options of `Backbone` that all its models have.
       keys: option of `Backbone` -> the key that says it.
       constants: keys that are written into hybrids and mean nothing here.
+      experts: how its checkpoints hold experts, "per_expert" or "stacked"; both are read.
+      prefixes: beginning of tensor names in its checkpoints -> what it stands for.
+      ignored: beginnings of names of tensors that the text model does not need.
     """
 
     name: str
@@ -51,6 +54,9 @@ class Family:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    experts: str = "per_expert"
+    prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
 _TABLE = (

@@ -103,7 +103,12 @@ def from_pretrained(
         config = dataclasses.replace(config, gka=gka)
     mesh = for_model(mesh, config)
     entries = table.entries(config)
-    rules: dict[str, Any] = {"aliases": table.aliases(config), "copies": table.copies(config)}
+    rules: dict[str, Any] = {
+        "aliases": table.aliases(config),
+        "copies": table.copies(config),
+        "prefixes": table.prefixes(config),
+        "ignored": table.ignored(config),
+    }
     # Before the model is made, which takes long for a config that asks for too much.
     if is_orbax(directory):
         check_checksums(directory)
@@ -363,8 +368,12 @@ def _stored_dtypes(source: str | Path | None, config: HybridConfig) -> dict[str,
 
 def _checkpoint_dtypes(directory: Path, config: HybridConfig) -> dict[str, str]:
     """Checkpoint name -> dtype, of a Hugging Face directory."""
-    aliases = table.aliases(config)
-    return hf_to_jax.stored_dtypes(directory, table.entries(config), aliases=aliases)
+    return hf_to_jax.stored_dtypes(
+        directory,
+        table.entries(config),
+        aliases=table.aliases(config),
+        prefixes=table.prefixes(config),
+    )
 
 
 def _is_of_another_model(directory: Path, config: HybridConfig) -> bool:
@@ -380,10 +389,7 @@ def _held_dtypes(directory: Path, config: HybridConfig) -> dict[str, np.dtype]:
         found = {path: np.dtype(dtype) for path, dtype in orbax_io.dtypes(directory).items()}
     else:
         stored = _checkpoint_dtypes(directory, config)
-        found = {
-            e.path: DTYPES.get(stored.get(e.name, "F32"), DTYPES["F32"])
-            for e in table.entries(config)
-        }
+        found = {e.path: hf_to_jax.held_dtype(stored, e) for e in table.entries(config)}
     float32 = DTYPES["F32"]  # also what JAX makes of float64
     half = nnx.eval_shape(lambda: HybridLM(config, dtype=jnp.bfloat16))
     always = {path for path, a in abstract_params(half, None).items() if a.dtype == float32}

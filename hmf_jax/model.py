@@ -7,7 +7,7 @@ it directly. What it remembers between calls is a `ModelState`, passed in and re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -93,7 +93,10 @@ class HybridLM(nnx.Module):
             embedding_metadata={"dims": ("vocab", "embed")},
         )
         self.embed_tokens = split(without_dtype(embed), self.mesh)
-        layers = (Block(symbol, config, dtype=dtype, rngs=rngs) for symbol in config.layer_kinds)
+        layers = (
+            Block(symbol, config, sparse=config.is_sparse(i), dtype=dtype, rngs=rngs)
+            for i, symbol in enumerate(config.layer_kinds)
+        )
         self.layers: Sequence[Block] = nnx.List([split(layer, self.mesh) for layer in layers])
         self.norm = split(RMSNorm(d, config.rms_norm_eps, dtype), self.mesh)
         head = ("embed", "vocab"), config, dtype, rngs
@@ -405,14 +408,26 @@ class HybridLM(nnx.Module):
 
     @untabulated
     def blocks(
-        self, x: Array, ctx: Context, state: ModelState | None = None
+        self,
+        x: Array,
+        ctx: Context,
+        state: ModelState | None = None,
+        *,
+        experts: Mapping[int, Array] | None = None,
     ) -> Iterator[LayerOutput]:
-        """Runs layer after layer on what `embed` returned; what was yielded is not kept here."""
+        """Runs layer after layer on what `embed` returned; what was yielded is not kept here.
+
+        `experts`: sparse layer -> [B, T, k] integers, the experts that its tokens go to in place of
+        those that its router chooses, each with the weight that the router gives it.
+        """
+        forced = dict(experts or {})
+        if dense := [i for i in forced if not self.config.is_sparse(i)]:
+            raise ValueError(f"experts of layers {dense}, which have none")
         states = [None] * len(self.layers) if state is None else state.layers
-        for block, before in zip(self.layers, states, strict=True):
-            x, mixed, after = run_block(block, x, ctx, before)
-            yield LayerOutput(mixed, x, after)
-            del mixed, after
+        for i, (block, before) in enumerate(zip(self.layers, states, strict=True)):
+            x, mixed, after, routing = run_block(block, x, ctx, before, forced.get(i))
+            yield LayerOutput(mixed, x, after, routing)
+            del mixed, after, routing
 
     def _head(self, x: Array) -> Array:
         x = self.norm(x)

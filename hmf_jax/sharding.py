@@ -30,6 +30,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "heads": AXES.heads,
     "kv_heads": AXES.kv_heads,
     "mlp": AXES.heads,
+    "experts": AXES.heads,
     "vocab": AXES.vocab,
 }
 
@@ -68,7 +69,7 @@ def for_model(mesh: Mesh | None, config: Backbone) -> Mesh | None:
 
     Args:
       mesh: any mesh whose axes are among these (absent ones count as 1), or None.
-      config: gives the numbers of heads that "tp" must divide.
+      config: gives the numbers of heads and experts that "tp" must divide.
 
     Raises:
       ValueError: foreign axis names, or a tensor parallel size that does not divide the model.
@@ -85,12 +86,18 @@ def for_model(mesh: Mesh | None, config: Backbone) -> Mesh | None:
     devices = np.transpose(mesh.devices, [mesh.axis_names.index(a) for a in order])
     size = {a: mesh.shape.get(a, 1) for a in names}
     tp = size["tp"] * size["rep"]
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    for what, n in (
-        ("num_attention_heads", heads),
-        ("intermediate_size", config.intermediate_size),
-        ("vocab_size", config.vocab_size),
-    ):
+    kv_heads, moe, linear = config.num_key_value_heads, config.moe, config.linear
+    counts = {"num_attention_heads": config.num_attention_heads}
+    if moe is None or moe.every > 1 or moe.dense_layers:
+        counts["intermediate_size"] = config.intermediate_size
+    counts["vocab_size"] = config.vocab_size
+    if moe is not None:
+        counts["num_experts"] = moe.num_experts
+        counts["shared_expert_intermediate_size"] = moe.shared_intermediate_size or 0
+    if linear is not None:
+        counts["linear_num_key_heads"] = linear.num_key_heads
+        counts["linear_num_value_heads"] = linear.num_value_heads
+    for what, n in counts.items():
         if n % tp:
             raise ValueError(f"tp={tp} does not divide {what}={n}; choose a tp that does.")
     if kv_heads % tp and tp % kv_heads:
@@ -103,11 +110,15 @@ def for_model(mesh: Mesh | None, config: Backbone) -> Mesh | None:
         raise ValueError(
             f"fsdp={size['fsdp']} x sp={sp} does not divide hidden_size={config.hidden_size}."
         )
-    if sp > 1 and kv_heads % (sp * tp):
-        raise ValueError(
-            f"sp={sp} x tp={tp} does not divide num_key_value_heads={kv_heads}: operators exchange "
-            f"tokens for heads. Use fsdp for more devices."
-        )
+    for what, n in {
+        "num_key_value_heads": kv_heads,
+        "linear_num_key_heads": linear.num_key_heads if linear is not None else 0,
+    }.items():
+        if sp > 1 and n % (sp * tp):
+            raise ValueError(
+                f"sp={sp} x tp={tp} does not divide {what}={n}: operators exchange tokens for "
+                f"heads. Use fsdp for more devices."
+            )
     kv = min(tp, kv_heads)
     return Mesh(devices.reshape(size["dp"], size["fsdp"], sp, kv, tp // kv), names)
 

@@ -28,7 +28,7 @@ class Axes:
     Attributes:
       batch: rows of a batch.
       tokens: tokens of a row, between operators.
-      heads: query heads, and with them the columns of an MLP, in stored weights.
+      heads: query heads, and with them the columns of an MLP and experts, in stored weights.
       kv_heads: key/value heads in stored weights; the first axes of `heads`.
       embed: the hidden dimension of stored weights.
       vocab: the vocabulary.
@@ -53,6 +53,7 @@ class Axes:
             "k": k,
             "T": self.tokens,
             "V": self.vocab,
+            "E": self.heads,
             "f": self.embed,
         }
 
@@ -83,7 +84,7 @@ def batch_axes(mesh: Mesh, batch: int) -> tuple[str, ...]:
 
 def spec(mesh: Mesh, dims: str, batch: int) -> PartitionSpec:
     """PartitionSpec of an array described by letters: b batch, h heads, k kv heads, T tokens,
-    V vocabulary, f the hidden dimension of stored weights, other whole."""
+    V vocabulary, E experts, f the hidden dimension of stored weights, other whole."""
     letters = AXES.letters | {"b": batch_axes(mesh, batch)}
 
     def axes(letter: str) -> tuple[str, ...] | None:

@@ -58,7 +58,7 @@ def random_model(config, dtype, seed: int = 0):
         elif len(p.shape) == 1:
             x = np.maximum(1 + 0.25 * x, 0.2)
         elif "embed" not in name:
-            x = x / p.shape[0] ** 0.5
+            x = x / p.shape[-2] ** 0.5
         return p.replace(jnp.asarray(x, p.dtype))
 
     is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731

@@ -246,7 +246,7 @@ def gated_linear_rows(
             found += rows.linear(rank, nk, f"proj_{s}.linearA")
             found += rows.linear(nq, rank, f"proj_{s}.linearB")
             if c.kv_learnable_residual:
-                found.append((f"{s}_rep", f"{s}_rep", (heads, kv_heads), "same"))
+                found.append(rows.Row(f"{s}_rep", f"{s}_rep", (heads, kv_heads), "same"))
     return found
 
 

@@ -300,8 +300,8 @@ def _run_pair(
     def run(block: Block, student: Array, teacher: Array, ctx: Context):
         frozen = jax.tree.map(jax.lax.stop_gradient, block)
         mixer = frozen.mixer if frozen.teacher is None else frozen.teacher
-        y_a, m_a, f_a, _ = frozen.run(mixer, teacher, ctx)
-        y_s, m_s, f_s, _ = block.run(block.mixer, student, ctx)
+        y_a, m_a, f_a, *_ = frozen.run(mixer, teacher, ctx)
+        y_s, m_s, f_s, *_ = block.run(block.mixer, student, ctx)
         pairs = {"decoder": (y_s, y_a), "mixer": (m_s, m_a), "mlp": (f_s, f_a)}
         return y_s, y_a, tuple(_square_error(*pairs[part], weights) for part in parts)
 
