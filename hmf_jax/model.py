@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from hmf_jax.block import Block, LayerOutput, run_block
 from hmf_jax.config import HybridConfig
 from hmf_jax.layers import (
-    RMSNorm,
+    backbone_norm,
     in_dtype_of_first,
     linear,
     one_row_twice,
+    query_scale,
     rope_table,
     untabulated,
     without_dtype,
@@ -98,7 +99,7 @@ class HybridLM(nnx.Module):
             for i, symbol in enumerate(config.layer_kinds)
         )
         self.layers: Sequence[Block] = nnx.List([split(layer, self.mesh) for layer in layers])
-        self.norm = split(RMSNorm(d, config.rms_norm_eps, dtype), self.mesh)
+        self.norm = split(backbone_norm(d, config, dtype), self.mesh)
         head = ("embed", "vocab"), config, dtype, rngs
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else split(linear(d, V, *head), self.mesh)
@@ -396,11 +397,10 @@ class HybridLM(nnx.Module):
             num_iter=None if num_iter is None else jnp.asarray(num_iter, jnp.int32),
             place=place,
             fresh=state is not None and state.fresh,
-            impl=impl,
-            mesh=self.mesh,
             position=after,
-            solver=solver,
-        )
+            query_scale=query_scale(positions, self.config),
+            impl=impl, mesh=self.mesh, solver=solver,
+        )  # fmt: skip
         # The table is split along d over sp x fsdp; the compiler moves one axis at a time well.
         x = one_row_twice(self.embed_tokens, tokens)
         x = constrain(x, self.mesh, "batch", None, "tokens")

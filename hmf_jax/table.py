@@ -26,6 +26,18 @@ def num_parameters(config: HybridConfig) -> int:
     return sum(math.prod(e.shape) for e in entries(config))
 
 
+def num_active_parameters(config: HybridConfig) -> int:
+    """Elements of the parameters that a token meets: of the experts only those that it goes to."""
+    return round(sum(math.prod(e.shape) * used(config, e.path) for e in entries(config)))
+
+
+def used(config: HybridConfig, path: str) -> float:
+    """Which part of a parameter a token meets: all of it, or of experts k of E."""
+    moe = config.moe
+    stacked = moe is not None and ".mlp.experts." in path
+    return moe.experts_per_token / moe.num_experts if stacked else 1
+
+
 def aliases(config: HybridConfig) -> dict[str, str]:
     """Beginning of tensor names -> what checkpoints may have in its place.
 
@@ -59,7 +71,7 @@ def copies(config: HybridConfig) -> dict[str, str]:
 
 
 def _rows(c: HybridConfig) -> Iterator[Row]:
-    V, d, F, bias = c.vocab_size, c.hidden_size, c.intermediate_size, c.mlp_bias
+    V, d = c.vocab_size, c.hidden_size
     yield Row("model.embed_tokens.weight", "embed_tokens.embedding", (V, d), "same")
     for i, symbol in enumerate(c.layer_kinds):
         kind, teacher = split_symbol(symbol)
@@ -68,9 +80,11 @@ def _rows(c: HybridConfig) -> Iterator[Row]:
             block += _mixer(c, teacher, "teacher")
         block += [
             *rows.vector(d, "input_layernorm.weight", "post_attention_layernorm.weight"),
-            *rows.linear(F, d, "mlp.gate_proj", bias),
-            *rows.linear(F, d, "mlp.up_proj", bias),
-            *rows.linear(d, F, "mlp.down_proj", bias),
+            *(
+                _experts(c)
+                if c.is_sparse(i)
+                else _swiglu(d, c.intermediate_size, "mlp", c.mlp_bias)
+            ),
         ]
         yield from rows.under(f"model.layers.{i}", block, f"layers.{i}")
     yield Row("model.norm.weight", "norm.weight", (d,), "same")
@@ -78,8 +92,37 @@ def _rows(c: HybridConfig) -> Iterator[Row]:
         yield Row("lm_head.weight", "lm_head.kernel", (V, d), "linear")
 
 
+def _swiglu(d: int, width: int, name: str, bias: bool = False) -> list[Row]:
+    return [
+        *rows.linear(width, d, f"{name}.gate_proj", bias),
+        *rows.linear(width, d, f"{name}.up_proj", bias),
+        *rows.linear(d, width, f"{name}.down_proj", bias),
+    ]
+
+
+def _experts(c: HybridConfig) -> list[Row]:
+    """The rows of a mixture of experts."""
+    moe, d = c.moe, c.hidden_size
+    assert moe is not None
+    split = FAMILIES[c.family].experts == "per_expert"
+    width = moe.intermediate_size
+    found = [
+        *rows.linear(moe.num_experts, d, "mlp.gate"),
+        *rows.experts(moe.num_experts, width, d, "mlp.experts", split=split),
+    ]
+    if moe.shared_intermediate_size is not None:
+        found += _swiglu(d, moe.shared_intermediate_size, "mlp.shared_expert")
+        found += rows.linear(1, d, "mlp.shared_expert_gate")
+    return found
+
+
 def _mixer(config: HybridConfig, symbol: str, path: str) -> list[Row]:
-    """The rows of one mixer. Base models store all theirs under the name of attention."""
-    kind = KINDS[symbol]
-    name = KINDS[BASE].name if config.is_stock else kind.name
-    return rows.under(name, kind.rows(config, config.sections), path)
+    """The rows of one mixer, under its kind's name, or as base models have them."""
+    kind, sections = KINDS[symbol], config.sections
+    if not config.is_stock:
+        return rows.under(kind.name, kind.rows(config, sections), path)
+    if kind.base_rows is None:
+        found = kind.rows(config, sections)
+    else:
+        found = kind.base_rows(config, sections, FAMILIES[config.family].layout)
+    return rows.under(kind.base_name or KINDS[BASE].name, found, path)

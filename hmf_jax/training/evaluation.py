@@ -53,7 +53,7 @@ class Evaluation:
         loss = loss or functools.partial(next_token_loss, chunk_size=chunk_size)
 
         def sums(state: TrainState, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-            total, count = loss(state.model(), **batch, num_iter=num_iter, impl=impl)
+            total, count, *_ = loss(state.model(), **batch, num_iter=num_iter, impl=impl)
             return total.astype(jnp.float32), jnp.asarray(count, jnp.float32)
 
         self._sums = jax.jit(sums)

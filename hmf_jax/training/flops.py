@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 
+from hmf_jax import table
 from hmf_jax.config import HybridConfig
 from hmf_jax.mixers import KINDS
 from hmf_jax.model import HybridLM
@@ -34,13 +35,14 @@ def training_flops(state: TrainState, length: int) -> float:
 
     A weight takes part in one multiplication and addition per token forward, in one to pass the
     gradient on, and, if it is trained, in one for its own: 2 (2 N + N_trained), N the matrix
-    elements without the embedding table, whose use is no product. Attention over c keys takes
-    4 H D c forward and twice that backward, c being their mean number in a causal row. What is
-    computed again (remat) does not count, nor do recurrences and the GKA solver.
+    elements without the embedding table, whose use is no product; of experts those that a token
+    goes to. Attention over c keys takes 4 H D c forward and twice that backward, c being their mean
+    number in a causal row. What is computed again (remat) does not count, nor do recurrences and
+    the GKA solver.
     """
     config = _bare(state).config
 
-    def matrices(params: Mapping[str, jax.Array]) -> int:
+    def matrices(params: Mapping[str, jax.Array]) -> float:
         skip = () if config.tie_word_embeddings else ("embed_tokens.embedding",)
         return sum(
             a.size * _uses(config, n)
@@ -59,11 +61,11 @@ def _bare(state: TrainState) -> HybridLM:
     return jax.eval_shape(TrainState.model, state)
 
 
-def _uses(config: HybridConfig, parameter: str) -> int:
+def _uses(config: HybridConfig, parameter: str) -> float:
     """How often the forward pass of a token multiplies by this parameter."""
     found = re.match(r"layers\.(\d+)\.mixer\.(.+)", parameter)
     if found is None:
-        return 1
+        return table.used(config, parameter)
     return KINDS[config.student_kinds[int(found[1])]].uses(config.sections, found[2])
 
 

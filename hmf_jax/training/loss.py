@@ -6,13 +6,17 @@ Shapes: B rows, T tokens, d hidden, V vocabulary.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from hmf_jax.config import HybridConfig
 from hmf_jax.layers import exact_dtype
 from hmf_jax.model import HybridLM
+from hmf_jax.moe import Routing, busiest_expert, load_balancing_loss
+from hmf_jax.padding import restore
 from hmf_jax.pallas_kernels.sharded import AXES, batch_axes, call
 
 Array = jax.Array
@@ -71,13 +75,80 @@ def next_token_loss(
     Args: those of `next_token_targets` and `HybridLM.__call__`, and `chunk_size`, see
     `cross_entropy`. Returns two float32 scalars (the sum is float64 in float64 models).
     """
+    return _next_token(
+        model, tokens, loss_mask, segment_ids, positions, num_iter, impl, chunk_size
+    )[:2]
+
+
+def balanced_loss(
+    model: HybridLM,
+    tokens: Array,
+    *,
+    loss_mask: Array | None = None,
+    segment_ids: Array | None = None,
+    router_aux_loss_coef: float | None = None,
+    **options: Any,
+) -> tuple[Array, Array] | tuple[Array, Array, dict[str, Array]]:
+    """`next_token_loss`, and in models with experts the load-balancing loss, times a coefficient.
+
+    The latter is over the valid tokens of the batch, on all devices together, of all sparse layers;
+    see `hmf_jax.moe.load_balancing_loss`.
+
+    Args:
+      router_aux_loss_coef: the coefficient; None: the model's. Others: of `next_token_loss`.
+
+    Returns:
+      That of a dense model. With experts: the sum of both losses over targets, the number of
+      targets, and sums over targets for the metrics: of the cross-entropy alone ("loss"), of the
+      load-balancing loss before its coefficient ("aux_loss"), and of `busiest_expert`.
+
+    Raises:
+      ValueError: a coefficient for a model without experts.
+    """
+    coef = aux_coef(router_aux_loss_coef, model.config)
+    total, count, routings = _next_token(model, tokens, loss_mask, segment_ids, **options)
+    if coef is None:
+        return total, count
+    aux = load_balancing_loss(routings) * count
+    metrics = {"loss": total, "aux_loss": aux, "busiest_expert": busiest_expert(routings) * count}
+    return (total + coef * aux).astype(total.dtype), count, metrics
+
+
+def aux_coef(coef: float | None, config: HybridConfig) -> float | None:
+    """The coefficient of the load-balancing loss: this one, or the model's; None without experts.
+
+    Raises ValueError for one that a model without experts is given.
+    """
+    if config.moe is not None and any(map(config.is_sparse, range(len(config.layer_kinds)))):
+        return config.moe.aux_coef if coef is None else coef
+    if coef is not None:
+        raise ValueError(f"router_aux_loss_coef={coef:g}: the model has no experts; leave it out")
+    return None
+
+
+def _next_token(
+    model: HybridLM,
+    tokens: Array,
+    loss_mask: Array | None,
+    segment_ids: Array | None,
+    positions: Array | None = None,
+    num_iter: Array | int | None = None,
+    impl: str = "auto",
+    chunk_size: int = 512,
+) -> tuple[Array, Array, list[Routing]]:
+    """The sum of the cross-entropy, the number of targets, and what the routers decided."""
     targets, weights = next_token_targets(tokens, loss_mask, segment_ids)
-    hidden = model.hidden(
+    x, ctx = model.embed(
         tokens, positions=positions, segment_ids=segment_ids, num_iter=num_iter, impl=impl
     )
+    routings = []
+    for layer in model.blocks(x, ctx):
+        x = layer.x
+        routings += [] if layer.routing is None else [layer.routing]
+    hidden = model.norm(restore(x, ctx.place))
     kernel = model.head_kernel().astype(hidden.dtype)
     total = cross_entropy(hidden, kernel, targets, weights, model.mesh, chunk_size)
-    return total, jnp.sum(weights)
+    return total, jnp.sum(weights), routings
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

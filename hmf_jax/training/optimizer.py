@@ -34,6 +34,8 @@ class Recipe:
       steps: length of the training; None: as many as the epochs of the data take.
       epochs: passes over the data, where these set the length.
       max_grad_norm, betas, eps, weight_decay: of the step and AdamW.
+      router_aux_loss_coef: coefficient of the load-balancing loss of models with experts, see
+        `make_train_step`; None: the model's.
       overlong: what becomes of documents longer than a row, see `Batches`.
       config_overrides: config.json keys of the model to change, see `HybridConfig.override`.
 
@@ -53,6 +55,7 @@ class Recipe:
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Range(0, 1e9)] = 0.0
+    router_aux_loss_coef: Annotated[float, Range(0, 1e3)] | None = None
     overlong: str = "cut"
     config_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -31,6 +31,7 @@ RENAMED = {
     "save_total_limit": "keep",
     "logging_steps": "log_every",
     "eval_steps": "eval_every",
+    "moe_aux_loss_coef": "router_aux_loss_coef",
     "hybrid_learnable_params": "trainable",
     "hybrid_lw_distill_target": "target",
     "hybrid_distill_pre_lm_head": "pre_lm_head",
@@ -64,7 +65,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
         "adapter_name_or_path add_special_tokens add_tokens additional_target data_seed "
         "default_system early_stopping_steps filter freeze_extra_modules hf_hub_token "
         "interleave_probs loraplus_lr_ratio max_merged_samples max_samples media_dir "
-        "mixture_of_depths moe_aux_loss_coef neftune_noise_alpha new_special_tokens_config "
+        "mixture_of_depths neftune_noise_alpha new_special_tokens_config "
         "ref_model resume_from_checkpoint reward_model rope_scaling tool_format".split(),
         (None,),
     ),

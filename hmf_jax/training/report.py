@@ -86,6 +86,8 @@ class Log:
                 record["mfu"] = speed * self.flops_per_token / (peak * jax.device_count())
         self.add(step, record)
         shown = {"loss": f"{values['loss']:.4g}"}
+        if "aux_loss" in record:
+            shown["aux loss"] = f"{record['aux_loss']:.4g}"
         if "val_loss" in record:
             shown["validation loss"] = f"{record['val_loss']:.4g}"
         if "tokens_per_second" in record:

@@ -47,6 +47,7 @@ from hmf_jax.training.identity import (
     write_atomically,
 )
 from hmf_jax.training.loop import data_shard, holding, train
+from hmf_jax.training.loss import aux_coef
 from hmf_jax.training.schema import TrainConfig, yaml_module
 from hmf_jax.training.signals import stopping_at_once
 from hmf_jax.training.step import Loss, TrainState, make_train_step
@@ -55,6 +56,7 @@ from hmf_jax.training.step import Loss, TrainState, make_train_step
 _DATA = ("column", "template_options", "max_row_bytes", "packing", "overlong", "on_bad")
 _DATA += ("padding_side", "shuffle", "seed")
 _STEP = ("accumulate", "remat", "max_grad_norm", "num_iter", "impl", "chunk_size")
+_STEP += ("router_aux_loss_coef",)
 
 
 def fine_tune(
@@ -215,7 +217,7 @@ def _export(model: HybridLM, record: Record, *, lora: bool, progress: bool) -> N
             new.rmdir()
         model = merge_lora(model)
     with record.writing(MODEL) as directory:
-        save_pretrained(model, directory, overwrite=True, progress=progress)
+        save_pretrained(model, directory, overwrite=True, for_original=False, progress=progress)
 
 
 @dataclasses.dataclass
@@ -229,6 +231,7 @@ class Run:
       mesh: the devices; None: one.
       batch_size: rows of a batch, on all processes together.
       tokenizer: that of the model.
+      balance: coefficient of the load-balancing loss; None: there is none.
       batches: makes the data of the run from their beginning.
       seen: such data, read to their end if the length of the run depends on them, else not yet.
       steps: of the whole run.
@@ -241,6 +244,7 @@ class Run:
     mesh: Mesh | None
     batch_size: int
     tokenizer: Any = None
+    balance: float | None = None
     batches: functools.partial[Batches] = dataclasses.field(init=False)
     seen: Batches = dataclasses.field(init=False)
     steps: int = 0
@@ -260,6 +264,7 @@ class Run:
             _join_processes()
         source = resolve(config.model)
         model_config = HybridConfig.from_json(source).override(config.config_overrides)
+        balance = aux_coef(config.router_aux_loss_coef, model_config)
         mesh = for_model(_mesh(config), model_config)
         parts = 1 if mesh is None else row_parts(mesh)
         each = config.accumulate * parts
@@ -270,6 +275,7 @@ class Run:
                 f"{config.accumulate} x {parts}"
             )
         run = cls(config, source, model_config, mesh, batch_size)
+        run.balance = balance if loss is None else None
         output = Path(config.output).expanduser()
         check_output(output, run.inputs(), run.writes(), contents=False)
         if alone and jax.process_count() == 1 and output.is_dir():
@@ -367,8 +373,9 @@ class Run:
             if self.mesh is None
             else " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items() if n > 1)
         )
+        balance = "" if self.balance is None else f", load-balancing loss x {self.balance:g}"
         return (
-            f"model    {self.source}: {self.model_config.hybrid_override_pattern}\n"
+            f"model    {self.source}: {self.model_config.hybrid_override_pattern}{balance}\n"
             f"devices  {shape} ({device}), {jax.process_count()} process(es)\n"
             f"length   {self.steps} steps of {self.batch_size} rows of {c.seq_len} tokens, "
             f"{c.accumulate} micro-batch(es) each"

@@ -23,13 +23,14 @@ from hmf_jax.model import HybridLM
 from hmf_jax.packed import Origin
 from hmf_jax.parameters import abstract_params, flat_params
 from hmf_jax.sharding import constrain
-from hmf_jax.training.loss import next_token_loss
+from hmf_jax.training.loss import balanced_loss
 
 Array = jax.Array
 Params = dict[str, Array]
 Metrics = dict[str, Array]
-# (model, **batch, num_iter=, impl=) -> a sum over tokens and their number (or weight)
-Loss = Callable[..., tuple[Array, Array]]
+# (model, **batch, num_iter=, impl=) -> a sum over tokens and their number (or weight); if it wants
+# also further sums, which become metrics divided by that number ("loss": in place of the first)
+Loss = Callable[..., tuple[Array, Array] | tuple[Array, Array, Metrics]]
 
 BATCH = ("tokens", "loss_mask", "segment_ids", "positions")
 # Remat choice -> policy of `jax.checkpoint`; "none" keeps everything.
@@ -194,22 +195,28 @@ def make_train_step(
     num_iter: int | None = None,
     impl: str = "auto",
     chunk_size: int = 512,
+    router_aux_loss_coef: float | None = None,
 ) -> jax.stages.Wrapped:
     """One optimizer step as a jitted function: (state, batch) -> (state, metrics).
 
     The batch is a dict: tokens [B, T] and, if wanted, loss_mask, segment_ids and positions [B, T],
     see `next_token_loss`. The loss is the mean over all (target) tokens of the batch, so that
     neither accumulation nor the split over devices changes their weights. The state is donated.
+    In models with experts the load-balancing loss is added, see `balanced_loss`; of micro-batches
+    it is the mean, weighted with their targets.
 
     Metrics, float32 scalars: loss (nats per token), grad_norm (before clipping), tokens (weight of
     all targets), finite (bool), and learning_rate if the optimizer says it (`Recipe.optimizer` or
-    `optax.inject_hyperparams`). If the loss or a gradient is not finite, or the batch has no
-    target, the state stays as it was: the first makes finite False, the second tokens 0.
+    `optax.inject_hyperparams`); with experts aux_loss, the load-balancing loss that `loss` does not
+    include, before its coefficient, and busiest_expert (see `hmf_jax.moe`). If the loss or a
+    gradient is not finite, or the batch has no target, the state stays as it was: the first makes
+    finite False, the second tokens 0.
 
     Args:
       optimizer: the one that `TrainState.create` was given.
-      loss: a function of the model and the batch, default `next_token_loss`: it returns a sum over
-        tokens and their number, and is differentiated with respect to the model.
+      loss: a function of the model and the batch, default `balanced_loss`: it returns a sum over
+        tokens, which is differentiated with respect to the model, and their number; if it wants
+        also a dict of further sums, which become metrics ("loss": in place of the first).
       accumulate: micro-batches that the batch is cut into; must divide B.
       remat: what the backward pass computes again: "none"; "block": everything inside a block (only
         its input [B, T, d] is kept); "dots": all but matrix products with weights. Or one
@@ -218,6 +225,7 @@ def make_train_step(
       num_iter: Chebyshev iterations of GKA layers; None: the config's.
       impl: operator implementation, see `hmf_jax.pallas_kernels.dispatch`.
       chunk_size: positions whose logits exist at once in the default loss, see `cross_entropy`.
+      router_aux_loss_coef: coefficient of the load-balancing loss; None: the model's.
 
     Raises:
       ValueError: bad arguments; when called, a batch with unknown keys or wrong shapes.
@@ -225,14 +233,20 @@ def make_train_step(
     _check_settings(accumulate, max_grad_norm, chunk_size)
     choice_of = _remat_choices(remat)
     if loss is None:
-        loss = functools.partial(next_token_loss, chunk_size=chunk_size)
+        loss = functools.partial(
+            balanced_loss, chunk_size=chunk_size, router_aux_loss_coef=router_aux_loss_coef
+        )
+    elif router_aux_loss_coef is not None:
+        raise ValueError("router_aux_loss_coef is for the loss of the next token, not another one.")
 
     def objective(params: Params, frozen: Params, template: Template, batch: Mapping[str, Any]):
         model = template.model(frozen | params)
         choices = [choice_of.get(kind, "none") for kind in model.config.student_kinds]
         pairs = zip(model.layers, choices, strict=True)
         model.layers = nnx.List([b if c == "none" else Remat(b, c) for b, c in pairs])
-        return loss(model, **batch, num_iter=num_iter, impl=impl)
+        total, tokens, *more = loss(model, **batch, num_iter=num_iter, impl=impl)
+        sums = {"loss": total, **(more[0] if more else {})}
+        return total, (sums, tokens)
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         model = state.model()
@@ -242,29 +256,27 @@ def make_train_step(
 
         def gradients(micro: Params):
             args = (state.params, state.frozen, state.template, micro)
-            sums, grads = jax.value_and_grad(objective, has_aux=True)(*args)
-            return sums, {n: _like(exact(g), shardings[n]) for n, g in grads.items()}
+            grads, sums = jax.grad(objective, has_aux=True)(*args)
+            return {n: _like(exact(g), shardings[n]) for n, g in grads.items()}, sums
 
         if accumulate == 1:
-            (value, tokens), grads = gradients(batch)
+            grads, (sums, tokens) = gradients(batch)
         else:
             zeros = {
                 n: _like(jnp.zeros(p.shape, exact_dtype(p.dtype)), shardings[n])
                 for n, p in state.params.items()
             }
-            zero = jnp.zeros((), exact_dtype(model.dtype))
-            start = ((zero, jnp.zeros((), jnp.float32)), zeros)
-            (value, tokens), grads = _accumulated(gradients, batch, accumulate, start)
+            grads, (sums, tokens) = _accumulated(gradients, batch, accumulate, zeros)
 
         share = 1.0 / jnp.where(tokens > 0, tokens, 1)
-        value, grads = value * share, jax.tree.map(lambda g: g * share, grads)
+        sums, grads = jax.tree.map(lambda x: x * share, (sums, grads))
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
         if max_grad_norm is not None:
             scale = jnp.minimum(1.0, max_grad_norm / norm)
             grads = jax.tree.map(lambda g: g * scale, grads)
         new, rate = _updated(optimizer, state, grads, shardings, finite & (tokens > 0))
-        metrics = {"loss": value, "grad_norm": norm, "tokens": tokens}
+        metrics = {**sums, "grad_norm": norm, "tokens": tokens}
         metrics = {name: x.astype(jnp.float32) for name, x in metrics.items()} | {"finite": finite}
         return new, metrics if rate is None else {**metrics, "learning_rate": rate}
 
@@ -272,9 +284,9 @@ def make_train_step(
 
 
 def _accumulated(
-    gradients: Callable[[Params], Any], batch: Params, accumulate: int, zeros: Any
+    gradients: Callable[[Params], Any], batch: Params, accumulate: int, zeros: Params
 ) -> Any:
-    """The sum of `gradients` over micro-batches, one after the other; `zeros` is like one of them.
+    """The sum of `gradients` over micro-batches, one after the other; `zeros` are no gradients.
 
     Micro-batch i has the rows i, i + accumulate, ...: they stay on their devices.
     """
@@ -284,9 +296,11 @@ def _accumulated(
     }
 
     def add(total: Any, micro: Params) -> Any:
-        return jax.tree.map(jnp.add, total, gradients(micro)), None
+        grads, sums = gradients(micro)
+        return jax.tree.map(jnp.add, total, grads), sums
 
-    return jax.lax.scan(add, zeros, micros)[0]
+    grads, sums = jax.lax.scan(add, zeros, micros)
+    return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
 
 def _updated(

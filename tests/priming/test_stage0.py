@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from hmf_jax.config import BMojoConfig, GDNConfig, HybridConfig, SWAConfig
 from hmf_jax.loading import from_pretrained, save_pretrained
+from hmf_jax.mixers import all_sections
 from hmf_jax.parameters import flat_params
 from hmf_jax.priming import (
     describe_plan,
@@ -32,7 +33,14 @@ from tests.goldens import _recipe, cases, expected, golden
 from tests.util import random_model, rel, tiny_config
 
 ALL = "GKA*-*DA-GDN*-M2*-BMF*-SWA*-*"
-SECTIONS = {"gka": "gka_config", "gdn": "gdn_config", "bmojo": "bmojo_config", "swa": "swa_config"}
+QUICK_FAMILIES = ("priming_qwen3_next",)
+
+
+FAMILIES = [
+    case if case in QUICK_FAMILIES else pytest.param(case, marks=pytest.mark.slow)
+    for case in cases("priming", families=True)
+    if isinstance(case, str)
+]
 
 
 def base_model(layers: int = 7, dtype=jnp.float32, **changes):
@@ -54,25 +62,31 @@ def fused(base):
 
 
 def save_base(directory: Path, recorded: dict) -> None:
-    """The random Qwen3 that the recorded hybrids were made from."""
-    config = {k: v for k, v in recorded["config"].items() if not k.endswith("_config")}
-    for name in ("hybrid_override_pattern", "layer_types"):
-        del config[name]
-    config |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    """The random base model that the recorded hybrids were made from."""
+    config = recorded.get("base_config")
+    if config is None:  # of Qwen3
+        config = {k: v for k, v in recorded["config"].items() if not k.endswith("_config")}
+        for name in ("hybrid_override_pattern", "layer_types"):
+            del config[name]
+        config |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
-    params = _recipe().build(recorded["base_shapes"], recorded["base_seed"])
+    params = _recipe().build_base(recorded)
     save_file(params, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("case", cases("priming"))
+@pytest.mark.parametrize("case", cases("priming") + FAMILIES)
 @pytest.mark.parametrize("kind", ["fused", pytest.param("pure", marks=pytest.mark.slow)])
 def test_parameters_equal_the_recorded_ones(kind, case, tmp_path):
     directory = golden(case)
     recorded = json.loads((directory / "case.json").read_text())[kind]
     save_base(tmp_path / "base", recorded)
     target = HybridConfig.from_dict(recorded["config"])
-    sections = {name: getattr(target, name) for name in (*SECTIONS, "mamba2")}
+    sections = {
+        section.attribute: target.sections[section.attribute]
+        for section in all_sections()
+        if section.key in recorded["config"]
+    }
     pattern = recorded["config"]["hybrid_override_pattern"]
     options: Any = dict(dtype=jnp.float32, seed=3, progress=False)
     model = prime(tmp_path / "base", pattern, **sections, **options)
@@ -314,10 +328,6 @@ def test_bases_that_cannot_be_primed(base, fused, tmp_path):
     save_pretrained(base, tmp_path / "base", progress=False)
     file = tmp_path / "base" / "model.safetensors"
     tensors = load_file(file)
-    without = {n: x for n, x in tensors.items() if "q_norm" not in n and "k_norm" not in n}
-    save_file(without, file)
-    with pytest.raises(ValueError, match=r"no QK-norm .* only models with the attention of Qwen3"):
-        prime(tmp_path / "base", ALL, swa=SWAConfig(5), progress=False)
     del (
         tensors["model.layers.1.mlp.up_proj.weight"],
         tensors["model.layers.3.self_attn.k_norm.weight"],
