@@ -131,13 +131,14 @@ def _take_part(part: str, top: dict[str, Any], family: Family) -> Any:
                 f"{_VALUE_HEAD_DIM} {shown(value_dim)} is not supported, only that of "
                 f"{keys['head_dim']}, {shown(key_dim)}, is"
             )
-    fixed = {k.removeprefix(f"{part}."): v for k, v in family.options.items() if "." in k}
+    start = f"{part}."
+    fixed = {o.removeprefix(start): v for o, v in family.options.items() if o.startswith(start)}
     try:
         return _PARTS[part](**{**fixed, **given})
     except ValueError as e:
         text = str(e)
         for field, key in keys.items():
-            text = text.replace(f"{part}.{field}", key)
+            text = text.replace(f"{start}{field}", key)
         raise ValueError(text) from None
 
 
@@ -188,12 +189,17 @@ def _options(backbone: Backbone, family: Family) -> dict[str, Any]:
             out |= {f"{part}.{name}": value for name, value in (fields | lists).items()}
         elif part == "moe" and "every" in keys:  # dense throughout
             out["moe.num_experts"] = 0
-        elif settings is not None or (keys and not (part == "linear" and family.base_defaults)):
+        elif settings is not None or (keys and not family.base_defaults.keys() & keys.values()):
             raise ValueError(
                 f"{part}={settings} cannot be written for the family {family.name!r}: its models "
                 f"{'always have' if keys else 'do not have'} it"
             )
     return out
+
+
+def read_by(family: Family) -> set[str]:
+    """The keys of the top level that options of the family's models are read from."""
+    return {*_PLAIN, *family.keys.values(), _VALUE_HEAD_DIM, _PARTIAL}
 
 
 def take_layers(
@@ -392,6 +398,8 @@ def check_rest(rest: Mapping[str, Any], family: Family, notes: list[str]) -> Non
         if key == "attention_dropout":
             if check_number(key, value, 0, 1):
                 notes.append(f"attention_dropout {value} has no effect: nothing is dropped here")
+        elif key == "attention_bias" and value is False:
+            continue
         elif key == "attn_output_gate":
             if value is not family.options.get("output_gate", False):
                 raise ValueError(

@@ -77,6 +77,8 @@ def test_heads_follow_from_what_is_there():
     bare = {k: v for k, v in BASES["llama"].items() if k != "num_key_value_heads"}
     assert HybridConfig.from_dict(bare).num_key_value_heads == 4
     assert dataclasses.replace(hybrid("qwen2"), head_dim=32).to_dict()["head_dim"] == 32
+    narrower = dataclasses.replace(base("qwen2", head_dim=32), head_dim=8)
+    assert HybridConfig.from_dict(narrower.to_dict()).head_dim == 8
 
 
 def test_biases_of_each_family():
