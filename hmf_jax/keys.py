@@ -117,7 +117,8 @@ def _take_part(part: str, top: dict[str, Any], family: Family) -> Any:
     given = {field: top[key] for field, key in keys.items() if key in top}
     if part == "moe":
         count = given.get("num_experts", MoEConfig.num_experts)
-        if not keys or (count == 0 and check_int(keys["num_experts"], count, 0) == 0):
+        # Where layers may be dense, all of them may be.
+        if not keys or ("every" in keys and check_int(keys["num_experts"], count, 0) == 0):
             return None
         given["dense_layers"] = given.get("dense_layers") or ()
     else:
@@ -391,6 +392,11 @@ def check_rest(rest: Mapping[str, Any], family: Family, notes: list[str]) -> Non
         if key == "attention_dropout":
             if check_number(key, value, 0, 1):
                 notes.append(f"attention_dropout {value} has no effect: nothing is dropped here")
+        elif key == "attn_output_gate":
+            if value is not family.options.get("output_gate", False):
+                raise ValueError(
+                    f"{key} {shown(value)} is not supported in the family {family.name}"
+                )
         elif key.startswith("linear_num_"):
             raise ValueError(f"{key} is not supported in the family {family.name}")
         elif key in _NEUTRAL:

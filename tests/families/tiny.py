@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from hmf_jax.config import BMojoConfig, HybridConfig
-from hmf_jax.options import LinearHeads, MoEConfig, RopeConfig
+from hmf_jax.options import Backbone, LinearHeads, MoEConfig, RopeConfig
 from tests.util import tiny_config
 
 SIX = ("*", "GKA", "SWA", "GDN", "BMF", "M2")
@@ -62,6 +62,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         **_NEXT,
         rope=RopeConfig(partial_rotary_factor=0.5),
         moe=MoEConfig(8, 3, 12, shared_intermediate_size=20),
+        intermediate_size=Backbone.intermediate_size,  # all layers have experts; it is not stored
     ),
 }
 
