@@ -32,7 +32,7 @@ from hmf_jax.priming.distill import _square_error
 from hmf_jax.sharding import make_mesh
 from hmf_jax.training import TrainState, select_parameters
 from hmf_jax.verify import run_stage1, verify_dir
-from tests.families import FAMILIES, tiny_family
+from tests.families.tiny import FAMILIES, tiny_family
 from tests.goldens import cases, expected, golden
 from tests.util import random_model, rel, tiny_config
 
@@ -260,13 +260,13 @@ ALL = ("GKA*", "GDN*", "M2*", "BMF*", "SWA*", "*DA")
 @pytest.mark.parametrize(
     ("family", "kinds"),
     [("llama", ("SWA*", "*DA"))]
-    + [pytest.param("qwen3_next", ("GDN>GKA", "GDN", "*DA"), marks=pytest.mark.slow)]
+    + [pytest.param("qwen3_next", ("GDN>GKA", "*DA"), marks=pytest.mark.slow)]
     + [pytest.param(family, ALL, marks=pytest.mark.slow) for family in FAMILIES],
 )
 def test_a_step_of_every_family(family, kinds):
     """Students alone learn, as much when the backward pass computes them again."""
     results = []
-    for remat in ("block",) if kinds != ALL else ("block", "none"):
+    for remat in ("block", "none") if "GDN>GKA" in kinds else ("block",):
         model = random_model(tiny_family(family, kinds), jnp.float32)
         before = {path: np.asarray(x) for path, x in flat_params(model).items()}
         chosen = select_parameters(model, students(model.config))

@@ -32,7 +32,7 @@ from hmf_jax.priming import (
 )
 from hmf_jax.priming.stage0 import _gate, _queries
 from hmf_jax.sharding import make_mesh
-from tests.families import tiny_family
+from tests.families.tiny import tiny_family
 from tests.goldens import _recipe, cases, expected, golden
 from tests.util import random_model, rel, tiny_config
 
