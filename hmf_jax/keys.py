@@ -74,7 +74,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
         no_rope_layer_interval no_rope_layers norm_bias num_experts num_local_experts
         parallel_attn per_layer_config pruned_heads q_lora_rank qkv_clip query_pre_attn_scalar
         rope_interleaved scale_depth scale_emb text_config use_alibi use_bidirectional_attention
-        use_mup use_parallel_residual vision_config""".split(),
+        use_mrope use_mup use_parallel_residual vision_config""".split(),
         (False, 0, {}, []),
     ),
     **dict.fromkeys(

@@ -216,7 +216,7 @@ def _describe_mlp(c: HybridConfig) -> str:
     )
     if moe.shared_intermediate_size is not None:
         text += f", and one of {moe.shared_intermediate_size} for all"
-    return f"{text}{f'; {mlp} in {len(dense)} layers' if dense else ''})"
+    return f"{text}{f'; {mlp} in {len(dense)} of the layers' if dense else ''})"
 
 
 def describe_model(model: HybridLM) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from hmf_jax import families
 from hmf_jax.config import HybridConfig
 from hmf_jax.loading import save_pretrained
-from hmf_jax.memory import describe
+from hmf_jax.memory import describe, plan_memory
 from hmf_jax.mixers import BMojoConfig, SWAConfig
 from hmf_jax.presets import PRESETS
 from hmf_jax.table import num_active_parameters, num_parameters
@@ -102,3 +103,21 @@ def test_the_guide_has_every_family():
         presets = {n for n, p in PRESETS.items() if p.fields.get("family", "qwen3") == family.name}
         assert set(re.findall(r"`([^`]+)`", cells[3])) == presets
     assert all(f"`{name}`" in page for name in families.model_types())
+
+
+def test_memory_of_experts_and_of_a_tied_head():
+    config = hybrid("qwen3_moe", "*", "GKA", "*")
+    assert config.moe is not None
+    plan = plan_memory(config, 100, 40e6)
+    assert plan.weights >= 2 * num_parameters(config)  # A_log and dt_bias are float32
+    experts = 3 * config.moe.intermediate_size + 2 * config.hidden_size
+    dense = plan_memory(dataclasses.replace(config, moe=None), 100, 40e6)
+    assert plan.workspace - dense.workspace == 2048 * config.moe.experts_per_token * experts * 2
+    assert plan.sequence == dense.sequence
+    tied = plan_memory(dataclasses.replace(config, tie_word_embeddings=True), 100, 40e6)
+    assert plan.weights - tied.weights == 2 * config.vocab_size * config.hidden_size
+    text = describe(config)
+    assert "8 experts of 24 (3 per token; MLP 48 in 1 of the layers)" in text
+    assert f"{num_active_parameters(config):,} of them used by a token" in text
+    assert "and one of 20 for all" in describe(hybrid("qwen3_next"))
+    assert "2 heads of queries and keys, 4 of values, of 16" in describe(hybrid("qwen3_next"))

@@ -31,7 +31,8 @@ def test_the_number_of_experts_has_two_names():
     with pytest.raises(ValueError, match="num_experts is 8 but num_local_experts is 9"):
         base("qwen3_moe", num_local_experts=9)
     assert base("qwen3_next", num_experts=0).moe is None
-    assert base("qwen3_next").override({"num_local_experts": 5}).moe.num_experts == 5
+    other = base("qwen3_next").override({"num_local_experts": 5})
+    assert other.moe and other.moe.num_experts == 5
 
 
 @pytest.mark.parametrize(
