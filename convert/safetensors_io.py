@@ -212,7 +212,7 @@ def _missing(directory: Path, files: list[str]) -> str:
     found = {p.suffix for p in directory.iterdir()}
     what = f"{directory} lacks model*.safetensors files"
     if ".gguf" in found:
-        return f"{what}: GGUF files are not read; download the repository it was made from"
+        return f"{what}; of a GGUF file, `hmf-jax convert FILE.gguf DIR` makes a model"
     if found & {".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5"}:
         return (
             f"{what}: pickled .bin and other files are not read; convert them to safetensors (in "

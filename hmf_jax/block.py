@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.layers import MLP, RMSNorm, untabulated
+from hmf_jax.layers import MLP, backbone_norm, untabulated
 from hmf_jax.mixers import Context, Mixer, make_mixer, split_symbol
 from hmf_jax.moe import MoE, Routing
 from hmf_jax.sharding import constrain
@@ -30,9 +30,9 @@ class Block(nnx.Module):
             return make_mixer(kind, config, config.sections, dtype=dtype, rngs=rngs)
 
         kind, teacher = split_symbol(symbol)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.input_layernorm = backbone_norm(config.hidden_size, config, dtype)
         self.mixer = mixer(kind)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = backbone_norm(config.hidden_size, config, dtype)
         self.mlp = (MoE if sparse else MLP)(config, dtype, rngs)
         self.teacher = None if teacher is None else mixer(teacher)
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from hmf_jax import families, overrides, presets
+from hmf_jax import families, keys, overrides, presets
 from hmf_jax.convert.reading import read_json
-from hmf_jax.families import FAMILIES, KNOWN_MODEL_TYPES, TOKENS
+from hmf_jax.families import FAMILIES, KNOWN_MODEL_TYPES
+from hmf_jax.keys import TOKENS
 from hmf_jax.mixers import (
     BASE,
     KINDS,
@@ -32,11 +33,9 @@ from hmf_jax.mixers import (
 )
 from hmf_jax.options import (
     MOST_ITERATIONS,
-    SCALINGS,
     Backbone,
     RopeConfig,
     check_choice,
-    check_int,
     names,
     nearest,
     shown,
@@ -112,10 +111,10 @@ class HybridConfig(Backbone):
         check_choice("family", family, FAMILIES)
         own = {
             "layer_kinds": layer_kinds,
-            "sections": sections_of(needed, check_sections({**(sections or {}), **given})),
-            "pad_token_id": _check_token("pad_token_id", pad_token_id),
-            "bos_token_id": _check_token("bos_token_id", bos_token_id),
-            "eos_token_id": _check_tokens("eos_token_id", eos_token_id),
+            "sections": sections_of(needed, check_sections({**(sections or {}), **given}), self),
+            "pad_token_id": keys.check_token("pad_token_id", pad_token_id),
+            "bos_token_id": keys.check_token("bos_token_id", bos_token_id),
+            "eos_token_id": keys.check_tokens("eos_token_id", eos_token_id),
             "family": family,
             "extra": _check_text("extra", extra),
             "stock": None if stock is None else _check_text("stock", stock),
@@ -157,8 +156,23 @@ class HybridConfig(Backbone):
     def is_stock(self) -> bool:
         """Whether it is stored as a base model, which other libraries load: it was read as one,
         and all its layers are of kinds that base models have."""
-        base = all(symbol in KINDS and KINDS[symbol].layer_type for symbol in self.layer_kinds)
-        return self.stock is not None and base
+        if self.stock is None or not set(self.layer_kinds) <= {*FAMILIES[self.family].base_kinds}:
+            return False
+        kinds = [KINDS[symbol] for symbol in self.layer_kinds]
+        unsaid = [k.section for k in kinds if k.section and not k.base_keys(self.sections)]
+        # What base models do not say must be what it always is there.
+        return all(self.sections[s.attribute] == s.type(**s.defaults(self)) for s in unsaid)
+
+    @property
+    def foreign_layers(self) -> tuple[str, ...]:
+        """The symbols of layers that the original has not in this family: it cannot load them."""
+        lacks, found = FAMILIES[self.family].unreadable, []
+        for symbol in dict.fromkeys(() if self.is_stock else self.layer_kinds):
+            kinds = [kind for kind in split_symbol(symbol) if kind]
+            inner = [f"{k}:{i}" for k in kinds for i in KINDS[k].inner(self.sections)]
+            if any(name in lacks for name in (symbol, *kinds, *inner)):
+                found.append(symbol)
+        return tuple(found)
 
     @property
     def solves(self) -> bool:
@@ -207,7 +221,8 @@ class HybridConfig(Backbone):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HybridConfig:
-        """Reads a config.json object: a hybrid's, or a base model's (`hybrid_qwen3`, `qwen3`).
+        """Reads a config.json object: a hybrid's, a base model's, or the text part of a model with
+        images; `hmf_jax.families.model_types()` lists the model types.
 
         Accepts new (`rope_parameters`) and legacy (`rope_theta`, `rope_scaling`) RoPE keys, mixer
         dicts with or without geometry, every alias of the inner B'MOJO-F mixer, and merges
@@ -223,9 +238,10 @@ class HybridConfig(Backbone):
         if not isinstance(data, Mapping):
             raise ValueError(f"config.json must be a JSON object, got {shown(data)}")
         notes: list[str] = []
+        data = families.text_part(data, notes)
         rest = dict(data)
         family, hybrid = families.take_family(rest)
-        rest = {**family.defaults, **rest}
+        rest = families.fill_in(rest, family, hybrid, notes)
         if rest.get("quantization_config"):
             raise ValueError(
                 "quantized checkpoints are not supported; dequantize the weights to bfloat16 and "
@@ -233,14 +249,14 @@ class HybridConfig(Backbone):
             )
         if (act := rest.pop("hidden_act", "silu")) not in ("silu", "swish"):
             raise ValueError(f"hidden_act {shown(act)} is not supported, only 'silu' is")
-        values = families.take_backbone(rest, family, notes)
-        values["layer_kinds"] = families.take_layers(rest, family, hybrid, notes)
+        values = keys.take_backbone(rest, family, notes)
+        values["layer_kinds"] = keys.take_layers(rest, family, hybrid, notes)
         options = [field.name for field in dataclasses.fields(Backbone)]
         backbone = Backbone(**{k: v for k, v in values.items() if k in options})
-        values |= families.take_tokens(rest, backbone.vocab_size, notes)
+        values |= keys.take_tokens(rest, backbone.vocab_size, notes)
         sections = take_sections(rest, backbone, len(values["layer_kinds"]), notes)
         kept = {section.key for section in all_sections()} | {"rope_parameters"}
-        families.check_rest({k: v for k, v in rest.items() if k not in kept}, notes)
+        keys.check_rest({k: v for k, v in rest.items() if k not in kept}, family, notes)
         known = _constants(family) if hybrid else {}  # written in any case
         config = cls(
             **values,
@@ -263,9 +279,13 @@ class HybridConfig(Backbone):
         read, legacy = json.loads(self.stock or "{}"), families.LEGACY_ROPE
         if "torch_dtype" in read and "dtype" not in read:
             del out["dtype"]
+        for name, other in (families.EXPERTS, families.EXPERTS[::-1]):
+            if name in read and other in out:  # its name there
+                out[name] = out.pop(other)
         if not self._as_read(read):
             # One value may imply another: only what means nothing here stays as it was read.
-            read = {k: v for k, v in read.items() if k not in out and k not in legacy}
+            implied = {*legacy, *keys.read_by(FAMILIES[self.family])}
+            read = {k: v for k, v in read.items() if k not in out and k not in implied}
         elif "rope_parameters" not in read and any(k in read for k in legacy):
             del out["rope_parameters"]
         return dict(sorted({**out, **read}.items()))
@@ -278,7 +298,7 @@ class HybridConfig(Backbone):
         """config.json with every key under its present name; `copies`: see `Section`."""
         family, kinds = FAMILIES[self.family], [KINDS.get(symbol) for symbol in self.layer_kinds]
         out: dict[str, Any] = {
-            **families.backbone_keys(self, family),
+            **keys.backbone_keys(self, family),
             "dtype": "bfloat16",
             "hidden_act": "silu",
             "num_hidden_layers": self.num_hidden_layers,
@@ -290,13 +310,17 @@ class HybridConfig(Backbone):
         out["rope_parameters"] |= extra.pop("rope_parameters", {})
         if self.is_stock:
             out["model_type"], out["architectures"] = family.stock[0], [family.architectures[1]]
-            out["layer_types"] = [kind.layer_type for kind in kinds if kind]
+            if "GDN" in family.base_kinds or family.windows == "from":
+                out["layer_types"] = [kind.layer_type for kind in kinds if kind]
             for kind in kinds:
                 out |= kind.base_keys(self.sections) if kind else {}
+            if family.windows == "always":
+                out.pop("use_sliding_window", None)
         else:
             out |= _constants(family)
             out["model_type"], out["architectures"] = family.hybrid, [family.architectures[0]]
-            out["layer_types"] = list(self.layer_kinds)
+            if family.layer_types:
+                out["layer_types"] = keys.layer_types(self.layer_kinds, family)
             out["hybrid_override_pattern"] = self.hybrid_override_pattern
             for section in all_sections():
                 if section.attribute in self.sections:
@@ -337,10 +361,9 @@ class HybridConfig(Backbone):
             if ("hybrid_override_pattern",) not in paths:  # which would come first
                 del data["hybrid_override_pattern"]
         new, notes = HybridConfig._read(data)
-        ignored = [path for path in _unread(new) - _unread(self) if {path, path[:1]} & set(paths)]
-        for path in ignored:
-            if not families.is_known(path[0]):
-                raise ValueError(overrides.unknown(path, _known_keys(self)))
+        for path in overrides.unread(new.extra) - overrides.unread(self.extra):
+            if {path, path[:1]} & set(paths) and not keys.is_known(path[0]):
+                raise ValueError(overrides.unknown(path, self._keys()))
         hybrid = new.stock is None
         for key in families.WINDOW_KEYS:
             if (key,) in paths and data[key] and (hybrid or set(new.layer_kinds) == {BASE}):
@@ -353,13 +376,15 @@ class HybridConfig(Backbone):
     def preset(
         cls, name: str, mixer: str | Sequence[str] | None = None, **overrides: Any
     ) -> HybridConfig:
-        """A ready-made shape: "tiny" (tests and demos), "8b" or "32b" (Qwen3-8B / Qwen3-32B).
+        """A ready-made shape: "tiny" (tests and demos), "8b" or "32b" (Qwen3-8B / Qwen3-32B), or a
+        model of another family by its name, "llama-3.1-8b"; `hmf_jax.presets.PRESETS` has all.
 
-        `mixer` names what replaces attention in the converted half of the layers: one symbol, or
-        several that take turns; "*" keeps attention everywhere. The converted layers of 8b and 32b
-        are the top half of the original's layer-selection ranking. The default is GKA; the default
-        tiny model has one layer of each of the six kinds. `overrides` are fields of this class
-        (e.g. `layer_kinds=`).
+        `mixer` names what replaces half of the layers: one symbol, or several that take turns; "*"
+        keeps the base model's layers. In 8b and 32b it is the top half of the original's
+        layer-selection ranking, in the others (no ranking was published) every second layer, and of
+        Qwen3-Next two of the three Gated DeltaNet layers in front of each layer of attention. The
+        default is GKA; the default tiny model has one layer of each of the six kinds. `overrides`
+        are fields of this class (e.g. `layer_kinds=`).
         """
         return cls(**presets.preset(name, mixer, overrides))
 
@@ -370,17 +395,6 @@ _OWN = ("layer_kinds", "sections", "family", "extra", "stock", "attention_bias",
 def _constants(family: families.Family) -> dict[str, Any]:
     """What every hybrid of the family is written with."""
     return {"dtype": "bfloat16", **family.constants}
-
-
-def _check_token(name: str, value: Any) -> int | None:
-    # Released files also say -1 for "none".
-    return None if value is None else check_int(name, value, -1, 2**31 - 1)
-
-
-def _check_tokens(name: str, value: Any) -> int | tuple[int, ...] | None:
-    if isinstance(value, list | tuple):
-        return tuple(check_int(name, token, -1, 2**31 - 1) for token in value)
-    return _check_token(name, value)
 
 
 def _check_text(name: str, value: Any) -> str:
@@ -409,26 +423,6 @@ def _text(data: Mapping[str, Any]) -> str:
 def _warn(notes: Sequence[str], file: str | Path = "config.json") -> None:
     for note in notes:
         warnings.warn(f"{file}: {note}", skip_file_prefixes=(str(Path(__file__).parent),))
-
-
-def _unread(config: HybridConfig) -> set[tuple[str, ...]]:
-    """The keys of config.json that nothing has read, as paths."""
-    found: set[tuple[str, ...]] = set()
-    inside = {section.key for section in all_sections()} | {"rope_parameters"}
-    for key, value in json.loads(config.extra).items():
-        found |= {(key, leaf) for leaf in value} if key in inside else {(key,)}
-    return found
-
-
-def _known_keys(config: HybridConfig) -> list[str]:
-    """The keys of config.json that are read, with dots into objects."""
-    rope = [f"rope_parameters.{name}" for name in ("rope_type", *SCALINGS["yarn"])]
-    settings = [
-        f"{section.key}.{field.name}"
-        for section in all_sections()
-        for field in dataclasses.fields(section.type)
-    ]
-    return [*config._keys(), *families.LEGACY_ROPE, *rope, *settings]
 
 
 def __getattr__(name: str) -> Any:

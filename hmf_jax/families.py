@@ -1,7 +1,8 @@
-"""Base families: one table of data, and the reading and writing of config.json by it.
+"""Base families: one table of data.
 
 A family is a row. Layers read the options of `hmf_jax.options.Backbone`, never a family's name; a
 row says which options a family's models have, and under which keys of config.json they are kept.
+`hmf_jax.keys` reads and writes config.json by it.
 """
 
 from __future__ import annotations
@@ -10,20 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hmf_jax.mixers import BASE, KINDS, check_symbols, known_symbols
-from hmf_jax.mixers.attention import base_window
-from hmf_jax.options import (
-    MOST_LAYERS,
-    SCALINGS,
-    Backbone,
-    RopeConfig,
-    check_bool,
-    check_int,
-    check_number,
-    check_object,
-    names,
-    shown,
-)
+from hmf_jax.mixers import BASE
+from hmf_jax.options import check_bool, check_object, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +26,24 @@ class Family:
       architectures: class names of its hybrids and of its base models.
       num_hidden_layers: layers of a base model that does not say how many.
       defaults: values of keys that are absent, where they are not those of `Backbone`.
-      options: options of `Backbone` that all its models have.
-      keys: option of `Backbone` -> the key that says it.
+      base_defaults: the same, in base models alone.
+      options: options of `Backbone` that all its models have. As in `keys`, "moe.every" is the
+        field `every` of the option `moe`.
+      keys: option of `Backbone` -> the key that says it. A family without keys of `moe` is dense,
+        and one without keys of `linear` has no heads but those of attention.
+      absent: options that have keys of their own name in all other families, and none in this one.
+      rope: further fields of `RopeConfig` that its models read.
       constants: keys that are written into hybrids and mean nothing here.
+      layout: how its base models store layers that are not attention, see `Kind.base_rows`.
       experts: how its checkpoints hold experts, "per_expert" or "stacked"; both are read.
-      prefixes: beginning of tensor names in its checkpoints -> what it stands for.
-      ignored: beginnings of names of tensors that the text model does not need.
+      unused: keys, also of rope_parameters, that are kept although they mean nothing here.
+      windows: which layers of a base model that switches a sliding window on have one: "from"
+        max_window_layers on, "all", or "always" all, and there is no switch; "" for none.
+      layer_types: whether hybrids have this key.
+      unreadable: layers that the original's classes of this family do not have, by their symbols;
+        "BMF:M2" is B'MOJO-F around Mamba-2.
+      ignored: how names of checkpoint tensors begin that are of no use to a text model.
+      prefixes: how names of checkpoint tensors may begin -> how they begin here.
     """
 
     name: str
@@ -51,13 +52,59 @@ class Family:
     architectures: tuple[str, str]
     num_hidden_layers: int = 32
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    base_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    rope: tuple[str, ...] = ()
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layout: str = "packed"
     experts: str = "per_expert"
-    prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    windows: str = ""
+    layer_types: bool = True
+    unreadable: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def part(self, name: str) -> dict[str, str]:
+        """The keys of an option that has fields ("moe", "linear"): field -> key."""
+        start = f"{name}."
+        return {o.removeprefix(start): key for o, key in self.keys.items() if o.startswith(start)}
+
+    @property
+    def base_kinds(self) -> tuple[str, ...]:
+        """The symbols of the layers that its base models may have."""
+        windowed = ("SWA",) if self.windows else ()
+        return (BASE, *windowed, *(("GDN",) if self.part("linear") else ()))
+
+
+_ATTENTION_BIAS = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+_EXPERTS = {
+    "moe.experts_per_token": "num_experts_per_tok",
+    "moe.intermediate_size": "moe_intermediate_size",
+    "moe.aux_coef": "router_aux_loss_coef",
+}
+_SOME_DENSE = {
+    "moe.renormalize": "norm_topk_prob",
+    "moe.every": "decoder_sparse_step",
+    "moe.dense_layers": "mlp_only_layers",
+}
+_SHARED = {
+    **_EXPERTS,
+    "moe.num_experts": "num_experts",
+    "moe.shared_intermediate_size": "shared_expert_intermediate_size",
+}
+_LINEAR = {
+    "linear.num_key_heads": "linear_num_key_heads",
+    "linear.num_value_heads": "linear_num_value_heads",
+    "linear.head_dim": "linear_key_head_dim",
+    "linear.conv_size": "linear_conv_kernel_dim",
+}
+_WRITTEN = {"attention_dropout": 0.0, "use_cache": True}
+_NO_WINDOW = {"sliding_window": None, "use_sliding_window": False}
+_NO_LOGITS = {"output_router_logits": False}
+_NEXT_ONLY = ("GDN>GKA",)
 
 _TABLE = (
     Family(
@@ -67,84 +114,262 @@ _TABLE = (
         architectures=("HybridQwen3ForCausalLM", "Qwen3ForCausalLM"),
         defaults={"sliding_window": 4096, "max_window_layers": 28},
         options={"qk_norm": True},
-        keys={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
-        constants={
-            "attention_dropout": 0.0,
-            "max_window_layers": 28,
-            "sliding_window": None,
-            "use_cache": True,
-            "use_sliding_window": False,
+        keys=_ATTENTION_BIAS,
+        constants={**_WRITTEN, **_NO_WINDOW, "max_window_layers": 28},
+        windows="from",
+        unreadable=_NEXT_ONLY,
+    ),
+    Family(
+        name="llama",
+        hybrid="hybrid_llama",
+        stock=("llama",),
+        architectures=("HybridLlamaForCausalLM", "LlamaForCausalLM"),
+        defaults={
+            "vocab_size": 32000,
+            "intermediate_size": 11008,
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
         },
+        options={"qk_norm": False},
+        keys={**_ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
+        constants={**_WRITTEN, "pretraining_tp": 1},
+        unreadable=_NEXT_ONLY,
+    ),
+    Family(
+        name="qwen2",
+        hybrid="hybrid_qwen2",
+        stock=("qwen2",),
+        architectures=("HybridQwen2ForCausalLM", "Qwen2ForCausalLM"),
+        defaults={"head_dim": None, "sliding_window": 4096, "max_window_layers": 28},
+        options={"qk_norm": False, "qkv_bias": True},
+        absent=("head_dim",),
+        constants={**_WRITTEN, **_NO_WINDOW, "max_window_layers": 28},
+        unused=("mrope_section",),
+        windows="from",
+        unreadable=_NEXT_ONLY,
+        ignored=("visual.", "model.visual."),
+        prefixes={"model.language_model.": "model."},
+    ),
+    Family(
+        name="ministral3",
+        hybrid="hybrid_ministral3",
+        stock=("ministral3",),
+        architectures=("HybridMinistral3ForCausalLM", "Ministral3ForCausalLM"),
+        num_hidden_layers=34,
+        defaults={
+            "vocab_size": 131072,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "pad_token_id": 11,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        options={"qk_norm": False, "bmojo_bias": True},
+        rope=("llama_4_scaling_beta",),
+        constants={**_WRITTEN, "sliding_window": None},
+        unused=("max_position_embeddings",),
+        windows="always",
+        layer_types=False,
+        unreadable=_NEXT_ONLY,
+    ),
+    Family(
+        name="qwen3_moe",
+        hybrid="hybrid_qwen3_moe",
+        stock=("qwen3_moe",),
+        architectures=("HybridQwen3MoeForCausalLM", "Qwen3MoeForCausalLM"),
+        num_hidden_layers=24,
+        defaults={
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_key_value_heads": 4,
+            "head_dim": None,
+            "sliding_window": 4096,
+            "norm_topk_prob": False,
+        },
+        options={"qk_norm": True},
+        keys={
+            **_ATTENTION_BIAS,
+            **_EXPERTS,
+            **_SOME_DENSE,
+            "moe.num_experts": "num_local_experts",
+        },
+        constants={**_WRITTEN, **_NO_WINDOW, **_NO_LOGITS},
+        windows="all",
+        unreadable=_NEXT_ONLY,
+    ),
+    Family(
+        name="qwen3_next",
+        hybrid="qwen3_next_hmf",
+        stock=("qwen3_next",),
+        architectures=("Qwen3NextHMFForCausalLM", "Qwen3NextForCausalLM"),
+        num_hidden_layers=48,
+        defaults={
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "num_experts": 512,
+            "num_experts_per_tok": 10,
+            "partial_rotary_factor": 0.25,
+            "linear_num_key_heads": 16,
+        },
+        options={"qk_norm": True, "output_gate": True, "zero_centered_norm": True},
+        keys={**_ATTENTION_BIAS, **_SHARED, **_SOME_DENSE, **_LINEAR},
+        rope=("partial_rotary_factor",),
+        constants={**_WRITTEN, **_NO_LOGITS},
+        unused=("full_attention_interval",),
+        unreadable=("M2", "SWA"),
+        ignored=("mtp.",),
+    ),
+    Family(
+        name="qwen3_5_moe",
+        hybrid="qwen3_5_moe_hmf_text",
+        stock=("qwen3_5_moe_text",),
+        architectures=("Qwen3_5MoeHMFForCausalLM", "Qwen3_5MoeForCausalLM"),
+        num_hidden_layers=40,
+        defaults={
+            "vocab_size": 248320,
+            "hidden_size": 2048,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "num_experts": 256,
+            "partial_rotary_factor": 0.25,
+        },
+        base_defaults={"linear_num_key_heads": 16},
+        options={"qk_norm": True, "output_gate": True, "zero_centered_norm": True},
+        keys={**_ATTENTION_BIAS, **_SHARED, **_LINEAR},
+        absent=("intermediate_size",),
+        rope=("partial_rotary_factor",),
+        constants={**_WRITTEN, **_NO_LOGITS},
+        layout="split",
+        experts="stacked",
+        unused=(
+            "full_attention_interval",
+            "mamba_ssm_dtype",
+            "mlp_only_layers",
+            "mrope_interleaved",
+            "mrope_section",
+            "mtp_num_hidden_layers",
+            "mtp_use_dedicated_embeddings",
+        ),
+        unreadable=("M2", "SWA", "BMF:M2"),
+        ignored=("mtp.", "visual.", "model.visual."),
+        prefixes={"model.language_model.": "model."},
     ),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE}
-# Base families of the original that this package knows by name but cannot run yet.
-KNOWN_MODEL_TYPES = (
-    "hybrid_qwen2",
-    "hybrid_llama",
-    "hybrid_ministral3",
-    "hybrid_qwen3_moe",
-    "qwen3_next_hmf",
-    "qwen3_5_moe_hmf",
-    "hybrid_qwen2_5_vl",
-)
-# Options of the backbone that differ between families.
-_OPTIONS = ("qk_norm", "qkv_bias", "o_bias", "mlp_bias")
-# Options that config.json keeps under their own names.
-_PLAIN = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-    "initializer_range",
-)
-TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-# In older files, in place of rope_parameters.
-LEGACY_ROPE = ("rope_theta", "rope_scaling", "original_max_position_embeddings")
-_SLIDING = "sliding_attention"
+
+_VL_TEXT = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "max_window_layers": 80,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+_MISTRAL = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+# Base models that are those of a family under another name: the family's model type, and what
+# absent keys mean there.
+ALSO: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "mistral": ("llama", _MISTRAL),
+    "qwen2_5_vl_text": ("qwen2", _VL_TEXT),
+}
+# Models of several parts -> the model type of the text model in them, all of them that is read.
+COMPOSITES = {
+    "hybrid_qwen2_5_vl": "hybrid_qwen2",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen3_5_moe_hmf": "qwen3_5_moe_hmf_text",
+}
+# Model types that are often asked for and cannot run -> what to do, or why.
+REFUSED = {
+    "gemma3": "other norms and windows",
+    "gpt_oss": "attention sinks and biases of experts",
+    "llama4": "chunked attention and other experts",
+    "llama4_text": "chunked attention and other experts",
+    "mistral3": "split the text model (model_type ministral3) off first",
+    "mixtral": "other names and gates of experts",
+    "phi3": "joined projections",
+    "qwen2_5_omni": "audio and video",
+    "qwen2_moe": "attention has biases and experts have no norms; Qwen3-MoE is supported",
+    "qwen2_vl": "Qwen2.5-VL is supported, its text model",
+    "qwen3_5": "the dense Qwen3.5; Qwen3.5-MoE is supported",
+    "qwen3_5_text": "the dense Qwen3.5; Qwen3.5-MoE is supported",
+    "qwen3_vl": "split the text model (model_type qwen3) off first",
+    "qwen3_vl_moe": "split the text model (model_type qwen3_moe) off first",
+}
+KNOWN_MODEL_TYPES = tuple(REFUSED)
+# The number of experts has two names, and both are read.
+EXPERTS = ("num_experts", "num_local_experts")
 # The windows of base models. Those of a hybrid are its pattern's and swa_config's.
 WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers")
-# Keys that libraries write for themselves. They say nothing about the numbers a model computes.
-BOOKKEEPING = frozenset(
-    """_name_or_path _commit_hash _attn_implementation _attn_implementation_autoset
-    attn_implementation _experts_implementation auto_map chunk_size_feed_forward dtype
-    finetuning_task id2label label2id model_name name_or_path num_labels output_attentions
-    output_hidden_states prefix problem_type return_dict sep_token_id task_specific_params
-    tokenizer_class torch_dtype torchscript transformers_version unsloth_fixed unsloth_version
-    use_bfloat16 use_cache""".split()
-)
-# Keys that would change what a model computes, and the values at which they do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(
-        """add_cross_attention alibi attention_chunk_size attention_sinks attn_logit_softcapping
-        clip_qkv compression_config embedding_size final_logit_softcapping is_encoder_decoder
-        kv_lora_rank logit_softcapping logits_soft_cap mlp_bias moe_intermediate_size
-        no_rope_layer_interval no_rope_layers norm_bias num_experts num_local_experts
-        parallel_attn per_layer_config pruned_heads q_lora_rank qkv_clip query_pre_attn_scalar
-        rope_interleaved scale_depth scale_emb text_config use_alibi use_bidirectional_attention
-        use_mup use_parallel_residual vision_config""".split(),
-        (False, 0, {}, []),
-    ),
-    **dict.fromkeys(
-        """attention_multiplier embedding_multiplier logit_scale logits_scaling lm_head_multiplier
-        mup_scale partial_rotary_factor residual_multiplier rotary_pct""".split(),
-        (1,),
-    ),
-    **dict.fromkeys(("is_causal", "qk_layernorm", "qk_norm", "use_qk_norm", "use_rope"), (True,)),
-    "hidden_activation": ("silu", "swish"),
-    "norm_type": ("rmsnorm",),
-    "position_embedding_type": ("rope", "absolute"),  # the default that old files have
-}
+# In older files, in place of rope_parameters.
+LEGACY_ROPE = ("rope_theta", "rope_scaling", "original_max_position_embeddings")
 
 
 def model_types() -> tuple[str, ...]:
     """The model types of config.json that can run."""
-    return tuple(name for f in FAMILIES.values() for name in (f.hybrid, *f.stock))
+    of_families = (name for f in FAMILIES.values() for name in (f.hybrid, *f.stock))
+    return (*of_families, *ALSO, *COMPOSITES)
+
+
+def text_part(data: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The config.json of the text model in that of a model of several parts; a copy of others."""
+    model_type = data.get("model_type")
+    if not isinstance(model_type, str) or model_type not in COMPOSITES:
+        return dict(data)
+    notes.append(f"of a {model_type} model only the text part is read, nothing of images or video")
+    text = check_object("text_config", data.get("text_config"))
+    if text is None:  # older files have its keys at the top level
+        text = {k: v for k, v in data.items() if not k.startswith(("vision_", "image_", "video_"))}
+    text.pop("architectures", None)
+    tied = (text.get("tie_word_embeddings"), data.get("tie_word_embeddings"))
+    if any(value is not None for value in tied):
+        text["tie_word_embeddings"] = any(check_bool("tie_word_embeddings", v) for v in tied if v)
+    for key in ("quantization_config", "dtype", "torch_dtype", "transformers_version"):
+        if key in data:
+            text.setdefault(key, data[key])
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = check_object(key, text.get(key))
+        if rope and "mrope" in (rope.get("type"), rope.get("rope_type")):
+            # Of a text all three axes of positions are the same: it is plain RoPE.
+            text[key] = {**{k: v for k, v in rope.items() if k != "type"}, "rope_type": "default"}
+    also = ALSO.get(COMPOSITES[model_type])
+    if also is None:
+        return {**text, "model_type": COMPOSITES[model_type]}
+    return {**text, **_absent(also[1], text), "model_type": also[0]}
 
 
 def take_family(top: dict[str, Any]) -> tuple[Family, bool]:
@@ -161,212 +386,62 @@ def take_family(top: dict[str, Any]) -> tuple[Family, bool]:
         types = {f.architectures[0]: f.hybrid for f in families}
         types |= {f.architectures[1]: f.stock[0] for f in families}
         model_type = next((types[str(a)] for a in architectures or () if str(a) in types), None)
+    if isinstance(model_type, str) and model_type in ALSO:
+        like, defaults = ALSO[model_type]
+        top |= _absent(defaults, top)
+        if model_type == "mistral" and top["sliding_window"] is not None:
+            raise ValueError(
+                f"sliding_window {shown(top['sliding_window'])} of a mistral model is not "
+                "supported, only null is (absent means 4096)"
+            )
+        model_type = like
     for family in families:
         if model_type == family.hybrid or model_type in family.stock:
             return family, model_type == family.hybrid or "hybrid_override_pattern" in top
+    reason = REFUSED.get(str(model_type))
+    why = f" ({reason})" if reason else ""
     raise ValueError(
-        f"model_type {shown(model_type)} is not supported; supported are "
-        f"{', '.join(model_types())}. "
-        f"Known base families that are not supported yet: {', '.join(KNOWN_MODEL_TYPES)}"
+        f"model_type {shown(model_type)} is not supported{why}; supported are "
+        f"{', '.join(model_types())}"
     )
 
 
-def take_backbone(top: dict[str, Any], family: Family, notes: list[str]) -> dict[str, Any]:
-    """The options of `Backbone` that a config.json gives; removes them from the top level.
-
-    `notes` gets a line for everything that is there and has no effect; so below.
-    """
-    values: dict[str, Any] = {**family.options}
-    values |= {
-        option: check_bool(key, top[key]) for option, key in family.keys.items() if key in top
-    }
-    for key in family.keys.values():
-        top.pop(key, None)
-    values |= {name: top.pop(name) for name in _PLAIN if name in top}
-    heads = values.get("num_attention_heads", Backbone.num_attention_heads)
-    if values.get("num_key_value_heads") is None:
-        values["num_key_value_heads"] = heads
-    if values.get("head_dim", 0) is None:
-        width = check_int("hidden_size", values.get("hidden_size", Backbone.hidden_size), 1)
-        values["head_dim"] = width // check_int("num_attention_heads", heads, 1)
-    positions = values.get("max_position_embeddings", Backbone.max_position_embeddings)
-    check_int("max_position_embeddings", positions, 1)
-    values["rope"] = _take_rope(top, positions, notes)
-    return values
-
-
-def backbone_keys(backbone: Backbone, family: Family) -> dict[str, Any]:
-    """The keys of config.json that say these options.
-
-    Raises ValueError for options that no model of the family has.
-    """
-    out: dict[str, Any] = {name: getattr(backbone, name) for name in _PLAIN}
-    for option in _OPTIONS:
-        value, key = getattr(backbone, option), family.keys.get(option)
-        if key is None:
-            possible = family.options.get(option, getattr(Backbone, option))
-        else:
-            possible = out.setdefault(key, value)  # several options may share a key
-        if value != possible:
-            why = f"{key} is {possible}" if key else f"they have {option}={possible}"
-            raise ValueError(
-                f"{option}={value} cannot be written for the family {family.name!r}: {why}"
-            )
-    rope = {k: v for k, v in dataclasses.asdict(backbone.rope).items() if v is not None}
-    return {**out, "rope_parameters": {"rope_theta": rope.pop("theta"), **rope}}
+def fill_in(top: dict[str, Any], family: Family, hybrid: bool, notes: list[str]) -> dict[str, Any]:
+    """The top level of a config.json with what absent keys mean, one name for each setting."""
+    top, experts = dict(top), family.part("moe").get("num_experts")
+    for name in EXPERTS:
+        if experts is not None and name != experts and name in top:
+            value = top.pop(name)
+            if top.setdefault(experts, value) != value:
+                raise ValueError(
+                    f"{name} is {shown(value)} but {experts} is {shown(top[experts])}; "
+                    "correct one of them"
+                )
+    found = _absent(family.defaults, top)
+    if not hybrid:
+        found |= _absent(family.base_defaults, top)
+    if "rope_parameters" in found and (theta := top.get("rope_theta")) is not None:
+        if theta != found["rope_parameters"]["rope_theta"]:
+            notes.append("rope_theta has no effect: give all of rope_parameters")
+    top |= found
+    switches = [top.get(key) for key in WINDOW_KEYS[:2]]
+    if family.windows == "always":
+        top["use_sliding_window"] = switches[1] is not None
+    elif not family.windows:
+        if switches[0]:
+            notes.append(f"use_sliding_window has no effect in the family {family.name}")
+        top["use_sliding_window"] = False
+    return top
 
 
-def take_layers(
-    top: dict[str, Any], family: Family, hybrid: bool, notes: list[str]
-) -> tuple[str, ...]:
-    """The layer symbols that a config.json gives; removes them from the top level."""
-    layer_types = top.pop("layer_types", None)
-    count = top.pop("num_hidden_layers", None)
-    pattern = top.pop("hybrid_override_pattern", None)
-    if layer_types is not None:
-        strings = isinstance(layer_types, list | tuple) and layer_types
-        if not strings or not all(isinstance(name, str) for name in layer_types):
-            raise ValueError(f"layer_types must be a list of names, got {shown(layer_types)}")
-        check_int("the number of layer_types", len(layer_types), 1, MOST_LAYERS)
-    if count is not None:
-        check_int("num_hidden_layers", count, 1, MOST_LAYERS)
-    if hybrid and pattern is None and not set(layer_types or ["?"]) <= set(known_symbols()):
-        raise ValueError(
-            "hybrid_override_pattern is missing; set it to one symbol per layer joined by '-', "
-            "e.g. '*-GKA-*-GKA'"
-        )
-    if pattern is not None:
-        if not isinstance(pattern, str):
-            raise ValueError(f"hybrid_override_pattern must be a string, got {shown(pattern)}")
-        symbols = tuple(pattern.split("-", MOST_LAYERS))
-        try:
-            check_symbols(symbols)
-        except ValueError as e:
-            raise ValueError(f"hybrid_override_pattern: {e}") from None
-        base = {kind.layer_type for kind in KINDS.values()}
-        if layer_types and tuple(layer_types) != symbols and not set(layer_types) <= base:
-            notes.append("layer_types has no effect: it differs from hybrid_override_pattern")
-    elif hybrid:
-        symbols = tuple(layer_types or ())
-    else:
-        if layer_types is None and count is None:
-            count = family.num_hidden_layers
-        symbols = _base_layers(top, layer_types, count, notes)
-    if count is not None and count != len(symbols):
-        raise ValueError(
-            f"the layer pattern has {len(symbols)} symbols but num_hidden_layers is {count}; "
-            "give exactly one symbol per layer"
-        )
-    return symbols
-
-
-def _base_layers(
-    top: Mapping[str, Any], layer_types: Any, count: Any, notes: list[str]
-) -> tuple[str, ...]:
-    """The symbols of a base model's layers: those from max_window_layers on may have a window."""
-    window = base_window(top)
-    symbols = {kind.layer_type: symbol for symbol, kind in KINDS.items() if kind.layer_type}
-    if layer_types is None:
-        first = top.get("max_window_layers", 0)
-        first = count if window is None else check_int("max_window_layers", first, 0)
-        full = KINDS[BASE].layer_type
-        layer_types = [_SLIDING if i >= first else full for i in range(count)]
-    elif window is not None and _SLIDING not in layer_types:
-        notes.append("use_sliding_window has no effect: layer_types has no sliding_attention")
-    if unknown := set(layer_types) - set(symbols):
-        raise ValueError(f"layer_types has unknown entries {names(unknown)}")
-    if _SLIDING in layer_types and window is None:
-        raise ValueError(
-            "layer_types has sliding_attention but no window is active: set use_sliding_window "
-            "to true and sliding_window to a number of tokens"
-        )
-    return tuple(symbols[name] for name in layer_types)
-
-
-def _take_rope(top: dict[str, Any], max_positions: int, notes: list[str]) -> RopeConfig:
-    """RoPE settings from new or legacy keys, resolved in transformers 5's order.
-
-    Base: rope_parameters.rope_theta, then rope_theta, then 10000. A non-null legacy rope_scaling
-    replaces rope_parameters as a whole, so the base then comes from rope_theta. Keys that the type
-    of embedding does not know have no effect there either, and stay at the top level.
-    """
-    parameters = check_object("rope_parameters", top.pop("rope_parameters", None))
-    theta = top.pop("rope_theta", None)
-    scaling = check_object("rope_scaling", top.pop("rope_scaling", None))
-    if scaling and parameters:
-        notes.append("rope_parameters has no effect: rope_scaling replaces all of it")
-    read = scaling or parameters or {}
-    stored = {k: v for k, v in read.items() if v is not None}
-    legacy = stored.pop("type", "default")
-    rope_type = stored.pop("rope_type", legacy)
-    if legacy not in ("default", rope_type):
-        notes.append(f"type {shown(legacy)} has no effect beside rope_type {shown(rope_type)}")
-    theta = stored.pop("rope_theta", 10000.0 if theta is None else theta)
-    values = {"rope_type": rope_type, "theta": float(check_number("rope_theta", theta, 1, 1e15))}
-    for where in (stored, top):
-        partial = where.pop("partial_rotary_factor", None)
-        if partial not in (None, 1):
-            raise ValueError(
-                f"partial_rotary_factor {shown(partial)} is not supported, only 1.0 is"
-            )
-    if nested := [k for k, v in stored.items() if isinstance(v, Mapping)]:
-        raise ValueError(f"rope_parameters of one layer type are not supported: {names(nested)}")
-    if rope_type == "yarn":
-        nested = stored.get("original_max_position_embeddings", max_positions)
-        original = top.pop("original_max_position_embeddings", None)
-        original = nested if original is None else original
-        stored["original_max_position_embeddings"] = original
-        if original != nested and "original_max_position_embeddings" in read:
-            notes.append("original_max_position_embeddings in rope_parameters has no effect")
-        if "factor" in read and "factor" not in stored:
-            check_int("rope_parameters.original_max_position_embeddings", original, 1)
-            stored["factor"] = max_positions / original
-        if "truncate" in read:  # null is false to transformers, absent is true
-            stored["truncate"] = False if read["truncate"] is None else read["truncate"]
-    known = SCALINGS.get(str(rope_type), tuple(stored))
-    if unknown := {k: v for k, v in stored.items() if k not in known}:
-        notes.append(
-            f"keys of rope_parameters that have no effect with rope_type {shown(rope_type)}: "
-            f"{names(unknown)}"
-        )
-        top["rope_parameters"] = unknown
-    return RopeConfig(**values, **{k: v for k, v in stored.items() if k in known})
-
-
-def take_tokens(top: dict[str, Any], vocab_size: int, notes: list[str]) -> dict[str, Any]:
-    """The special tokens of a config.json; removes them from the top level."""
-    values = {name: top.pop(name, None) for name in TOKENS}
-    for name, value in values.items():
-        tokens = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        if not all(isinstance(token, int) and 0 <= token < vocab_size for token in tokens):
-            notes.append(f"{name} {shown(value)} is outside the vocabulary of {vocab_size} tokens")
-    return values
-
-
-def is_known(key: str) -> bool:
-    """Whether a key that nothing reads is nothing to hear of."""
-    return key in BOOKKEEPING or key in _NEUTRAL or key == "attention_dropout"
-
-
-def check_rest(rest: Mapping[str, Any], notes: list[str]) -> None:
-    """Looks at the keys of the top level that nothing has read.
-
-    Raises ValueError for those that say that the model computes something else.
-    """
-    unknown = []
-    for key, value in rest.items():
-        if value is None or key in BOOKKEEPING:
-            continue
-        if key == "attention_dropout":
-            if check_number(key, value, 0, 1):
-                notes.append(f"attention_dropout {value} has no effect: nothing is dropped here")
-        elif key.startswith("linear_num_"):
-            raise ValueError(f"{key} belongs to Qwen3-Next style models, which are not supported")
-        elif key in _NEUTRAL:
-            if value not in _NEUTRAL[key]:
-                allowed = " or ".join(str(v).lower() for v in _NEUTRAL[key][:1])
-                raise ValueError(f"{key} {shown(value)} is not supported, only {allowed} is")
-        else:
-            unknown.append(key)
-    if unknown:
-        notes.append(f"unknown keys that have no effect: {names(unknown)}")
+def _absent(defaults: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that count beside these keys."""
+    found = {key: value for key, value in defaults.items() if key not in top}
+    rope = top.get("rope_scaling") or top.get("rope_parameters")
+    if rope is not None:
+        found.pop("rope_parameters", None)
+    elif "rope_parameters" in defaults:  # null is as good as absent
+        found["rope_parameters"] = defaults["rope_parameters"]
+    if isinstance(rope, Mapping) and rope.get("partial_rotary_factor") is not None:
+        found.pop("partial_rotary_factor", None)
+    return found

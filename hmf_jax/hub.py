@@ -33,6 +33,7 @@ def push_to_hub(
     max_shard_size: int | str = "5GB",
     token: str | None = None,
     api: Any = None,
+    for_original: bool = True,
     progress: bool = True,
 ) -> str:
     """Uploads a model, and a model card unless the repository has a README.md already.
@@ -47,7 +48,7 @@ def push_to_hub(
       revision: the branch to write to, which must exist; None: "main".
       commit_message: the first line of the commit.
       license, base_model: of the model card, see `model_card`.
-      source, max_shard_size, progress: as in `hmf_jax.save_pretrained`.
+      source, max_shard_size, for_original, progress: as in `hmf_jax.save_pretrained`.
       token: access token; None: the one that `hf auth login` has stored.
       api: a `huggingface_hub.HfApi`, or what stands for one.
 
@@ -70,7 +71,12 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="hmf-jax-") as scratch:
         folder = Path(scratch) / "model"
         save_pretrained(
-            model, folder, source=source, max_shard_size=max_shard_size, progress=progress
+            model,
+            folder,
+            source=source,
+            max_shard_size=max_shard_size,
+            for_original=for_original,
+            progress=progress,
         )
         card = model_card(model, repo_id, license=license, base_model=base_model)
         try:

@@ -107,14 +107,28 @@ def rms(x: Array, eps: float) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    """weight * dtype(x / rms(x)): statistics in float32, cast to x.dtype before the weight."""
+    """weight * dtype(x / rms(x)): statistics in float32, cast to x.dtype before the weight.
 
-    def __init__(self, size: int, eps: float, dtype, dims: Dims = (None,)):
-        self.weight = nnx.Param(jnp.ones(size, dtype), dims=dims)
-        self.eps = eps
+    With `zero_centered`, dtype(x / rms(x) * (1 + weight)): all in float32, cast at the end.
+    """
+
+    def __init__(
+        self, size: int, eps: float, dtype, dims: Dims = (None,), *, zero_centered: bool = False
+    ):
+        fresh = jnp.zeros if zero_centered else jnp.ones
+        self.weight = nnx.Param(fresh(size, dtype), dims=dims)
+        self.eps, self.zero_centered = eps, zero_centered
 
     def __call__(self, x: Array) -> Array:
+        if self.zero_centered:
+            y = rms(x, self.eps)
+            return (y * (1 + self.weight[...].astype(y.dtype))).astype(x.dtype)
         return self.weight[...].astype(x.dtype) * rms(x, self.eps).astype(x.dtype)
+
+
+def backbone_norm(size: int, config: Backbone, dtype) -> RMSNorm:
+    """The norm that blocks, queries, keys and the last hidden states have."""
+    return RMSNorm(size, config.rms_norm_eps, dtype, zero_centered=config.zero_centered_norm)
 
 
 class MLP(nnx.Module):
@@ -158,30 +172,37 @@ def decay_params(heads: int, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:
 
 
 def rope_frequencies(config: Backbone) -> tuple[Array, float]:
-    """Inverse frequencies float32 [D/2] and the factor that multiplies cos and sin.
+    """Inverse frequencies float32 [R/2] and the factor that multiplies cos and sin.
 
-    "default": theta^(-2i/D). "linear": divided by `factor`. "yarn" (Peng et al. 2023): slow
-    dimensions are divided by `factor`, fast ones kept, with a linear ramp between the dimensions
-    that turn beta_slow and beta_fast times within the original context.
+    R is `rotary_dim`, the rotated channels of a head. "default": theta^(-2i/R). "linear": divided
+    by `factor`. "llama3" and "yarn" (Peng et al. 2023): slow dimensions are divided by `factor`,
+    fast ones kept. Between them there is a linear ramp, in "llama3" over the turns that a dimension
+    makes within the original context, from low_freq_factor to high_freq_factor; in "yarn" over the
+    dimensions, from the one that makes beta_fast turns to the one that makes beta_slow.
     """
-    rope, D = config.rope, config.head_dim
-    frequency = 1.0 / rope.theta ** (jnp.arange(0, D, 2, dtype=jnp.float32) / D)
+    rope, R = config.rope, config.rotary_dim
+    frequency = 1.0 / rope.theta ** (jnp.arange(0, R, 2, dtype=jnp.float32) / R)
     if rope.rope_type == "default":
         return frequency, 1.0
     factor = rope.factor or 1.0
     if rope.rope_type == "linear":
         return frequency / factor, 1.0
     context = rope.original_max_position_embeddings or config.max_position_embeddings
+    if rope.rope_type == "llama3":
+        low, high = rope.low_freq_factor or 1.0, rope.high_freq_factor or 4.0
+        turns = context / (2 * math.pi / frequency)
+        fast = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        return frequency / factor * (1.0 - fast) + frequency * fast, 1.0
 
     def dimension(turns: float) -> float:
         wavelength = context / (turns * 2 * math.pi)
-        return D * math.log(wavelength) / (2 * math.log(rope.theta))
+        return R * math.log(wavelength) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast or 32.0), dimension(rope.beta_slow or 1.0)
     if rope.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, D - 1)
-    slow = jnp.clip((jnp.arange(D // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    low, high = max(low, 0), min(high, R - 1)
+    slow = jnp.clip((jnp.arange(R // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
     frequency = frequency / factor * slow + frequency * (1.0 - slow)
 
     def temperature(mscale: float) -> float:
@@ -195,17 +216,35 @@ def rope_frequencies(config: Backbone) -> tuple[Array, float]:
 
 
 def rope_table(positions: Array, config: Backbone) -> tuple[Array, Array]:
-    """cos, sin float32 [B, T, 1, D/2] of rotary position embeddings for positions [B, T]."""
+    """cos, sin float32 [B, T, 1, R/2] of rotary position embeddings for positions [B, T]."""
     frequency, scale = rope_frequencies(config)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
+def query_scale(positions: Array, config: Backbone) -> Array | None:
+    """Factor float32 [B, T, 1, 1] of the rotated queries of attention at positions [B, T].
+
+    1 + beta * log(1 + floor(position / original context)), with beta `llama_4_scaling_beta`; None
+    where that is not set. Positions below zero, as padding may have, count as zero.
+    """
+    rope = config.rope
+    if not rope.llama_4_scaling_beta:
+        return None
+    context = rope.original_max_position_embeddings or config.max_position_embeddings
+    contexts = (jnp.maximum(positions, 0) // context).astype(jnp.float32)
+    return (1 + rope.llama_4_scaling_beta * jnp.log1p(contexts))[..., None, None]
+
+
 def apply_rope(x: Array, table: tuple[Array, Array]) -> Array:
-    """Rotate the two halves of x [B, T, H, D] (half-split convention), float32 inside."""
+    """Rotate the first R channels of x [B, T, H, D], float32 inside; the others stay as they are.
+
+    Channel i turns with channel i + R/2 (half-split convention).
+    """
     cos, sin = table
-    a, b = jnp.split(exact(x), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    half, D = cos.shape[-1], x.shape[-1]
+    a, b, *rest = jnp.split(exact(x), [half, 2 * half] if 2 * half < D else 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, *rest], axis=-1).astype(x.dtype)
 
 
 __getattr__ = moved(

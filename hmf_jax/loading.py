@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from hmf_jax import table
 from hmf_jax.config import HybridConfig
-from hmf_jax.convert import hf_to_jax, jax_to_hf, orbax_io
+from hmf_jax.convert import gguf_to_hf, hf_to_jax, jax_to_hf, orbax_io
 from hmf_jax.convert.directories import (
     DTYPES_FILE,
     check_checksums,
@@ -144,12 +144,13 @@ def save_pretrained(
     source: str | Path | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    for_original: bool = True,
     progress: bool = True,
 ) -> None:
     """Writes a Hugging Face directory that the original and this package load.
 
-    A base model (Qwen3) that was loaded and is still one comes back as it was read, so that
-    transformers loads it; everything else is written as a hybrid.
+    A base model that was loaded and is still one comes back as it was read, so that transformers
+    loads it; everything else is written as a hybrid.
 
     Args:
       model: the model.
@@ -162,14 +163,23 @@ def save_pretrained(
       max_shard_size: largest weight file, e.g. "5GB", "500MiB" or a number of bytes.
       overwrite: replace a model that is already there (it may be the one that was loaded). Files
         that are no part of a model (README.md, notes, folders) stay.
+      for_original: refuse layers that the original's classes of this family do not have, such as
+        Mamba-2 in Qwen3-Next. False: write them for this package, which reads them all.
       progress: show a bar.
 
     Raises:
       FileExistsError: the directory is not empty and holds no model, or `overwrite` is off.
       FileNotFoundError: `source` is not a directory.
       OSError: the directory cannot be written: permissions, space.
-      ValueError: parameters that are not finite, by name; nothing is written.
+      ValueError: parameters that are not finite, by name, or layers that the original does not
+        have; nothing is written.
     """
+    if for_original and (foreign := model.config.foreign_layers):
+        raise ValueError(
+            f"nothing written to {directory}: the original has no {', '.join(foreign)} layers in "
+            f"the family {model.config.family}; pass for_original=False to write them for this "
+            "package alone"
+        )
     check_target(directory, overwrite, model_types=model_types())
     source = _source(model, source)
     jax_to_hf.save(
@@ -219,28 +229,47 @@ def convert_directory(
     target: str | Path,
     *,
     to: Literal["orbax", "hf"] | None = None,
+    dtype: Any = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    for_original: bool = True,
     progress: bool = True,
 ) -> Literal["orbax", "hf"]:
-    """A model directory in the other format, every number bit-identical.
+    """A model directory in the other format, every number bit-identical; or one from a GGUF file.
 
     Args:
-      source: directory or repository of a model.
+      source: directory or repository of a model, or a GGUF file of a Llama, Qwen2 or Qwen3 model.
       target: the directory to write.
       to: the format to write; None: Orbax from safetensors, else Hugging Face's.
-      max_shard_size, overwrite, progress: see `save_pretrained`.
+      dtype: what the numbers of a GGUF file, which may be quantised, become; None: bfloat16.
+      max_shard_size, overwrite, for_original, progress: see `save_pretrained`.
 
     Returns:
       the format written.
 
-    Raises: what `from_pretrained` and `save_pretrained` raise; what can be known before, before
-      the model is loaded.
+    Raises: what `from_pretrained`, `save_pretrained` and `gguf_to_hf.read` raise; what can be known
+      before, before the model is loaded.
     """
     if to not in (None, "orbax", "hf"):
         raise ValueError(f"to must be 'orbax', 'hf' or None, got {to!r}")
     parse_size(max_shard_size)
     check_target(target, overwrite, model_types=model_types())
+    if is_gguf(source):
+        if to == "orbax":
+            raise ValueError("a GGUF file becomes a Hugging Face directory; convert that to Orbax")
+        converted = gguf_to_hf.read(source, float_dtype(dtype or jnp.bfloat16))
+        HybridConfig.from_dict(converted.config)  # what cannot run is refused before it is written
+        gguf_to_hf.save(
+            converted,
+            target,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            model_types=model_types(),
+            progress=progress,
+        )
+        return "hf"
+    if dtype is not None:
+        raise ValueError("dtype is for GGUF files: all others keep the numbers that they hold")
     directory = resolve(source, progress=progress)
     if to is None:
         to = "hf" if is_orbax(directory) else "orbax"
@@ -249,7 +278,12 @@ def convert_directory(
         save_orbax(model, target, overwrite=overwrite)
     else:
         save_pretrained(
-            model, target, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+            model,
+            target,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            for_original=for_original,
+            progress=progress,
         )
     return to
 
@@ -274,6 +308,8 @@ def resolve(repo_or_dir: str | Path, *, revision: str | None = None, progress: b
         if not os.access(path, os.R_OK | os.X_OK):
             raise PermissionError(f"no permission to read {path}")
         return path
+    if is_gguf(path):
+        raise ValueError(f"{path} is a GGUF file: `hmf-jax convert {path} DIR` makes a model of it")
     if path.exists():
         raise FileNotFoundError(f"{path} is a file; pass the directory that holds it")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
@@ -307,6 +343,12 @@ def resolve(repo_or_dir: str | Path, *, revision: str | None = None, progress: b
         ) from e
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether this is a file whose name ends in .gguf."""
+    path = Path(path).expanduser()
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
 def _check_format(directory: Path) -> None:
     """Raises ValueError, which says what to do, for directories of something else than a model."""
     if (directory / "config.json").exists():
@@ -316,10 +358,9 @@ def _check_format(directory: Path) -> None:
             f"{directory} holds LoRA adapters, not a model: load their base model, then "
             "hmf_jax.training.load_lora(model, directory)"
         )
-    if any(directory.glob("*.gguf")):
+    if found := sorted(directory.glob("*.gguf")):
         raise ValueError(
-            f"{directory} holds a GGUF file, which is not read: download the repository that it "
-            "was made from (config.json and safetensors)"
+            f"{directory} holds a GGUF file: `hmf-jax convert {found[0]} DIR` makes a model of it"
         )
     for inner in ("model", "final", "checkpoint"):
         if (directory / inner / "config.json").is_file():

@@ -19,7 +19,7 @@ from hmf_jax.options import MOST_POSITIONS, check_int, check_number
 from hmf_jax.parameters import abstract_params
 from hmf_jax.sharding import row_parts
 from hmf_jax.state import ModelState
-from hmf_jax.table import num_parameters
+from hmf_jax.table import num_active_parameters, num_parameters
 
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -119,7 +119,8 @@ def plan_memory(
     """How many sequences of `context` tokens a device, or a mesh of them, can hold.
 
     The workspace is reckoned as 64 arrays [prefill_chunk, hidden_size], an upper bound of what
-    prefills of the 8B shapes were seen to take. On a mesh, that and the logits count as whole on
+    prefills of the 8B shapes were seen to take, and what the experts of one layer take in, have
+    inside and give out. On a mesh, that and the logits count as whole on
     every device (sampling gathers logits). The rest is exact.
 
     Args:
@@ -144,6 +145,9 @@ def plan_memory(
     sequence = state + config.vocab_size * (dtype.itemsize + 8)  # logits and float32 copies of them
     weights = device_bytes(abstract_params(model, model.mesh))
     workspace = 64 * prefill_chunk * config.hidden_size * dtype.itemsize
+    if (moe := config.moe) is not None:
+        width = 2 * config.hidden_size + 3 * moe.intermediate_size
+        workspace += prefill_chunk * moe.experts_per_token * width * dtype.itemsize
     sequences = parts * int((fraction * memory - weights - workspace) // sequence)
     if sequences < 1:
         raise ValueError(
@@ -184,13 +188,35 @@ def describe(config: HybridConfig) -> str:
             name += f", learning from {KINDS[teacher].label}"
         lines.append(f"  {c.layer_kinds.count(symbol):3d} x {symbol:3s}  {name}")
     lines += [
-        f"hidden size {c.hidden_size}, {c.num_attention_heads} heads "
+        f"family {c.family}, hidden size {c.hidden_size}, {c.num_attention_heads} heads "
         f"({c.num_key_value_heads} for keys and values) of {c.head_dim}, "
-        f"MLP {c.intermediate_size}, vocabulary {c.vocab_size}, "
-        f"at most {c.max_position_embeddings} positions",
-        f"{parameters:,} parameters, {size_text(2 * parameters)} in bfloat16",
+        f"{_describe_mlp(c)}, vocabulary {c.vocab_size}, "
+        f"at most {c.max_position_embeddings} positions"
     ]
+    if (heads := c.linear) is not None:
+        lines.append(
+            f"linear layers: {heads.num_key_heads} heads of queries and keys, "
+            f"{heads.num_value_heads} of values, of {heads.head_dim}"
+        )
+    if foreign := c.foreign_layers:
+        lines.append(f"only this package can load it: {', '.join(foreign)} are not in its family")
+    active = "" if c.moe is None else f"{num_active_parameters(c):,} of them used by a token, "
+    lines.append(f"{parameters:,} parameters, {active}{size_text(2 * parameters)} in bfloat16")
     return "\n".join(lines)
+
+
+def _describe_mlp(c: HybridConfig) -> str:
+    """What the layers have beside their mixers."""
+    dense = [layer for layer in range(c.num_hidden_layers) if not c.is_sparse(layer)]
+    mlp, moe = f"MLP {c.intermediate_size}", c.moe
+    if moe is None or len(dense) == c.num_hidden_layers:
+        return mlp
+    text = (
+        f"{moe.num_experts} experts of {moe.intermediate_size} ({moe.experts_per_token} per token"
+    )
+    if moe.shared_intermediate_size is not None:
+        text += f", and one of {moe.shared_intermediate_size} for all"
+    return f"{text}{f'; {mlp} in {len(dense)} of the layers' if dense else ''})"
 
 
 def describe_model(model: HybridLM) -> str:

@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from hmf_jax.block import Block, LayerOutput, run_block
 from hmf_jax.config import HybridConfig
 from hmf_jax.layers import (
-    RMSNorm,
+    backbone_norm,
     in_dtype_of_first,
     linear,
     one_row_twice,
+    query_scale,
     rope_table,
     untabulated,
     without_dtype,
@@ -39,6 +40,8 @@ from hmf_jax.padding import (
     check_room,
     check_state,
     check_tokens,
+    default_positions,
+    next_position,
     restore,
     valid_first,
 )
@@ -98,7 +101,7 @@ class HybridLM(nnx.Module):
             for i, symbol in enumerate(config.layer_kinds)
         )
         self.layers: Sequence[Block] = nnx.List([split(layer, self.mesh) for layer in layers])
-        self.norm = split(RMSNorm(d, config.rms_norm_eps, dtype), self.mesh)
+        self.norm = split(backbone_norm(d, config, dtype), self.mesh)
         head = ("embed", "vocab"), config, dtype, rngs
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else split(linear(d, V, *head), self.mesh)
@@ -379,15 +382,9 @@ class HybridLM(nnx.Module):
                 positions = None if positions is None else arrange(positions, place)
         if state is not None:
             check_room(self, state, T if lengths is None else lengths)
-        after = None if state is None else _next_position(state, positions, lengths, T)
+        after = None if state is None else next_position(state, positions, lengths, T)
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-            if state is not None:
-                positions = positions + state.position[:, None]
-            elif segment_ids is not None:
-                changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-                starts = jnp.concatenate([jnp.zeros((B, 1), bool), changes], axis=1)
-                positions = positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
+            positions = default_positions(B, T, segment_ids, state)
         ctx = Context(
             rope=rope_table(positions, self.config),
             segment_ids=segment_ids if state is None else None,  # with a state: padding only
@@ -396,11 +393,10 @@ class HybridLM(nnx.Module):
             num_iter=None if num_iter is None else jnp.asarray(num_iter, jnp.int32),
             place=place,
             fresh=state is not None and state.fresh,
-            impl=impl,
-            mesh=self.mesh,
             position=after,
-            solver=solver,
-        )
+            query_scale=query_scale(positions, self.config),
+            impl=impl, mesh=self.mesh, solver=solver,
+        )  # fmt: skip
         # The table is split along d over sp x fsdp; the compiler moves one axis at a time well.
         x = one_row_twice(self.embed_tokens, tokens)
         x = constrain(x, self.mesh, "batch", None, "tokens")
@@ -451,15 +447,3 @@ def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelSta
     length = state.length + (T if ctx.lengths is None else ctx.lengths)
     assert ctx.position is not None
     return ModelState(tuple(layers), length, ctx.position, state.capacity)
-
-
-def _next_position(
-    state: ModelState, positions: Array | None, lengths: Array | None, T: int
-) -> Array:
-    """[B]: one more than the last position of each row, whose valid tokens come first."""
-    if positions is None:
-        return state.position + (T if lengths is None else lengths)
-    if lengths is None:
-        return positions[:, -1].astype(jnp.int32) + 1
-    last = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
-    return jnp.where(lengths > 0, last.astype(jnp.int32) + 1, state.position)

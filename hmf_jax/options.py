@@ -51,7 +51,6 @@ SCALINGS = {
         "mscale",
         "mscale_all_dim",
         "truncate",
-        "llama_4_scaling_beta",
     ),
 }
 _BACKBONE_LIMITS = {
@@ -223,7 +222,14 @@ class RopeConfig:
         check_number("rope_theta", self.theta, *_ROPE_LIMITS["theta"])
         check_fields(self, _ROPE_LIMITS, prefix)
         given = {f.name for f in dataclasses.fields(self)[2:] if getattr(self, f.name) is not None}
-        if foreign := given - {*SCALINGS[self.rope_type], "partial_rotary_factor"}:
+        known = {*SCALINGS[self.rope_type], "partial_rotary_factor"}
+        if self.llama_4_scaling_beta is not None:
+            known |= {"llama_4_scaling_beta", "original_max_position_embeddings"}
+            if self.original_max_position_embeddings is None:
+                raise ValueError(
+                    f"{prefix}llama_4_scaling_beta needs {prefix}original_max_position_embeddings"
+                )
+        if foreign := given - known:
             raise ValueError(f"{names(foreign)} mean nothing with rope_type {self.rope_type!r}")
         if self.rope_type != "default" and self.factor is None:
             raise ValueError(f"rope_type {self.rope_type!r} needs {prefix}factor >= 1, got None")

@@ -6,15 +6,17 @@ change: nothing that is asked for has no effect because another name comes first
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hmf_jax.families import EXPERTS, LEGACY_ROPE
 from hmf_jax.mixers import all_sections
-from hmf_jax.options import check_object, nearest, shown
+from hmf_jax.options import SCALINGS, check_object, nearest, shown
 
 _ROPE, _THETA = "rope_parameters", "rope_theta"
-_ORIGINAL = "original_max_position_embeddings"
+_ORIGINAL, _PARTIAL = "original_max_position_embeddings", "partial_rotary_factor"
 Path = tuple[str, ...]
 
 
@@ -28,6 +30,8 @@ def edit(data: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[dict[str,
     wanted: dict[Path, Any] = {}
     for name, value in changes.items():
         for path, new in _present_names(name, _as_json(name, value)):
+            if path[0] in EXPERTS and path[0] not in out:  # its name in this file
+                path = (next((known for known in EXPERTS if known in out), path[0]), *path[1:])
             if path in wanted and wanted[path] != new:
                 raise ValueError(f"{'.'.join(path)} is given twice, under two of its names")
             wanted[path] = new
@@ -35,14 +39,32 @@ def edit(data: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[dict[str,
         _join_rope(out)
     if (_ROPE, _ORIGINAL) in wanted:
         out.pop(_ORIGINAL, None)  # it would come first
+    if (_ROPE, _PARTIAL) in wanted:
+        out[_PARTIAL] = wanted[_ROPE, _PARTIAL]  # it is stored twice
     for path in sorted(wanted, key=len):  # whole objects before what is in them
         _put(out, path, wanted[path])
     return out, list(wanted)
 
 
-def unknown(path: Path, known: Iterable[str]) -> str:
-    """The error of a change of a key that nothing reads."""
-    known, name, leaf = list(known), ".".join(path), path[-1]
+def unread(extra: str) -> set[Path]:
+    """The keys of config.json that nothing has read, `HybridConfig.extra`."""
+    found: set[Path] = set()
+    inside = {section.key for section in all_sections()} | {_ROPE}
+    for key, value in json.loads(extra).items():
+        found |= {(key, leaf) for leaf in value} if key in inside else {(key,)}
+    return found
+
+
+def unknown(path: Path, top: Iterable[str]) -> str:
+    """The error of a change of a key that nothing reads; `top`: keys of the top level that are."""
+    rope = {f"{_ROPE}.{name}" for names in SCALINGS.values() for name in ("rope_type", *names)}
+    settings = [
+        f"{section.key}.{field.name}"
+        for section in all_sections()
+        for field in dataclasses.fields(section.type)
+    ]
+    known = [*top, *LEGACY_ROPE, *sorted(rope), *settings]
+    name, leaf = ".".join(path), path[-1]
     if name in known:
         return f"{name} has no effect as the other keys of {path[0]} are"
     inside = [k for k in known if k != name and k.rsplit(".")[-1] == leaf]
@@ -63,8 +85,8 @@ def _as_json(name: Any, value: Any) -> Any:
 def _present_names(name: str, value: Any) -> list[tuple[Path, Any]]:
     """The changes that a change under any name is: names of today, and what they become."""
     path = tuple(name.split("."))
-    if path == (_THETA,):
-        path = (_ROPE, _THETA)
+    if path in ((_THETA,), (_PARTIAL,)):
+        path = (_ROPE, *path)
     elif path[0] == "rope_scaling":
         path = (_ROPE, *path[1:])
     if path == (_ROPE, "type"):

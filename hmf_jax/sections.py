@@ -74,6 +74,7 @@ def _take_section(
         if foreign := unknown.keys() - _QUIET:
             notes.append(f"{key}: unknown keys that have no effect: {names(foreign)}")
         top[key] = unknown
+    values = {**section.defaults(backbone), **values}
     for field in dataclasses.fields(section.type):
         needed = field.default is field.default_factory is dataclasses.MISSING
         if needed and values.get(field.name) is None:

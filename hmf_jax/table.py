@@ -117,7 +117,12 @@ def _experts(c: HybridConfig) -> list[Row]:
 
 
 def _mixer(config: HybridConfig, symbol: str, path: str) -> list[Row]:
-    """The rows of one mixer. Base models store all theirs under the name of attention."""
-    kind = KINDS[symbol]
-    name = KINDS[BASE].name if config.is_stock else kind.name
-    return rows.under(name, kind.rows(config, config.sections), path)
+    """The rows of one mixer, under its kind's name, or as base models have them."""
+    kind, sections = KINDS[symbol], config.sections
+    if not config.is_stock:
+        return rows.under(kind.name, kind.rows(config, sections), path)
+    if kind.base_rows is None:
+        found = kind.rows(config, sections)
+    else:
+        found = kind.base_rows(config, sections, FAMILIES[config.family].layout)
+    return rows.under(kind.base_name or KINDS[BASE].name, found, path)

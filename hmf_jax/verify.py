@@ -1,8 +1,9 @@
-"""Compares a model with recorded outputs of the original: logits, hidden states, caches, decoding;
-of fused models the distillation's losses and gradients.
+"""Compares a model with recorded outputs of the original: logits, hidden states, routing, caches,
+decoding; of fused models the distillation's losses and gradients.
 
 A case directory holds a checkpoint, `case.json` and `expected.safetensors`. Of the model only
-`__call__`, `trace`, `init_state` and `dtype` are used, so this module imports no model.
+`__call__`, `trace`, `init_state` and `dtype` are used, and where routing is recorded `embed` and
+`blocks`, so this module imports no model.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors import safe_open
 
 from hmf_jax.convert.directories import printable, read_json
 from hmf_jax.convert.safetensors_io import Checkpoint
+from hmf_jax.moe import load_balancing_loss
 from hmf_jax.options import check_int
 
 RTOL = 1e-4
@@ -33,17 +35,21 @@ Distillation = Callable[[Any, jax.Array, str, bool], tuple[Any, Mapping[str, Any
 
 
 class Check(NamedTuple):
-    """One compared tensor; `tolerance` is None where the error is only reported."""
+    """One compared tensor; `tolerance` is None where the error is only reported, `note` says why.
+
+    The error of chosen experts is the share of them that the original did not choose.
+    """
 
     name: str
     error: float
     tolerance: float | None
     ok: bool
+    note: str = ""
 
     def __str__(self) -> str:
         verdict = "  --" if self.tolerance is None else "  ok" if self.ok else "FAIL"
-        limit = "" if self.tolerance is None else f"  (at most {self.tolerance:.2e})"
-        return f"{verdict}  {self.error:.2e}  {self.name}{limit}"
+        limit = self.note if self.tolerance is None else f"at most {self.tolerance:.2e}"
+        return f"{verdict}  {self.error:.2e}  {self.name}" + (f"  ({limit})" if limit else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +169,9 @@ def run_case(
     """Runs one case and compares every recorded tensor.
 
     The recorded tokens are run three ways: as one forward without a cache (`logits`,
-    `logits_tail`), as a prefill of L tokens (`logits (prefill)`, `layers.*`, `state.*`), and as 8
-    single steps after it (`decode`), which must give what the original's decode gave, or its full
-    forward where its own cached decode is wrong (B'MOJO-F).
+    `logits_tail`), as a prefill of L tokens (`logits (prefill)`, `layers.*`, `aux`, `state.*`), and
+    as 8 single steps after it (`decode`), which must give what the original's decode gave, or its
+    full forward where its own cached decode is wrong (B'MOJO-F) or not recorded.
 
     Args:
       model: with `dtype`, `init_state(batch, capacity)`, `__call__(tokens, state=)` and
@@ -178,13 +184,13 @@ def run_case(
     bf16 = case.get("checks", {}).get("bf16")
     checks: list[Check] = []
 
-    def compare(name: str, actual: Any, wanted: np.ndarray) -> None:
-        tolerance = rtol if exact else None
+    def compare(name: str, actual: Any, wanted: np.ndarray, note: str = "") -> None:
+        tolerance = rtol if exact and not note else None
         if not exact and name.startswith("logits") and "tail" not in name and bf16:
             tolerance = BF16_FACTOR * bf16
-        error = rel(actual, wanted)
+        error = (_share_not_chosen if name.endswith("router_topk") else rel)(actual, wanted)
         ok = math.isfinite(error) if tolerance is None else error <= tolerance
-        checks.append(Check(name, error, tolerance, ok))
+        checks.append(Check(name, error, tolerance, ok, note))
 
     tokens = jnp.asarray(expected["input_ids"], jnp.int32)
     L = case["L"]
@@ -194,14 +200,19 @@ def run_case(
     whole = _host(model(tokens)[0])
     compare("logits", whole[rows][:, positions], expected["logits"])
     compare("logits_tail", whole[:, L - 1 :], expected["logits_tail"])
+    if _SCALE in expected:
+        compare(_SCALE, whole[rows][:, positions], expected[_SCALE], _SCALE_NOTE)
 
     state = model.init_state(*tokens.shape)
     logits, state, layers = model.trace(tokens[:, :L], state=state)
     compare("logits (prefill)", _host(logits)[rows][:, positions], expected["logits"])
+    routings = _routings(model, tokens, L) if any(map(_ROUTED.fullmatch, expected)) else []
     for name in sorted(expected):
         if found := re.fullmatch(r"layers\.(\d+)\.(mixer_out|layer_out)", name):
             output = _layer(layers, found[1])[found[2] == "layer_out"]
             compare(name, _host(output)[row, positions], expected[name])
+        elif _ROUTED.fullmatch(name):
+            compare(name, _routed(routings, name, row, positions), expected[name])
         elif found := re.fullmatch(r"state\.(\d+)\.(\w+)", name):
             actual, wanted = _state(
                 _layer(state.layers, found[1]), found[2], expected[name], row, L
@@ -270,7 +281,11 @@ def run_stage1(
     return checks
 
 
-_GLOBAL = ("input_ids", "positions", "logits", "logits_tail", "logits_decode")
+# Logits with the original's own scale of B'MOJO-F attention, where that is not 1 / sqrt(head_dim).
+_SCALE = "original_scale.logits"
+_SCALE_NOTE = "the original scales B'MOJO-F by (hidden_size / heads)^-1/2, this package does not"
+_GLOBAL = ("input_ids", "positions", "logits", "logits_tail", "logits_decode", _SCALE)
+_ROUTED = re.compile(r"aux|layers\.(\d+)\.router_(logits|topk)")
 # Recorded name -> field of the layer's state; both [H, D, D] (or [H]).
 _FIELDS = {
     "h_kk": "h_kk",
@@ -281,6 +296,25 @@ _FIELDS = {
 }
 
 
+def _routings(model: Any, tokens: jax.Array, length: int) -> list[Any]:
+    """What the router of each layer decides in a prefill; None in dense ones."""
+    state = model.init_state(*tokens.shape)
+    x, ctx = model.embed(tokens[:, :length], state=state)
+    return [layer.routing for layer in model.blocks(x, ctx, state)]
+
+
+def _routed(routings: list[Any], name: str, row: int, positions: np.ndarray) -> np.ndarray:
+    """What is recorded as `layers.i.router_logits`, `layers.i.router_topk` or `aux`."""
+    sparse = [routing for routing in routings if routing is not None]
+    if name == "aux" and sparse:
+        return _host(load_balancing_loss(sparse))[None]
+    routing = None if name == "aux" else _layer(routings, name.split(".")[1])
+    if routing is None:
+        raise ValueError(f"{name} is recorded and the model has no router there")
+    found = routing.logits if name.endswith("logits") else routing.experts
+    return _host(found)[row, positions]
+
+
 def _host(x: Any) -> np.ndarray:
     return np.asarray(x, np.float32)
 
@@ -289,6 +323,13 @@ def _layer(layers: Any, index: str) -> Any:
     if len(index) > 6 or int(index) >= len(layers):
         raise ValueError(f"layer {printable(index)} is recorded and the model has {len(layers)}")
     return layers[int(index)]
+
+
+def _share_not_chosen(chosen: np.ndarray, wanted: np.ndarray) -> float:
+    """Share of the recorded experts [P, k] of each token that are not among the chosen ones."""
+    if chosen.shape != wanted.shape:
+        raise ValueError(f"shapes differ: experts {chosen.shape}, expected {wanted.shape}")
+    return float(1 - (wanted[..., None] == chosen[:, None]).any(-1).mean())
 
 
 def _state(state: Any, key: str, wanted: np.ndarray, row: int, length: int):

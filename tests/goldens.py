@@ -33,12 +33,20 @@ MISSING = (
 
 @functools.cache
 def _cases() -> dict[str, Any]:
-    return json.loads((PACKED / "cases.json").read_text())
+    """Of Qwen3, and of the other base families, whose cases have a `family`."""
+    files = [PACKED / name for name in ("cases.json", "families_cases.json")]
+    return {
+        n: c for file in files if file.is_file() for n, c in json.loads(file.read_text()).items()
+    }
 
 
-def cases(kind: str) -> list[Any]:
-    """Names of the cases of one kind ("model", "op", "compose", ...), for pytest.parametrize."""
-    names = [name for name, case in _cases().items() if case["kind"] == kind]
+def cases(kind: str, *, families: bool = False) -> list[Any]:
+    """Names of the cases of one kind ("model", "op", "compose", ...), for pytest.parametrize.
+
+    Those of Qwen3, or of the other base families.
+    """
+    of_kind = {name: case for name, case in _cases().items() if case["kind"] == kind}
+    names = [name for name, case in of_kind.items() if families == ("family" in case)]
     return names or [pytest.param("", marks=pytest.mark.skip(reason=MISSING), id="missing")]
 
 
@@ -64,6 +72,12 @@ def _recipe():
     return module
 
 
+def _params(case: dict[str, Any]) -> dict[str, np.ndarray]:
+    if "family" in case:
+        return _recipe().build_case(case)
+    return _recipe().build(case["shapes"], case["seed"])
+
+
 @functools.cache
 def golden(name: str) -> Path:
     """Directory of one case: case.json, expected.safetensors and, for models, a checkpoint.
@@ -79,7 +93,7 @@ def golden(name: str) -> Path:
     (directory / "case.json").write_text(json.dumps(case))
     prefix = f"{name}/"
     found: dict[str, np.ndarray] = {}
-    for file in sorted(PACKED.glob("expected_*.safetensors")):
+    for file in sorted(PACKED.glob("*expected_*.safetensors")):
         with safe_open(file, framework="numpy") as f:
             found |= {
                 k.removeprefix(prefix): f.get_tensor(k) for k in f.keys() if k.startswith(prefix)
@@ -88,7 +102,7 @@ def golden(name: str) -> Path:
         {k: np.ascontiguousarray(v) for k, v in found.items()}, directory / "expected.safetensors"
     )
     if shapes is not None:
-        params = _recipe().build(shapes, case["seed"])
+        params = _params(case | {"shapes": shapes})
         assert _recipe().digest(params) == case["sha"], f"{name}: not the recorded parameters"
         bf16 = {k: v.astype(ml_dtypes.bfloat16) for k, v in params.items()}
         save_file(bf16, directory / "model.safetensors", metadata={"format": "pt"})

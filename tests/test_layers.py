@@ -57,6 +57,35 @@ def test_norm_rounds_before_its_weight():
     assert np.mean(np.asarray(y, np.float32) != late) > 0.05  # so the test does tell them apart
 
 
+def test_zero_centered_norm_rounds_once():
+    """Its stored weight is one less; everything in float32, and one rounding."""
+    norm = layers.RMSNorm(64, 1e-3, BF16, zero_centered=True)
+    assert not norm.weight[...].any()
+    norm.weight[...] = weight = 0.3 * bfloat16(1, 64)
+    x = bfloat16(0, 40, 64)
+    y = norm(x)
+    assert y.dtype == BF16
+    wide = np.asarray(weight, np.float32)
+    almost_equal(y, rounded(rms(x, 1e-3) * (1 + wide)))
+    early = rounded(rounded(rms(x, 1e-3)) * (1 + wide))
+    assert np.mean(np.asarray(y, np.float32) != early) > 0.05
+
+
+def test_which_norms_are_zero_centered():
+    """All of the backbone, and B and C of Mamba2; output norms of mixers are not."""
+    config = tiny_config(tuple(KINDS), **OPTIONS, zero_centered_norm=True)
+    modules: Any = nnx.iter_modules(nnx.eval_shape(lambda: HybridLM(config)))
+    found = {".".join(map(str, path)): m for path, m in modules if hasattr(m, "eps")}
+    centered = {path for path, m in found.items() if getattr(m, "zero_centered", False)}
+    assert {path.rsplit(".", 1)[-1] for path in set(found) - centered} == {"o_norm", "norm"}
+    names = {path.rsplit(".", 1)[-1] for path in centered}
+    assert names == {
+        "input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm", "q_norm_",
+        "k_norm_", "B_norm", "C_norm",
+    }  # fmt: skip
+    assert "norm" in centered and "layers.4.mixer.norm" not in centered
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_output_norm_rounds_once(gated):
     """Norm, weight, then SiLU of the gate, all in float32."""
@@ -112,7 +141,8 @@ def test_log_decay():
 
 
 def angles(rope: dict[str, Any], D: int, limit: int, positions: np.ndarray) -> np.ndarray:
-    """[T, D/2] angles, one frequency after the other, from the definitions (yarn: its paper)."""
+    """[T, R/2] angles, one frequency after the other, from the definitions (yarn: its paper)."""
+    D = int(D * rope.get("partial_rotary_factor", 1))
     theta, kind, factor = rope["theta"], rope.get("rope_type", "default"), rope.get("factor", 1.0)
     context = rope.get("original_max_position_embeddings", limit)
     fast, slow = rope.get("beta_fast", 32.0), rope.get("beta_slow", 1.0)
@@ -133,6 +163,13 @@ def angles(rope: dict[str, Any], D: int, limit: int, positions: np.ndarray) -> n
         if kind == "yarn":
             share = min(max((i - low) / max(high - low, 1e-3), 0.0), 1.0)
             frequency = frequency / factor * share + frequency * (1 - share)
+        if kind == "llama3":
+            wavelength, slow, fast = 2 * math.pi / frequency, rope["low_freq_factor"], 4.0
+            if wavelength > context / slow:
+                frequency /= factor
+            elif wavelength > context / fast:
+                share = (context / wavelength - slow) / (fast - slow)
+                frequency *= (1 - share) / factor + share
         columns.append(positions * frequency)
     return np.stack(columns, axis=-1)
 
@@ -143,6 +180,8 @@ def temperature(factor: float, mscale: float = 1.0) -> float:
 
 YARN: dict[str, Any] = dict(rope_type="yarn", theta=1e4, factor=4.0)
 YARN |= dict(original_max_position_embeddings=256)
+LLAMA3: dict[str, Any] = dict(rope_type="llama3", theta=1e4, factor=8.0, low_freq_factor=1.0)
+LLAMA3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=256)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +202,13 @@ YARN |= dict(original_max_position_embeddings=256)
         (YARN | dict(mscale=0.7), temperature(4.0)),
         (YARN | dict(factor=1.0), 1.0),
         (dict(rope_type="yarn", theta=1e4, factor=4.0), temperature(4.0)),
+        (YARN | dict(mscale=1.0, mscale_all_dim=1.0), 1.0),
+        (YARN | dict(partial_rotary_factor=0.5), temperature(4.0)),
+        (dict(theta=1e4, partial_rotary_factor=0.25), 1.0),
+        (LLAMA3, 1.0),
+        (LLAMA3 | dict(factor=32.0, low_freq_factor=2.0), 1.0),
+        (LLAMA3 | dict(original_max_position_embeddings=8192), 1.0),
+        (LLAMA3 | dict(partial_rotary_factor=0.5), 1.0),
     ],
 )
 def test_rotary_angles(rope, scale):
@@ -170,7 +216,8 @@ def test_rotary_angles(rope, scale):
     positions = np.asarray([[0, 1, 2, 77, 511]])
     expected = angles(rope, 32, 512, positions[0])
     cos, sin = layers.rope_table(jnp.asarray(positions), config)
-    assert cos.shape == sin.shape == (1, 5, 1, 16) and cos.dtype == sin.dtype == jnp.float32
+    assert cos.shape == sin.shape == (1, 5, 1, expected.shape[1])
+    assert cos.dtype == sin.dtype == jnp.float32
     np.testing.assert_allclose(cos[0, :, 0], scale * np.cos(expected), atol=2e-4)
     np.testing.assert_allclose(sin[0, :, 0], scale * np.sin(expected), atol=2e-4)
 
@@ -184,6 +231,30 @@ def test_rotation_turns_the_halves_of_a_head_and_rounds_once():
     y = layers.apply_rope(x, table)
     assert y.dtype == BF16
     np.testing.assert_array_equal(y, rounded(expected))
+
+
+def test_a_part_of_each_head_is_rotated():
+    """The first channels, by halves of their own; the others come out as they went in."""
+    x = bfloat16(0, 1, 3, 2, 16)
+    for share, R in ((0.5, 8), (0.26, 4)):
+        config = tiny_config(("*",), rope=RopeConfig(partial_rotary_factor=share))
+        table = layers.rope_table(jnp.asarray([[3, 0, 40]]), config)
+        y = layers.apply_rope(x, table)
+        np.testing.assert_array_equal(y[..., :R], layers.apply_rope(x[..., :R], table))
+        np.testing.assert_array_equal(y[..., R:], x[..., R:])
+        assert y.dtype == BF16 and (y[:, 0, :, :R] != x[:, 0, :, :R]).any()
+
+
+def test_query_scale_steps_with_every_original_context():
+    yarn = RopeConfig(rope_type="yarn", factor=4.0, original_max_position_embeddings=8)
+    scaled, unscaled = (dataclasses.replace(yarn, llama_4_scaling_beta=b) for b in (0.1, 0.0))
+    config = tiny_config(("*",), rope=scaled)
+    scale = layers.query_scale(jnp.asarray([[0, 7, 8, 15, 16, 800, -3]]), config)
+    assert scale is not None and scale.dtype == jnp.float32 and scale.shape == (1, 7, 1, 1)
+    expected = 1 + 0.1 * np.log([1, 1, 2, 2, 3, 101, 1])
+    np.testing.assert_allclose(scale[0, :, 0, 0], expected, rtol=1e-6)
+    for rope in (RopeConfig(), yarn, unscaled):
+        assert layers.query_scale(jnp.zeros((1, 2)), tiny_config(("*",), rope=rope)) is None
 
 
 # Constants and fresh parameters
@@ -267,7 +338,7 @@ FACTS = {
     "*": ("self_attn", None, True, True, 100, "full_attention"),
     "SWA": ("swa", "*", True, False, 5, "sliding_attention"),
     "GKA": ("gka", None, True, False, 0, None),
-    "GDN": ("gdn", None, False, False, 0, None),
+    "GDN": ("gdn", None, False, False, 0, "linear_attention"),
     "M2": ("mamba", None, True, False, 0, None),
     "BMF": ("bmojo_f", None, True, False, 8, None),
 }

@@ -8,14 +8,24 @@ from typing import Annotated, Any
 import typer
 
 from hmf_jax.cli.errors import progress
-from hmf_jax.cli.options import DType, Dtype, Format, Model
+from hmf_jax.cli.options import DType, Dtype, Format
 
 
 def convert(
-    source: Model,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Directory of the model (Hugging Face or Orbax format), a Hugging Face repository "
+            "such as org/name, or a GGUF file of a Llama, Qwen2 or Qwen3 model."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
     to: Annotated[
         Format | None, typer.Option(help="Format to write. Default: the one SOURCE is not.")
+    ] = None,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Of a GGUF file: the format its numbers become. Default: bfloat16."),
     ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Largest weight file in Hugging Face format. Default: 5GB.")
@@ -23,11 +33,21 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model that is already there.")
     ] = False,
+    for_original: Annotated[
+        bool,
+        typer.Option(
+            "--for-original/--not-for-original",
+            help="Refuse layers that the original does not have in the model's family.",
+        ),
+    ] = True,
 ) -> None:
-    """Convert a model from Hugging Face to Orbax format, or back. Numbers stay bit-identical."""
-    from hmf_jax.loading import convert_directory, resolve
+    """Convert a model from Hugging Face to Orbax format, or back. Numbers stay bit-identical.
 
-    if max_shard_size is not None:
+    Of a GGUF file, quantised or not, it makes a model in Hugging Face format.
+    """
+    from hmf_jax.loading import convert_directory, is_gguf, resolve
+
+    if max_shard_size is not None and not is_gguf(source):
         stored = to is None and any(resolve(source, progress=progress()).glob("*.safetensors"))
         if stored or to is Format.orbax:
             raise ValueError("--max-shard-size is for Hugging Face format, this writes Orbax.")
@@ -35,8 +55,10 @@ def convert(
         source,
         target,
         to=None if to is None else to.value,
+        dtype=None if dtype is None else dtype.value,
         max_shard_size="5GB" if max_shard_size is None else max_shard_size,
         overwrite=overwrite,
+        for_original=for_original,
         progress=progress(),
     )
     typer.echo(f"Wrote {target} in {written} format.")
@@ -88,7 +110,7 @@ def info(
         str,
         typer.Argument(
             help="Directory of a model, a config.json (no weights needed), or one of the built-in "
-            "shapes tiny, 8b, 32b."
+            "shapes: tiny, 8b, 32b, llama-3.1-8b, ..."
         ),
     ],
     mixer: Annotated[
@@ -99,13 +121,14 @@ def info(
     """Show layers, parameters and the memory of one sequence per context length."""
     from hmf_jax.config import HybridConfig
     from hmf_jax.memory import describe, memory_table
+    from hmf_jax.presets import PRESETS
 
     if mixer is None and Path(model).exists():
         config = HybridConfig.from_json(model)
-    elif model in ("tiny", "8b", "32b"):
+    elif model in PRESETS:
         config = HybridConfig.preset(model, mixer)
     elif mixer is not None:
-        raise ValueError("--mixer is for the built-in shapes tiny, 8b and 32b only.")
+        raise ValueError(f"--mixer is for the built-in shapes only: {', '.join(PRESETS)}.")
     else:  # says what is missing
         config = HybridConfig.from_json(model)
     typer.echo(describe(config))

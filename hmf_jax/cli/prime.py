@@ -14,7 +14,7 @@ from hmf_jax.options import check_int
 
 def init(
     base: Annotated[
-        str | None, typer.Argument(help="Directory or repository of a Qwen3 Transformer.")
+        str | None, typer.Argument(help="Directory or repository of a Transformer.")
     ] = None,
     output: Annotated[Path | None, typer.Argument(help="Directory to write.")] = None,
     pattern: Annotated[
@@ -155,11 +155,14 @@ def select(
         base, data, variants, window, {"length": length, "rows": rows, "dtype": dtype}
     )
     selection.pattern([], 1, kind)  # says whether there is such a kind
+    kinds = candidates = None
     if base is not None:
-        layers = HybridConfig.from_json(resolve(base, progress=progress())).num_hidden_layers
+        model = HybridConfig.from_json(resolve(base, progress=progress()))
+        kinds, layers = model.layer_kinds, model.num_hidden_layers
+        candidates = selection.attention_layers(model)
         if num_layers not in (None, layers):
             raise ValueError(f"--num-layers {num_layers}, but the base has {layers} layers.")
-        check_int("--m", m, 1, layers - exclude_layer_0)
+        check_int("--m", m, 1, len(candidates) - (exclude_layer_0 and 0 in candidates))
         num_layers = layers
     if variants is not None:
         directory = resolve(str(base), progress=progress())
@@ -180,9 +183,14 @@ def select(
         )
     found = read_scores(scores)
     chosen = select_layers(
-        found, m, num_layers=num_layers, exclude_layer_0=exclude_layer_0, task_filter=task_filter
+        found,
+        m,
+        num_layers=num_layers,
+        layers=candidates,
+        exclude_layer_0=exclude_layer_0,
+        task_filter=task_filter,
     )
-    typer.echo(selection.describe(chosen, num_layers or max(found.rows) + 1, kind))
+    typer.echo(selection.describe(chosen, num_layers or max(found.rows) + 1, kind, kinds))
 
 
 def _scoring(

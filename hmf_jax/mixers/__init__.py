@@ -78,7 +78,9 @@ def all_sections() -> list[Section]:
     return [kind.section for kind in KINDS.values() if kind.section is not None]
 
 
-def sections_of(symbols: Iterable[str], sections: Mapping[str, object]) -> Sections:
+def sections_of(
+    symbols: Iterable[str], sections: Mapping[str, object], backbone: Backbone
+) -> Sections:
     """These sections, and the defaults of what layers of these kinds, or kinds inside them, need.
 
     Raises ValueError for settings that have no defaults.
@@ -89,7 +91,7 @@ def sections_of(symbols: Iterable[str], sections: Mapping[str, object]) -> Secti
         if section is not None and found.get(section.attribute) is None:
             if section.missing is not None:
                 raise ValueError(section.missing)
-            found[section.attribute] = section.type()
+            found[section.attribute] = section.type(**section.defaults(backbone))
         needed += KINDS[symbol].inner(Sections(found))
     return Sections(found)
 

@@ -1,4 +1,8 @@
-"""Full causal attention ("*") and sliding-window attention ("SWA"): QK-norm, RoPE, GQA."""
+"""Full causal attention ("*") and sliding-window attention ("SWA").
+
+Grouped heads and RoPE; by the options of the backbone also QK-norm, biases, an output gate, and
+queries that grow with the position.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,14 @@ from flax import nnx
 
 from hmf_jax.convert import rows
 from hmf_jax.convert.rows import Row
-from hmf_jax.layers import RMSNorm, apply_rope, linear, merge_heads, split_heads
+from hmf_jax.layers import (
+    RMSNorm,
+    apply_rope,
+    backbone_norm,
+    linear,
+    merge_heads,
+    split_heads,
+)
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
 from hmf_jax.mixers.parts import Parts
@@ -87,46 +98,59 @@ def refill(tokens: Array, offset: Array, lengths: Array, skip: int, size: int, l
     return jnp.take_along_axis(tokens, entry[:, :, None, None], axis=1)
 
 
-def project(
-    x: Array, proj: nnx.Linear, norm: RMSNorm | None, ctx: Context, D: int, *, rotate: bool
-) -> Array:
-    """Project x to heads [B, T, H, D]: normalised if there is a norm, then rotated if asked."""
-    heads = split_heads(ctx.over_tokens(proj(x)), D)
-    heads = heads if norm is None else norm(heads)
-    return apply_rope(heads, ctx.rope) if rotate else heads
+def project(x: Array, proj: nnx.Linear, ctx: Context, D: int) -> Array:
+    """x [B, T, d], projected to heads [B, T, H, D]."""
+    return split_heads(ctx.over_tokens(proj(x)), D)
+
+
+def rotated(heads: Array, norm: RMSNorm | None, ctx: Context) -> Array:
+    """Queries or keys [B, T, H, D]: normalised if there is a norm, then rotated."""
+    return apply_rope(heads if norm is None else norm(heads), ctx.rope)
 
 
 def head_norm(config: Backbone, dtype) -> RMSNorm | None:
     """The norm of queries or of keys, where the backbone has one."""
-    return RMSNorm(config.head_dim, config.rms_norm_eps, dtype) if config.qk_norm else None
+    return backbone_norm(config.head_dim, config, dtype) if config.qk_norm else None
 
 
 class Attention(Mixer):
     """Softmax attention over all earlier tokens, or over the last `window` ones.
 
     Keys are cached after norm and RoPE. Without a window the cache has one entry per token; with
-    a window W it is a ring of W entries and query i sees keys i-W+1 .. i.
+    a window W it is a ring of W entries and query i sees keys i-W+1 .. i. With an output gate,
+    q_proj makes of each head its query, then its gate.
     """
 
     def __init__(self, config: Backbone, *, dtype, rngs: nnx.Rngs, window: int | None = None):
         d, D = config.hidden_size, config.head_dim
         nq, nk, bias = config.query_width, config.key_width, config.qkv_bias
-        self.q_proj = linear(d, nq, ("embed", "heads"), config, dtype, rngs, bias)
+        gated = 2 * nq if config.output_gate else nq
+        self.q_proj = linear(d, gated, ("embed", "heads"), config, dtype, rngs, bias)
         self.k_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs, bias)
         self.v_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs, bias)
         self.o_proj = linear(nq, d, ("heads", "embed"), config, dtype, rngs, config.o_bias)
         self.q_norm, self.k_norm = head_norm(config, dtype), head_norm(config, dtype)
         self.kv_heads, self.head_dim, self.window = config.num_key_value_heads, D, window
+        self.gated = config.output_gate
 
     def __call__(
         self, x: Array, ctx: Context, state: AttentionState | WindowState | None = None
     ) -> tuple[Array, AttentionState | WindowState | None]:
-        q = project(x, self.q_proj, self.q_norm, ctx, self.head_dim, rotate=True)
-        k = project(x, self.k_proj, self.k_norm, ctx, self.head_dim, rotate=True)
-        v = project(x, self.v_proj, None, ctx, self.head_dim, rotate=False)
+        D, gate = self.head_dim, None
+        q = project(x, self.q_proj, ctx, 2 * D if self.gated else D)
+        if self.gated:
+            q, gate = jnp.split(q, 2, axis=-1)
+        q = rotated(q, self.q_norm, ctx)
+        if ctx.query_scale is not None:
+            q = q * ctx.query_scale.astype(q.dtype)
+        k = rotated(project(x, self.k_proj, ctx, D), self.k_norm, ctx)
+        v = project(x, self.v_proj, ctx, D)
         attend = self._full if self.window is None else self._windowed
         o, state = attend(q, k, v, ctx, state)
-        return self.o_proj(merge_heads(ctx.over_tokens(o))), state
+        o = ctx.over_tokens(o)
+        if gate is not None:
+            o = o * jax.nn.sigmoid(gate)
+        return self.o_proj(merge_heads(o)), state
 
     def _own_tokens(self, q: Array, k: Array, v: Array, ctx: Context) -> Array:
         """Attention among the tokens of this call, which are whole sequences."""
@@ -184,9 +208,11 @@ class Attention(Mixer):
         return cls(zeros(shape, KV_DIMS, dtype, mesh), zeros(shape, KV_DIMS, dtype, mesh))
 
 
-def qkv_rows(config: Backbone, suffix: str = "") -> list[Row]:
-    """Projections and norms of q, k and v, with `suffix` behind their names."""
-    d, nq, nk, bias = config.hidden_size, config.query_width, config.key_width, config.qkv_bias
+def qkv_rows(config: Backbone, *, bias: bool, gate: bool = False, suffix: str = "") -> list[Row]:
+    """Projections and norms of q (with a gate: of both, head by head), k and v; `suffix` ends
+    their names."""
+    d, nq, nk = config.hidden_size, config.query_width, config.key_width
+    nq = 2 * nq if gate else nq
     found = [
         *rows.linear(nq, d, f"q_proj{suffix}", bias),
         *rows.linear(nk, d, f"k_proj{suffix}", bias),
@@ -197,10 +223,13 @@ def qkv_rows(config: Backbone, suffix: str = "") -> list[Row]:
     return found
 
 
-def attention_rows(config: Backbone, sections: Sections | None = None) -> list[Row]:
-    """All parameters of `Attention`."""
-    o_proj = rows.linear(config.hidden_size, config.query_width, "o_proj", config.o_bias)
-    return qkv_rows(config) + o_proj
+def o_rows(config: Backbone) -> list[Row]:
+    """The output projection."""
+    return rows.linear(config.hidden_size, config.query_width, "o_proj", config.o_bias)
+
+
+def _rows(config: Backbone, sections: Sections) -> list[Row]:
+    return qkv_rows(config, bias=config.qkv_bias, gate=config.output_gate) + o_rows(config)
 
 
 def as_ring(tokens: Array, total: Array, size: int, lag: int) -> Array:
@@ -254,7 +283,7 @@ FULL = Kind(
     label="full attention",
     name="self_attn",
     make=lambda config, sections, *, dtype, rngs: Attention(config, dtype=dtype, rngs=rngs),
-    rows=attention_rows,
+    rows=_rows,
     compose=_compose_full,
     fuses=True,
     sees=lambda sections, length: length,
@@ -266,7 +295,7 @@ WINDOWED = Kind(
     label="sliding-window attention",
     name="swa",
     make=_make_windowed,
-    rows=attention_rows,
+    rows=_rows,
     section=Section(
         attribute="swa",
         key="swa_config",

@@ -25,7 +25,7 @@ class Context:
     """The tokens of one call, as the model lays them out: valid tokens first, padding last.
 
     Attributes:
-      rope: cos, sin float32 [B, T, 1, D/2].
+      rope: cos, sin float32 [B, T, 1, R/2], of the R channels of a head that are rotated.
       segment_ids: [B, T] int32 of packed documents, one number each, 0 = padding; None: every row
         is one document.
       lengths: [B] int32, valid tokens of each row in this call; None = T.
@@ -37,6 +37,7 @@ class Context:
       solver: static; whose steps num_iter counts, see `hmf_jax.pallas_kernels.gka`.
       mesh: static; the device mesh, or None.
       position: [B] int32, what the state's `position` is after this call; None without a state.
+      query_scale: float32 [B, T, 1, 1], what attention multiplies its rotated queries by; None: 1.
     """
 
     rope: tuple[Array, Array]
@@ -50,6 +51,7 @@ class Context:
     mesh: Mesh | None = dataclasses.field(metadata={"static": True})
     solver: str = dataclasses.field(default="chebyshev", metadata={"static": True})
     position: Array | None = None
+    query_scale: Array | None = None
 
     @property
     def options(self) -> dict:

@@ -21,13 +21,14 @@ from hmf_jax.layers import linear, merge_heads
 from hmf_jax.mixers.attention import (
     KV_DIMS,
     as_ring,
-    attention_rows,
     chronological,
     composed_ring,
     head_norm,
+    o_rows,
     project,
     qkv_rows,
     refill,
+    rotated,
     write,
 )
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
@@ -85,10 +86,10 @@ class TwoWindowAttention(nnx.Module):
     """Joint softmax over both windows. Untied weights (names ending in _) serve the fading one."""
 
     def __init__(self, config: Backbone, c: BMojoConfig, *, dtype, rngs: nnx.Rngs):
-        d, nq, nk = config.hidden_size, config.query_width, config.key_width
+        d, nq, nk, bias = config.hidden_size, config.query_width, config.key_width, _bias(config)
 
         def proj(n: int, dim: str) -> nnx.Linear:
-            return linear(d, n, ("embed", dim), config, dtype, rngs, config.qkv_bias)
+            return linear(d, n, ("embed", dim), config, dtype, rngs, bias)
 
         self.q_proj, self.q_norm = proj(nq, "heads"), head_norm(config, dtype)
         self.k_proj, self.k_norm = proj(nk, "kv_heads"), head_norm(config, dtype)
@@ -105,22 +106,22 @@ class TwoWindowAttention(nnx.Module):
     ) -> tuple[Array, BMojoState | None]:
         """x, fading [B, T, d]; `inner` is the new state of the inner mixer."""
         D, tied = self.head_dim, self.tied
-        q = project(x, self.q_proj, self.q_norm, ctx, D, rotate=True)
+        q = rotated(project(x, self.q_proj, ctx, D), self.q_norm, ctx)
         q_fading = None
         if not tied:
-            q_fading = project(x, self.q_proj_, self.q_norm_, ctx, D, rotate=True)
+            q_fading = rotated(project(x, self.q_proj_, ctx, D), self.q_norm_, ctx)
         if tied and x.shape[1] == 1:
             # One token's products are as long as reading their weights takes: read them once.
             both = jnp.stack([x, fading])
-            k, k_fading = project(both, self.k_proj, self.k_norm, ctx, D, rotate=True)
-            v, v_fading = project(both, self.v_proj, None, ctx, D, rotate=False)
+            k, k_fading = rotated(project(both, self.k_proj, ctx, D), self.k_norm, ctx)
+            v, v_fading = project(both, self.v_proj, ctx, D)
         else:
-            k = project(x, self.k_proj, self.k_norm, ctx, D, rotate=True)
-            v = project(x, self.v_proj, None, ctx, D, rotate=False)
+            k = rotated(project(x, self.k_proj, ctx, D), self.k_norm, ctx)
+            v = project(x, self.v_proj, ctx, D)
             k_proj, k_norm = (self.k_proj, self.k_norm) if tied else (self.k_proj_, self.k_norm_)
             v_proj = self.v_proj if tied else self.v_proj_
-            k_fading = project(fading, k_proj, k_norm, ctx, D, rotate=True)
-            v_fading = project(fading, v_proj, None, ctx, D, rotate=False)
+            k_fading = rotated(project(fading, k_proj, ctx, D), k_norm, ctx)
+            v_fading = project(fading, v_proj, ctx, D)
         attend = self._step if state is not None and x.shape[1] == 1 else self._prefill
         o, state = attend(q, k, v, q_fading, k_fading, v_fading, ctx, state, inner)
         return self.o_proj(merge_heads(ctx.over_tokens(o))), state
@@ -219,6 +220,11 @@ class BMojo(Mixer):
         return BMojoState(ring(2 * W), ring(2 * W), ring(W), ring(W), inner)
 
 
+def _bias(config: Backbone) -> bool:
+    """Whether q, k and v have biases; o has where that of attention has."""
+    return config.qkv_bias if config.bmojo_bias is None else config.bmojo_bias
+
+
 def _inner(sections: Sections) -> Kind:
     return INNER[sections["bmojo"].ssm_mixer]
 
@@ -229,9 +235,10 @@ def _make(config: Backbone, sections: Sections, *, dtype, rngs: nnx.Rngs) -> BMo
 
 
 def _rows(config: Backbone, sections: Sections) -> list[Row]:
-    inner, found = _inner(sections), attention_rows(config)
+    inner, bias = _inner(sections), _bias(config)
+    found = qkv_rows(config, bias=bias) + o_rows(config)
     if not sections["bmojo"].tie_attn_weights:
-        found += qkv_rows(config, "_")
+        found += qkv_rows(config, bias=bias, suffix="_")
     inner_rows = rows.under(inner.name, inner.rows(config, sections), "inner")
     return rows.under("bmojo_attn", found) + inner_rows
 

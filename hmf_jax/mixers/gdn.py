@@ -16,9 +16,11 @@ from hmf_jax.mixers.linear import (
     FROM_ATTENTION,
     LIMITS,
     GatedLinearMixer,
+    defaults,
     gated_linear_rows,
     geometry,
     l2_normalize,
+    state_heads,
 )
 from hmf_jax.options import Backbone, check_fields
 from hmf_jax.pallas_kernels import gated_delta_rule, gated_delta_rule_step
@@ -46,7 +48,8 @@ class GDNConfig:
 class GDNState:
     """Gated DeltaNet: the last conv_size - 1 projections of q, k, v, and a float32 matrix.
 
-    conv_q [B, K-1, Hq*D], conv_k, conv_v [B, K-1, Hkv*D] (None where there is no convolution);
+    conv_q [B, K-1, Hq*D], conv_k [B, K-1, Hk*D], conv_v [B, K-1, Hv*D] (None where there is no
+    convolution);
     s [B, H, D, D] (key dim, value dim).
     """
 
@@ -67,7 +70,7 @@ class GatedDeltaNet(GatedLinearMixer):
     def __init__(self, config: Backbone, c: GDNConfig, *, dtype, rngs: nnx.Rngs):
         convs = (c.use_short_conv, c.use_short_conv, c.use_short_conv)
         super().__init__(config, c, dtype=dtype, rngs=rngs, convs=convs, conv_bias=c.conv_bias)
-        d, H = config.hidden_size, config.num_attention_heads
+        d, H = config.hidden_size, self.heads
         self.gk_proj = linear(d, H, ("embed", "heads"), config, dtype, rngs)
         self.b_proj = linear(d, H, ("embed", "heads"), config, dtype, rngs)
 
@@ -78,7 +81,8 @@ class GatedDeltaNet(GatedLinearMixer):
         q, conv_q = self.convolve(self.q_proj(x), self.q_conv1d, ctx, s and s.conv_q, silu=True)
         k, conv_k = self.convolve(self.k_proj(x), self.k_conv1d, ctx, s and s.conv_k, silu=True)
         v, conv_v = self.convolve(self.v_proj(x), self.v_conv1d, ctx, s and s.conv_v, silu=True)
-        q = l2_normalize(split_heads(q, self.head_dim), 1e-6, under_root=True)
+        q = self.repeat(split_heads(q, self.head_dim))
+        q = l2_normalize(q, 1e-6, under_root=True)
         k = l2_normalize(self.expand(k, self.proj_k, self.k_rep), 1e-6, under_root=True)
         v = self.expand(v, self.proj_v, self.v_rep)
         q, k = q.astype(v.dtype), k.astype(v.dtype)
@@ -114,7 +118,35 @@ def _rows(config: Backbone, sections: Sections) -> list[Row]:
     c = sections["gdn"]
     convs = "qkv" if c.use_short_conv else ""
     found = gated_linear_rows(config, c, decay="gk_proj", convs=convs, conv_bias=c.conv_bias)
-    return found + rows.linear(config.num_attention_heads, config.hidden_size, "b_proj")
+    return found + rows.linear(state_heads(config), config.hidden_size, "b_proj")
+
+
+def _base_rows(config: Backbone, sections: Sections, layout: str) -> list[Row]:
+    """As the base models have them that have such layers.
+
+    "packed": the rows of q, k, v and the output gate in one tensor, of both other gates in another,
+    key head by key head with what belongs to it. "split": q, k and v in one, the gates apart.
+    """
+    d, heads, H = config.hidden_size, config.linear_heads, state_heads(config)
+    D, taps = heads.dim, sections["gdn"].conv_size
+    widths = {"q": heads.q * D, "k": heads.k * D, "v": heads.v * D}
+    packed = layout == "packed"
+    groups = heads.k if packed else 1
+    qkv, z, b, a = ("qkvz", "qkvz", "ba", "ba") if packed else ("qkv", "z", "b", "a")
+
+    def proj(n_out: int, name: str, path: str) -> list[Row]:
+        return rows.linear(n_out, d, f"in_proj_{name}", path=path, groups=groups)
+
+    return [
+        *(row for s, width in widths.items() for row in proj(width, qkv, f"{s}_proj")),
+        *proj(H * D, z, "g_proj"),
+        *proj(H, b, "b_proj"),
+        *proj(H, a, "gk_proj"),
+        *(r for s, n in widths.items() for r in rows.conv(n, taps, "conv1d", path=f"{s}_conv1d")),
+        *rows.vector(H, "A_log", "dt_bias"),
+        Row("norm.weight", "o_norm.weight", (D,), "same"),
+        *rows.linear(d, H * D, "out_proj", path="o_proj"),
+    ]
 
 
 GDN = Kind(
@@ -125,8 +157,17 @@ GDN = Kind(
         config, sections["gdn"], dtype=dtype, rngs=rngs
     ),
     rows=_rows,
-    section=Section(attribute="gdn", key="gdn_config", type=GDNConfig, geometry=geometry),
+    section=Section(
+        attribute="gdn",
+        key="gdn_config",
+        type=GDNConfig,
+        geometry=geometry,
+        defaults=defaults,
+    ),
     aliases=("gdn", "gated_deltanet"),
     starts={BASE: lambda sections: FROM_ATTENTION},
     fuses=False,  # its transitions do not commute
+    layer_type="linear_attention",
+    base_name="linear_attn",
+    base_rows=_base_rows,
 )

@@ -18,9 +18,11 @@ from hmf_jax.mixers.linear import (
     LIMITS,
     QKVO,
     GatedLinearMixer,
+    defaults,
     gated_linear_rows,
     geometry,
     l2_normalize,
+    state_heads,
 )
 from hmf_jax.mixers.parts import Parts
 from hmf_jax.options import MOST_ITERATIONS, Backbone, check_fields, shown
@@ -62,7 +64,8 @@ class GKAConfig:
 class GKAState:
     """Gated KalmaNet: the last conv_size - 1 projections of q, k, v, and two float32 matrices.
 
-    conv_q [B, K-1, Hq*D], conv_k, conv_v [B, K-1, Hkv*D] (None where there is no convolution);
+    conv_q [B, K-1, Hq*D], conv_k [B, K-1, Hk*D], conv_v [B, K-1, Hv*D] (None where there is no
+    convolution);
     h_kk [B, H, D, D] key covariance, h_kv [B, H, D, D] (key dim, value dim).
     """
 
@@ -87,7 +90,7 @@ class GatedKalmaNet(GatedLinearMixer):
         super().__init__(config, c, dtype=dtype, rngs=rngs, convs=convs)
 
         def gate(bias: bool) -> nnx.Linear:
-            d, H = config.hidden_size, config.num_attention_heads
+            d, H = config.hidden_size, self.heads
             return linear(d, H, ("embed", "heads"), config, dtype, rngs, bias)
 
         self.a_proj = gate(bias=False)
@@ -101,7 +104,8 @@ class GatedKalmaNet(GatedLinearMixer):
         q, conv_q = self.convolve(self.q_proj(x), self.q_conv1d, ctx, s and s.conv_q, silu=True)
         k, conv_k = self.convolve(self.k_proj(x), self.k_conv1d, ctx, s and s.conv_k, silu=True)
         v, conv_v = self.convolve(self.v_proj(x), self.v_conv1d, ctx, s and s.conv_v, silu=False)
-        q = l2_normalize(split_heads(q, self.head_dim), 1e-6, under_root=False)
+        q = self.repeat(split_heads(q, self.head_dim))
+        q = l2_normalize(q, 1e-6, under_root=False)
         k = l2_normalize(self.expand(k, self.proj_k, self.k_rep), 1e-6, under_root=False)
         v = self.expand(v, self.proj_v, self.v_rep)
         q, k = q.astype(v.dtype), k.astype(v.dtype)
@@ -151,7 +155,7 @@ class GatedKalmaNet(GatedLinearMixer):
 
 
 def _rows(config: Backbone, sections: Sections) -> list[Row]:
-    c, gate = sections["gka"], (config.num_attention_heads, config.hidden_size)
+    c, gate = sections["gka"], (state_heads(config), config.hidden_size)
     convs = "qkv" if c.use_v_conv else "qk"
     # The decay is stored even if use_forgetting_gate is off.
     found = gated_linear_rows(config, c, decay="a_proj", convs=convs)
@@ -189,6 +193,7 @@ GKA = Kind(
         key="gka_config",
         type=GKAConfig,
         geometry=geometry,
+        defaults=defaults,
         patch="gka_overrides",
     ),
     details=lambda sections: f"{sections['gka'].num_iter} Chebyshev iterations",

@@ -55,6 +55,7 @@ class Section:
         what it reads from the top level. Default: the value of `key`.
       read: the section as stored -> the same under the names of the fields.
       write: the settings -> keys to write besides the fields, or in place of them.
+      defaults: backbone -> values of fields that are not given, where they are not those of `type`.
       patch: another key of the top level; what it holds is put over this section.
     """
 
@@ -68,6 +69,7 @@ class Section:
     take: Callable[[dict[str, Any]], Any] | None = None
     read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda stored: stored
     write: Callable[[Any], Mapping[str, Any]] = lambda settings: {}
+    defaults: Callable[[Backbone], Mapping[str, Any]] = lambda backbone: {}
     patch: str | None = None
 
 
@@ -107,6 +109,9 @@ class Kind:
         what is at an index is never changed by later tokens, so going back to an earlier token only
         shortens them. All other arrays have a fixed size, and are copied to be gone back to.
       layer_type: what `layer_types` of the base models calls such a layer; None: they have none.
+      base_name: of its module in checkpoints of base models; None: that of attention.
+      base_rows: (backbone, sections, `Family.layout`) -> its parameters in checkpoints of base
+        models; None: they are those of `rows`.
       base_keys: sections -> keys of config.json that a base model with such layers has.
     """
 
@@ -130,6 +135,8 @@ class Kind:
     solves: bool = False
     appends: tuple[str, ...] = ()
     layer_type: str | None = None
+    base_name: str | None = None
+    base_rows: Callable[[Backbone, Sections, str], list[Row]] | None = None
     base_keys: Callable[[Sections], Mapping[str, Any]] = lambda sections: {}
 
     @property

@@ -106,7 +106,9 @@ class LowRank(nnx.Module):
 class GatedLinearMixer(Mixer):
     """Base of GKA and GDN; `c` are the settings of either.
 
-    H = query heads; k and v have fewer heads and are shared or expanded.
+    H states, one per query or value head, whichever are more. Keys and values of fewer heads than
+    the queries are shared or expanded; queries and keys of fewer heads than the values are
+    repeated.
     """
 
     def __init__(
@@ -119,40 +121,42 @@ class GatedLinearMixer(Mixer):
         convs: tuple[bool, bool, bool],
         conv_bias: bool = False,
     ):
-        d, D = config.hidden_size, config.head_dim
-        H, Hkv = config.num_attention_heads, config.num_key_value_heads
-        nq, nk = config.query_width, config.key_width
-        self.q_proj = linear(d, nq, ("embed", "heads"), config, dtype, rngs)
-        self.k_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs)
-        self.v_proj = linear(d, nk, ("embed", "kv_heads"), config, dtype, rngs)
-        self.o_proj = linear(nq, d, ("heads", "embed"), config, dtype, rngs)
+        d, heads = config.hidden_size, config.linear_heads
+        D, H = heads.dim, state_heads(config)
+        nq, nk, nv, n = heads.q * D, heads.k * D, heads.v * D, H * D
+        q_dim, k_dim, v_dim = (channels(config, count) for count in heads[:3])
+        self.q_proj = linear(d, nq, ("embed", q_dim), config, dtype, rngs)
+        self.k_proj = linear(d, nk, ("embed", k_dim), config, dtype, rngs)
+        self.v_proj = linear(d, nv, ("embed", v_dim), config, dtype, rngs)
+        self.o_proj = linear(n, d, ("heads", "embed"), config, dtype, rngs)
 
         def conv(wanted: bool, channels: int, dim: Channels) -> ShortConv | None:
             if not wanted:
                 return None
             return ShortConv(channels, c.conv_size, dim, config, dtype, rngs, conv_bias)
 
-        self.q_conv1d = conv(convs[0], nq, "heads")
-        self.k_conv1d = conv(convs[1], nk, "kv_heads")
-        self.v_conv1d = conv(convs[2], nk, "kv_heads")
-        gate = linear(d, nq, ("embed", "heads"), config, dtype, rngs) if c.use_gate else None
+        self.q_conv1d = conv(convs[0], nq, q_dim)
+        self.k_conv1d = conv(convs[1], nk, k_dim)
+        self.v_conv1d = conv(convs[2], nv, v_dim)
+        gate = linear(d, n, ("embed", "heads"), config, dtype, rngs) if c.use_gate else None
         self.g_proj = gate
         self.o_norm = OutputNorm(D, c.norm_eps, dtype)
         self.A_log, self.dt_bias = decay_params(H, rngs)
-        rank = None if H == Hkv else c.kv_proj_rank
+        rank = c.kv_proj_rank if expands(config) else None
 
-        def low_rank() -> LowRank | None:
-            return None if rank is None else LowRank(nk, rank, nq, config, dtype, rngs)
+        def low_rank(width: int) -> LowRank | None:
+            return None if rank is None else LowRank(width, rank, n, config, dtype, rngs)
 
-        def repeat() -> nnx.Param | None:
+        def repeat(count: int) -> nnx.Param | None:
             if rank is None or not c.kv_learnable_residual:
                 return None
-            one_hot = jnp.repeat(jnp.eye(Hkv, dtype=dtype), H // Hkv, axis=0)
+            one_hot = jnp.repeat(jnp.eye(count, dtype=dtype), H // count, axis=0)
             return nnx.Param(one_hot, dims=(None, None))
 
-        self.proj_k, self.proj_v = low_rank(), low_rank()
-        self.k_rep, self.v_rep = repeat(), repeat()
+        self.proj_k, self.proj_v = low_rank(nk), low_rank(nv)
+        self.k_rep, self.v_rep = repeat(heads.k), repeat(heads.v)
         self.c, self.heads, self.head_dim = c, H, D
+        self.shared = heads.k == heads.v
 
     @untabulated
     def convolve(
@@ -165,19 +169,26 @@ class GatedLinearMixer(Mixer):
 
     @untabulated
     def expand(self, x: Array, low_rank: LowRank | None, rep: nnx.Param | None) -> Array:
-        """Keys or values [B, T, Hkv*D] as heads.
+        """Keys or values [B, T, K*D] as heads.
 
-        Plain: [B, T, Hkv, D], which operators share among groups of query heads. With a low-rank
-        projection: [B, T, H, D] = low_rank(x) + the repeated (or learnably mixed) heads.
+        Plain: [B, T, K, D], which operators share among groups of query heads; repeated to H heads
+        where there are fewer keys than values. With a low-rank projection: [B, T, H, D] =
+        low_rank(x) + the repeated (or learnably mixed) heads.
         """
         heads = split_heads(x, self.head_dim)
         if low_rank is None:
-            return heads
+            return heads if self.shared else self.repeat(heads)
         if rep is None:
-            residual = jnp.repeat(heads, self.heads // heads.shape[2], axis=2)
+            residual = self.repeat(heads)
         else:
             residual = jnp.einsum("btkd,hk->bthd", heads, rep[...].astype(x.dtype))
         return split_heads(low_rank(x), self.head_dim) + residual
+
+    @untabulated
+    def repeat(self, x: Array) -> Array:
+        """[B, T, K, D] -> [B, T, H, D]: every head H / K times, one copy behind the other."""
+        count = x.shape[2]
+        return x if count == self.heads else jnp.repeat(x, self.heads // count, axis=2)
 
     @untabulated
     def output(self, o: Array, x: Array, ctx: Context) -> Array:
@@ -215,6 +226,26 @@ def l2_normalize(x: Array, eps: float, *, under_root: bool) -> Array:
     return x / (jnp.where(positive, norm, 0.0) + eps)
 
 
+def state_heads(config: Backbone) -> int:
+    """H, how many states a GKA or GDN has: one per query or value head, whichever are more."""
+    heads = config.linear_heads
+    return max(heads.q, heads.v)
+
+
+def expands(config: Backbone) -> bool:
+    """Whether keys or values have fewer heads than there are states."""
+    heads = config.linear_heads
+    return min(heads.k, heads.v) < state_heads(config)
+
+
+def channels(config: Backbone, heads: int) -> Channels:
+    """How a mesh splits the channels of so many heads.
+
+    What divides the heads of attention, as tensor parallelism must, divides multiples of them.
+    """
+    return "kv_heads" if heads % config.num_attention_heads else "heads"
+
+
 def gated_linear_rows(
     config: Backbone, c: Any, *, decay: str, convs: str, conv_bias: bool = False
 ) -> list[Row]:
@@ -227,35 +258,43 @@ def gated_linear_rows(
       convs: which of "qkv" are convolved.
       conv_bias: whether the convolutions have a bias.
     """
-    d, nq, nk = config.hidden_size, config.query_width, config.key_width
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    widths = {"q": nq, "k": nk, "v": nk}
+    d, H, D = config.hidden_size, state_heads(config), config.linear_heads.dim
+    counts = dict(zip("qkv", config.linear_heads[:3], strict=True))
+    widths = {s: count * D for s, count in counts.items()}
     found = [
         *(row for s, width in widths.items() for row in rows.linear(width, d, f"{s}_proj")),
         *(r for s in convs for r in rows.conv(widths[s], c.conv_size, f"{s}_conv1d", conv_bias)),
-        *rows.linear(heads, d, decay),
-        *rows.vector(heads, "A_log", "dt_bias"),
-        *rows.vector(config.head_dim, "o_norm.weight"),
-        *rows.linear(d, nq, "o_proj"),
+        *rows.linear(H, d, decay),
+        *rows.vector(H, "A_log", "dt_bias"),
+        *rows.vector(D, "o_norm.weight"),
+        *rows.linear(d, H * D, "o_proj"),
     ]
     if c.use_gate:
-        found += rows.linear(nq, d, "g_proj")
-    if c.kv_proj_rank and kv_heads != heads:  # nothing to expand otherwise
+        found += rows.linear(H * D, d, "g_proj")
+    if c.kv_proj_rank and expands(config):
         rank = c.kv_proj_rank
         for s in "kv":
-            found += rows.linear(rank, nk, f"proj_{s}.linearA")
-            found += rows.linear(nq, rank, f"proj_{s}.linearB")
+            found += rows.linear(rank, widths[s], f"proj_{s}.linearA")
+            found += rows.linear(H * D, rank, f"proj_{s}.linearB")
             if c.kv_learnable_residual:
-                found.append(rows.Row(f"{s}_rep", f"{s}_rep", (heads, kv_heads), "same"))
+                found.append(Row(f"{s}_rep", f"{s}_rep", (H, counts[s]), "same"))
     return found
 
 
 def geometry(config: Backbone) -> dict[str, Any]:
     """The copies of the backbone's options in gka_config and gdn_config."""
+    heads = config.linear_heads
     return {
         "hidden_size": config.hidden_size,
-        "head_dim": config.head_dim,
-        "num_q_heads": config.num_attention_heads,
-        "num_k_heads": config.num_key_value_heads,
-        "num_v_heads": config.num_key_value_heads,
+        "head_dim": heads.dim,
+        "num_q_heads": heads.q,
+        "num_k_heads": heads.k,
+        "num_v_heads": heads.v,
     }
+
+
+def defaults(config: Backbone) -> dict[str, Any]:
+    """Settings that are not given, of models whose linear layers have heads of their own."""
+    if config.linear is None:
+        return {}
+    return {"conv_size": config.linear.conv_size, "norm_eps": config.rms_norm_eps}

@@ -97,9 +97,9 @@ class Mamba2(Mixer):
         self.C_conv1d = ShortConv(nq, CONV_SIZE, "heads", config, dtype, rngs, bias=True)
         self.A_log, self.dt_bias = decay_params(H, rngs)
         self.D = nnx.Param(jnp.ones(H, jnp.float32), dims=("heads",))
-        normed = _normed(config, c)
-        self.B_norm = RMSNorm(D, 1e-6, dtype) if normed else None
-        self.C_norm = RMSNorm(D, 1e-6, dtype) if normed else None
+        normed, centered = _normed(config, c), config.zero_centered_norm
+        self.B_norm = RMSNorm(D, 1e-6, dtype, zero_centered=centered) if normed else None
+        self.C_norm = RMSNorm(D, 1e-6, dtype, zero_centered=centered) if normed else None
         self.norm = GatedGroupNorm(nq, 1e-5, dtype)
         self.out_proj = linear(nq, d, ("heads", "embed"), config, dtype, rngs)
         self.head_dim, self.heads, self.use_rope = D, H, c.use_pos_emb

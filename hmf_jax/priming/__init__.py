@@ -19,6 +19,7 @@ from hmf_jax.priming.distill import (
     make_distill_step,
     students,
 )
+from hmf_jax.priming.origins import Origin, describe_plan, stage0_plan
 from hmf_jax.priming.scores import LayerScores, read_scores, write_scores
 from hmf_jax.priming.selection import (
     Selection,
@@ -29,13 +30,10 @@ from hmf_jax.priming.selection import (
     write_swa_variants,
 )
 from hmf_jax.priming.stage0 import (
-    Origin,
-    describe_plan,
     prime,
     prime_directory,
     primed_config,
     read_stage0,
-    stage0_plan,
 )
 from hmf_jax.priming.unfuse import teacher, unfuse, unfuse_directory
 

@@ -24,7 +24,7 @@ from flax import nnx
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.convert.directories import link, read_json, replacing
-from hmf_jax.families import FAMILIES
+from hmf_jax.families import FAMILIES, text_part
 from hmf_jax.loading import from_pretrained, resolve
 from hmf_jax.mixers import BASE, KINDS, SWAConfig
 from hmf_jax.model import HybridLM
@@ -94,7 +94,7 @@ def write_swa_variants(
     Raises:
       FileNotFoundError: source is no such directory.
       FileExistsError: a variant of other settings or of another base is in the way.
-      ValueError: a layer that is not full attention.
+      ValueError: a layer that is not full attention, or a family without windows in the original.
     """
     source, target = Path(source).expanduser().resolve(), Path(target).expanduser()
     if source in (target.resolve(), *target.resolve().parents):
@@ -102,18 +102,19 @@ def write_swa_variants(
     config = HybridConfig.from_json(source)
     if not any(source.glob("model*.safetensors")):
         raise FileNotFoundError(f"{source} holds no model*.safetensors to link to")
-    chosen = _attention_layers(config) if layers is None else list(layers)
-    kinds = {i: _variant_config(config, i, window).layer_kinds for i in chosen}
-    stored = read_json(source / "config.json")
-    stored.pop("layer_types", None)  # the base's; the pattern says it
-    family, data = FAMILIES[config.family], {}
+    if "SWA" in FAMILIES[config.family].unreadable:
+        raise ValueError(
+            f"the original has no SWA layers in {FAMILIES[config.family].hybrid} models, so it "
+            "cannot evaluate variants; score them here (score_layers, or --data)"
+        )
+    chosen = attention_layers(config) if layers is None else list(layers)
+    stored = text_part(read_json(source / "config.json"), [])
+    dtype = {key: stored[key] for key in ("dtype", "torch_dtype") if key in stored}
+    data = {}
     for i in chosen:
-        data[i] = stored | {
-            "architectures": [family.architectures[0]],
-            "model_type": family.hybrid,
-            "hybrid_override_pattern": "-".join(kinds[i]),
-            "swa_config": {"window_size": window},
-        }
+        written = _variant_config(config, i, window).to_dict()
+        del written["dtype"]
+        data[i] = written | dtype
         file = target / f"layer_{i}" / "config.json"
         if file.is_file():
             _check_variant(file.parent, source, data[i])
@@ -158,7 +159,7 @@ def score_layers(
         that no record knows; what differs is named.
       ValueError: layers that are not full attention, scores that are not finite, or damaged files.
     """
-    chosen = _attention_layers(model.config) if layers is None else list(layers)
+    chosen = attention_layers(model.config) if layers is None else list(layers)
     for i in chosen:
         _variant_config(model.config, i, window)
     identity = getattr(score, "identity", None) if identity is None else identity
@@ -235,7 +236,7 @@ def score_directory(
     """
     check_int("rows", rows, 1)
     directory = resolve(base, progress=progress)
-    _attention_layers(HybridConfig.from_json(directory))
+    attention_layers(HybridConfig.from_json(directory))
     tokenizer = load_tokenizer(directory)
     batches = Batches([str(data)], tokenizer, length=length, batch_size=1, epochs=1, shuffle=False)
     score = likelihood(itertools.islice(batches, rows))
@@ -252,6 +253,7 @@ def select_layers(
     m: int = 14,
     *,
     num_layers: int | None = None,
+    layers: Iterable[int] | None = None,
     exclude_layer_0: bool = False,
     task_filter: str | None = None,
 ) -> Selection:
@@ -261,6 +263,7 @@ def select_layers(
       scores: one row per layer; the baseline does not take part.
       m: layers to convert (the original: 18 of 36 for 8B, 32 of 64 for 32B).
       num_layers: of the model; default as many as the highest layer says.
+      layers: which can be chosen, where not all are attention; default all.
       exclude_layer_0: never choose the first layer.
       task_filter: only tasks whose name contains this.
 
@@ -279,7 +282,8 @@ def select_layers(
     count = max(rows, default=-1) + 1 if num_layers is None else num_layers
     if foreign := sorted(i for i in rows if i >= count):
         raise ValueError(f"the model has {count} layers, but there are scores of {foreign}")
-    candidates = [i for i in range(count) if i > 0 or not exclude_layer_0]
+    candidates = [i for i in range(count) if layers is None or i in set(layers)]
+    candidates = [i for i in candidates if i > 0 or not exclude_layer_0]
     if missing := [i for i in candidates if i not in rows]:
         raise ValueError(
             f"no row for layers {missing} (of {count}); score them too, a layer without a score "
@@ -308,8 +312,13 @@ def select_layers(
     return Selection(tuple(sorted(i for i, _ in taken)), tuple(ranking), tie)
 
 
-def describe(chosen: Selection, num_layers: int, kind: str) -> str:
-    """A text: the ranking, a tie if there is one, the chosen layers, and the fused pattern."""
+def describe(
+    chosen: Selection, num_layers: int, kind: str, base: Sequence[str] | None = None
+) -> str:
+    """A text: the ranking, a tie if there is one, the chosen layers, and the fused pattern.
+
+    `base`: see `pattern`.
+    """
     lines = [
         f"{layer:5d}  {mean:10.4f}{'  chosen' if layer in chosen.layers else ''}"
         for layer, mean in chosen.ranking
@@ -317,22 +326,35 @@ def describe(chosen: Selection, num_layers: int, kind: str) -> str:
     if chosen.tie is not None:
         lines.append(f"tie: {chosen.tie}.")
     lines.append(f"layers: {','.join(map(str, chosen.layers))}")
-    lines.append(f"pattern: {pattern(chosen.layers, num_layers, kind)}")
+    lines.append(f"pattern: {pattern(chosen.layers, num_layers, kind, base=base)}")
     return "\n".join(lines)
 
 
-def pattern(layers: Iterable[int], num_layers: int, kind: str, *, fused: bool = True) -> str:
-    """The pattern that converts these layers: "GKA*" and "*DA", or unfused "GKA" and "*"."""
+def pattern(
+    layers: Iterable[int],
+    num_layers: int,
+    kind: str,
+    *,
+    fused: bool = True,
+    base: Sequence[str] | None = None,
+) -> str:
+    """The pattern that converts these layers: "GKA*" and "*DA", or unfused "GKA" and "*".
+
+    `base`: the symbols of a base whose layers are not all attention; the others stay as they are.
+    """
     chosen = set(layers)
     if outside := sorted(i for i in chosen if not 0 <= i < num_layers):
         raise ValueError(f"layers {outside} are not among the {num_layers} of the model")
     if kind not in KINDS or kind == BASE:
         raise ValueError(f"kind {kind!r} is unknown; use one of {', '.join(set(KINDS) - {BASE})}")
     new, old = (f"{kind}*", "*DA") if fused else (kind, "*")
-    return "-".join(new if i in chosen else old for i in range(num_layers))
+    kinds = [BASE] * num_layers if base is None else base
+    kept = [old if symbol == BASE else symbol for symbol in kinds]
+    return "-".join(new if i in chosen else kept[i] for i in range(num_layers))
 
 
-def _attention_layers(config: HybridConfig) -> list[int]:
+def attention_layers(config: HybridConfig) -> list[int]:
+    """The layers that are full attention, and can be converted."""
     return [i for i, kind in enumerate(config.layer_kinds) if kind == BASE]
 
 
@@ -360,9 +382,9 @@ def _check_variant(directory: Path, source: Path, config: dict[str, Any]) -> Non
 
 
 def _variant_config(config: HybridConfig, layer: int, window: int) -> HybridConfig:
-    if layer not in _attention_layers(config):
+    if layer not in attention_layers(config):
         raise ValueError(
-            f"layer {layer} is not full attention; choose among {_attention_layers(config)}"
+            f"layer {layer} is not full attention; choose among {attention_layers(config)}"
         )
     if "SWA" in config.student_kinds and config.swa != SWAConfig(window):
         raise ValueError(

@@ -2,21 +2,22 @@
 
 Embeddings, norms, MLPs and the attention that stays are copied; a new mixer starts from the
 attention of the same layer. Which part starts from which is what its kind says (`Kind.starts`):
-all take over W_Q, W_K, W_V, W_O (as [out, in] matrices), and an output gate becomes
+all take over W_Q, W_K, W_V, W_O (as [out, in] matrices; W_Q without the gates that some bases make
+with it), and an output gate becomes
 
     (W_O^T + R(W_V)) / 2.
 
 R repeats W_V from key/value to query width. The original repeats single rows (row r of the result
 is row r // groups of W_V), and so do we by default; `repeat="heads"` repeats the blocks of whole
 heads, which is the order of grouped-query heads. Convolutions, decays and other gates are fresh.
+
+Gated DeltaNet layers that a base has (Qwen3-Next) are copied, or become Gated KalmaNets.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,44 +27,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hmf_jax import table
 from hmf_jax.config import HybridConfig
 from hmf_jax.convert.directories import check_target
-from hmf_jax.convert.safetensors_io import Checkpoint
 from hmf_jax.families import model_types
 from hmf_jax.layers import exact
 from hmf_jax.loading import from_pretrained, resolve, save_pretrained
-from hmf_jax.mixers import (
-    BASE,
-    GATE,
-    KINDS,
-    Section,
-    make_mixer,
-    same_parameters,
-    split_symbol,
-    start,
-)
+from hmf_jax.mixers import KINDS, Section, make_mixer, split_symbol
 from hmf_jax.model import HybridLM
 from hmf_jax.moved import moved
-from hmf_jax.options import check_int
+from hmf_jax.options import Backbone, check_int
 from hmf_jax.parameters import abstract_params, flat_params, with_params
+from hmf_jax.priming.origins import IN_LAYER, describe_plan, stage0_plan
 from hmf_jax.training.fields import Range, read_yaml, typed, unknown
 
 Repeat = Literal["rows", "heads"]
-How = Literal["copied", "initialised", "fresh"]
-_IN_LAYER = re.compile(r"layers\.(\d+)\.(mixer|teacher)\.(.+)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where a parameter comes from: `sources` are the paths of the base's parameters.
-
-    "copied": it is that parameter (in the dtype of the new model); "initialised": computed from
-    those parameters; "fresh": not from the base, but random, or constant (norms, biases).
-    """
-
-    how: How
-    sources: tuple[str, ...] = ()
 
 
 def prime(
@@ -83,7 +60,7 @@ def prime(
         hybrid = prime(base, "*-GKA-*-GKA", gka={"num_iter": 10})  # without stage 1
 
     Args:
-      base: a Qwen3-shaped model, its directory, or a Hugging Face repository. A live model is left
+      base: a model of any family, its directory, or a Hugging Face repository. A live model is left
         as it is (nothing is shared with it).
       pattern: one symbol per layer, joined by "-" or as a sequence: what each layer becomes. Fused
         symbols ("GKA*", "*DA", ...) are for distillation. See `selection.pattern` for making one.
@@ -99,8 +76,8 @@ def prime(
 
     Raises:
       FileNotFoundError: no such base.
-      ValueError: a pattern that does not fit the base, missing settings, a base without QK-norm, or
-        tensors of the base that are missing, by name.
+      ValueError: a pattern that does not fit the base, missing settings, or tensors of the base
+        that are missing, by name.
     """
     if isinstance(base, HybridLM):
         if mesh is not None:
@@ -109,8 +86,6 @@ def prime(
     else:
         directory = resolve(base, progress=progress)
         base_config = HybridConfig.from_json(directory)
-        if base_config.qk_norm:
-            _check_qk_norm(directory)
     config = primed_config(base_config, pattern, **settings)
     plan = stage0_plan(base_config, config)  # says what is wrong before anything is loaded
     check_int("seed", seed, 0, (1 << 32) - 1)
@@ -124,8 +99,6 @@ def prime(
     model = nnx.eval_shape(lambda: HybridLM(config, dtype=dtype, mesh=mesh))
     abstract = abstract_params(model, mesh)
     sources = flat_params(base)
-    if wrong := _mismatches(plan, abstract, sources):
-        raise ValueError("the base does not fit the new mixers:\n  " + "\n  ".join(wrong))
 
     fresh = [path for path, origin in plan.items() if origin.how == "fresh"]
     params = _fresh(config, dtype, seed, {path: abstract[path] for path in fresh})
@@ -135,6 +108,9 @@ def prime(
         inputs = [sources[name] for name in origin.sources]
         if origin.how == "copied":
             x, kind, source = inputs[0], abstract[path].dtype, origin.sources[0]
+            if origin.queries:
+                params[path] = _queries(config.head_dim, kind, abstract[path].sharding)(x)
+                continue
             # A step of training deletes arrays, so each belongs to one parameter of one model.
             params[path] = jnp.array(x, kind) if source in taken else x.astype(kind)
             taken.add(source)
@@ -177,9 +153,13 @@ def prime_directory(
     old = HybridConfig.from_json(directory)
     report(f"{old.hybrid_override_pattern} -> {model.config.hybrid_override_pattern}")
     report(describe_plan(stage0_plan(old, model.config), model.config))
+    if foreign := model.config.foreign_layers:
+        report(
+            f"Only this package can load it: {', '.join(foreign)} layers are foreign to its family."
+        )
     if not copy_auxiliary_files:
         model.source = None
-    save_pretrained(model, output, overwrite=overwrite, progress=progress)
+    save_pretrained(model, output, overwrite=overwrite, for_original=False, progress=progress)
     report(f"Wrote {output}.")
 
 
@@ -258,7 +238,7 @@ def primed_config(
     changes: dict[str, Any] = {"layer_kinds": kinds, "stock": None}
     for name, given in settings.items():
         if given is not None:
-            changes[name] = _settings(name, given)
+            changes[name] = _settings(name, given, base)
     known = {*base.sections, *changes}
     for symbol in dict.fromkeys(kind for s in kinds for kind in split_symbol(s) if kind in KINDS):
         section = KINDS[symbol].section
@@ -267,90 +247,17 @@ def primed_config(
     return dataclasses.replace(base, **changes)
 
 
-def stage0_plan(base: HybridConfig, config: HybridConfig) -> dict[str, Origin]:
-    """Parameter path of the new model -> where its values come from; from the configs alone.
-
-    Raises ValueError where a layer cannot be made from the base's.
-    """
-    problems = ["the base is a fused stage-1 model: unfuse it first"] if base.fused else []
-    rules: list[Mapping[str, str] | None] = []
-    for i, (old, symbol) in enumerate(zip(base.layer_kinds, config.layer_kinds, strict=True)):
-        kind, teacher = split_symbol(symbol)
-        alike = old in KINDS and same_parameters(old, kind)
-        rules.append(None if alike or old not in KINDS else start(kind, old, config.sections))
-        if rules[i] is None and not alike:
-            problems.append(f"layer {i}: the base has {old!r} there, {kind!r} cannot start from it")
-        goal = teacher or kind
-        if symbol not in KINDS and goal != old:
-            problems.append(
-                f"layer {i}: the teacher of {symbol!r} is {goal!r}, but the base has {old!r}"
-            )
-    if problems:
-        raise ValueError("cannot prime this base:\n  " + "\n  ".join(problems))
-    stored = {e.path for e in table.entries(base)}
-    plan: dict[str, Origin] = {}
-    for entry in table.entries(config):
-        found = _IN_LAYER.fullmatch(entry.path)
-        if found is None:  # shared by all kinds
-            plan[entry.path] = Origin("copied", (entry.path,))
-            continue
-        layer, part, rest = found.groups()
-        rule = rules[int(layer)] if part == "mixer" else None
-        source = rest if rule is None else _source(rule, rest)
-        prefix = f"layers.{layer}.mixer."
-        if source == GATE:
-            names = (f"{prefix}o_proj.kernel", f"{prefix}v_proj.kernel")
-            plan[entry.path] = Origin("initialised", names)
-        elif source is not None and prefix + source in stored:
-            plan[entry.path] = Origin("copied", (prefix + source,))
-        else:
-            plan[entry.path] = Origin("fresh")
-    return plan
-
-
-def describe_plan(plan: Mapping[str, Origin], config: HybridConfig) -> str:
-    """A text: how many parameters are copied, initialised and fresh, and which, by layer kind."""
-    size = {e.path: math.prod(e.shape) for e in table.entries(config)}
-    texts = {
-        "copied": "copied from the base",
-        "initialised": "initialised from W_O and W_V",
-        "fresh": "fresh, random or constant",
-    }
-    lines = []
-    for how, text in texts.items():
-        chosen = [path for path, origin in plan.items() if origin.how == how]
-        total = sum(size[path] for path in chosen)
-        lines.append(f"{total:>15,} parameters in {len(chosen)} arrays: {text}")
-        named: dict[str, dict[str, None]] = {}  # ordered sets
-        for path in chosen:
-            found = _IN_LAYER.fullmatch(path)
-            if found is not None and plan[path].sources != (path,):
-                layer, part, rest = found.groups()
-                if part == "mixer":
-                    named.setdefault(config.layer_kinds[int(layer)], {})[rest] = None
-        for symbol, parts in named.items():
-            lines.append(f"{'':15} {symbol}: {', '.join(parts)}")
-    return "\n".join(lines)
-
-
-def _source(rule: Mapping[str, str], rest: str) -> str | None:
-    """The base's name for the new mixer's parameter `rest`, `GATE`, or None."""
-    for part, source in rule.items():
-        if rest == part or rest.startswith(part + "."):
-            return GATE if source == GATE else source + rest.removeprefix(part)
-    return None
-
-
 def _sections() -> dict[str, Section]:
     """What settings there are, by name."""
     return {kind.section.attribute: kind.section for kind in KINDS.values() if kind.section}
 
 
-def _settings(name: str, given: Any) -> Any:
+def _settings(name: str, given: Any, backbone: Backbone) -> Any:
     """A kind's settings from a dict of their fields."""
     if name not in _sections():
         raise ValueError(f"there are no settings {name!r}; there are {', '.join(_sections())}")
-    make = _sections()[name].type
+    section = _sections()[name]
+    make = section.type
     if isinstance(given, make):
         return given
     if not isinstance(given, Mapping):
@@ -363,31 +270,7 @@ def _settings(name: str, given: Any) -> Any:
         if field.default is dataclasses.MISSING and field.name not in given:
             example = f" ({field.metadata['example']})" if "example" in field.metadata else ""
             raise ValueError(f"{name} needs {field.name}{example}")
-    return make(**given)
-
-
-def _check_qk_norm(directory: Path) -> None:
-    """Say plainly what the list of missing tensors would only hint at."""
-    if not any(directory.glob("*.safetensors")):
-        return
-    names = Checkpoint(directory).tensors
-    module = KINDS[BASE].name
-    attention = any(f".{module}.q_proj.weight" in n for n in names)
-    if attention and not any(n.endswith(f".{module}.q_norm.weight") for n in names):
-        raise ValueError(
-            f"{directory} has no QK-norm ({module}.q_norm.weight, k_norm.weight): only models "
-            "with the attention of Qwen3 can be primed"
-        )
-
-
-def _mismatches(plan: Mapping[str, Origin], abstract, sources) -> list[str]:
-    """Parameters whose source has another shape (other settings of the same mixer)."""
-    wrong = []
-    for path, origin in plan.items():
-        if origin.how == "copied" and sources[origin.sources[0]].shape != abstract[path].shape:
-            found = sources[origin.sources[0]].shape
-            wrong.append(f"{path} is {abstract[path].shape}, {origin.sources[0]} is {found}")
-    return wrong
+    return make(**{**section.defaults(backbone), **given})
 
 
 def _fresh(config: HybridConfig, dtype, seed: int, abstract: Mapping[str, jax.ShapeDtypeStruct]):
@@ -397,7 +280,7 @@ def _fresh(config: HybridConfig, dtype, seed: int, abstract: Mapping[str, jax.Sh
     """
     layers: dict[int, dict[str, str]] = {}  # layer -> name in its mixer -> path
     for path in abstract:
-        found = _IN_LAYER.fullmatch(path)
+        found = IN_LAYER.fullmatch(path)
         assert found is not None and found[2] == "mixer"
         layers.setdefault(int(found[1]), {})[found[3]] = path
     params: dict[str, jax.Array] = {}
@@ -436,6 +319,17 @@ def _gate(groups: int, head_dim: int, repeat: Repeat, dtype, sharding):
         return (0.5 * (exact(o).T + exact(repeated))).astype(dtype)
 
     return jax.jit(gate, out_shardings=sharding)
+
+
+@functools.lru_cache
+def _queries(head_dim: int, dtype, sharding):
+    """Of [..., H*2*D], each head's queries and then its gates, the queries [..., H*D]."""
+
+    def queries(x: jax.Array) -> jax.Array:
+        heads = x.reshape(*x.shape[:-1], -1, 2, head_dim)
+        return heads[..., 0, :].reshape(*x.shape[:-1], -1).astype(dtype)
+
+    return jax.jit(queries, out_shardings=sharding)
 
 
 __getattr__ = moved(__name__, {"Settings": "is gone; it was Mapping[str, Any]"})

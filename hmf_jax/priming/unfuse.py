@@ -68,7 +68,7 @@ def unfuse_directory(
     output = check_output(output or f"{directory.resolve()}_unfused", overwrite, directory)
     model = unfuse(from_pretrained(directory, dtype=dtype, progress=progress))
     kept, all_of_them = num_parameters(model.config), num_parameters(config)
-    save_pretrained(model, output, overwrite=overwrite, progress=progress)
+    save_pretrained(model, output, overwrite=overwrite, for_original=False, progress=progress)
     report(
         f"{config.hybrid_override_pattern} -> {model.config.hybrid_override_pattern}\n"
         f"{kept:,} parameters kept, {all_of_them - kept:,} of the teacher dropped.\n"

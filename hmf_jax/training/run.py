@@ -217,7 +217,7 @@ def _export(model: HybridLM, record: Record, *, lora: bool, progress: bool) -> N
             new.rmdir()
         model = merge_lora(model)
     with record.writing(MODEL) as directory:
-        save_pretrained(model, directory, overwrite=True, progress=progress)
+        save_pretrained(model, directory, overwrite=True, for_original=False, progress=progress)
 
 
 @dataclasses.dataclass

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from hmf_jax.moe import Routing
 from hmf_jax.verify import rel, run_case, verify_dir
 
 B, L, V, D, W = 2, 9, 5, 4, 6
 RNG = np.random.default_rng(0)
 TABLE = RNG.standard_normal((V, V)).astype(np.float32)
+ROUTER = np.asarray([[0, 1, 3], [5, 4, 0], [1, 2, 1.5], [0, 9, 8], [2, 2.5, 0]], np.float32)
 KEYS = RNG.standard_normal((B, L, 2, D)).astype(np.float32)  # by token
 CONV = RNG.standard_normal((B, 3, 7)).astype(np.float32)  # the last three inputs
 STATE = RNG.standard_normal((B, 3, D, D)).astype(np.float32)
@@ -58,6 +60,18 @@ class Lookup:
     def trace(self, tokens, *, state):
         logits = TABLE[np.asarray(tokens)] * (1 + self.error)
         return logits, state, [(logits * 2, logits * 3)] * 4
+
+    def embed(self, tokens, *, state):
+        return np.asarray(tokens), None
+
+    def blocks(self, x, ctx, state):
+        """The last layer sends each token to two of three experts."""
+        logits = ROUTER[x] * (1 + self.error)
+        experts = np.argsort(-logits, axis=-1)[..., :2]
+        chosen = (experts[..., None] == np.arange(3)).sum((0, 1))
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        routing = Routing(logits, experts, chosen, p.sum((0, 1)))
+        return [Namespace(routing=None)] * 3 + [Namespace(routing=routing)]
 
 
 def case(**changes) -> dict[str, Any]:
@@ -122,6 +136,46 @@ def test_decode_is_compared_with_the_originals_only_where_that_is_right():
     wrong = recorded() | {"logits_decode": 2 * TABLE[TOKENS[:, L:]]}
     assert errors(run_case(Lookup(), case(), wrong)) == set()
     assert errors(run_case(Lookup(), case(pattern="*-SWA-GKA-M2"), wrong)) == {"decode"}
+
+
+def routing() -> dict[str, np.ndarray]:
+    """What the routers decide, as recorded."""
+    tokens = TOKENS[1, [0, 3, 8]]
+    best = np.argsort(-ROUTER, axis=1)[:, :2]
+    counts, total = np.zeros(3), np.zeros(3)
+    for token in TOKENS[:, :L].ravel():
+        counts[best[token]] += 1
+        total += np.exp(ROUTER[token]) / np.exp(ROUTER[token]).sum()
+    return {
+        "layers.3.router_logits": ROUTER[tokens],
+        "layers.3.router_topk": best[tokens].astype(np.int32),
+        "aux": np.asarray([3 * (counts / (B * L)) @ (total / (B * L))], np.float32),
+    }
+
+
+def test_routing():
+    found = {c.name: c for c in run_case(Lookup(), case(), recorded() | routing())}
+    assert found.keys() > routing().keys() and errors(found.values()) == set()
+    other = routing()
+    other["layers.3.router_topk"] = other["layers.3.router_topk"][:, ::-1]  # equal, reordered
+    assert errors(run_case(Lookup(), case(), recorded() | other)) == set()
+    ids = other["layers.3.router_topk"] = np.array(other["layers.3.router_topk"])
+    ids[0, 0] = 3 - ids[0].sum()  # the expert that it does not choose
+    (wrong,) = (c for c in run_case(Lookup(), case(), recorded() | other) if not c.ok)
+    assert wrong.name == "layers.3.router_topk" and abs(wrong.error - 1 / 6) < 1e-6
+    model = Lookup()
+    model.dtype = jnp.bfloat16  # rounding chooses others
+    assert errors(run_case(model, case(), recorded() | other)) == set()
+    with pytest.raises(ValueError, match="layers.0.router_logits is recorded and the model has no"):
+        run_case(Lookup(), case(), recorded() | {"layers.0.router_logits": ROUTER})
+
+
+def test_the_scale_of_the_original_is_reported_only():
+    theirs = {"original_scale.logits": 2 * recorded()["logits"]}
+    found = run_case(Lookup(), case(), recorded() | theirs)
+    (check,) = (c for c in found if c.name in theirs)
+    assert check.ok and check.tolerance is None and abs(check.error - 0.5) < 1e-6
+    assert "original_scale.logits  (the original scales B'MOJO-F by" in str(check)
 
 
 def test_bfloat16_is_judged_by_the_originals_own_error():

@@ -19,6 +19,8 @@ from hmf_jax.verify import Report, run_case, verify_dir
 from tests.goldens import PACKED, SMALL, cases, expected, golden
 
 QUICK = ("attn_hd64_bias", "swa", "gka", "gdn_opts", "m2_rope", "bmf_m2_untied")
+FAMILIES_QUICK = ("q35_text",)
+LOGITS = {"logits", "logits (prefill)", "logits_tail", "decode"}
 
 
 def marked(names, quick) -> list:
@@ -34,6 +36,12 @@ def load(directory: Path, dtype):
     return from_pretrained(directory, dtype=dtype, progress=False)
 
 
+def recorded_of(directory: Path) -> set[str]:
+    """Names of recorded tensors, less those that all cases have."""
+    more = ("layers.", "state.", "aux", "original_scale.")
+    return {name for name in expected(directory) if name.startswith(more)}
+
+
 def failures(report: Report) -> str:
     return "\n".join(str(c) for c in report.checks if not c.ok)
 
@@ -44,8 +52,17 @@ def test_float32(case: str):
     report = verify_dir(directory, load)
     assert report.ok, failures(report)
     compared = {c.name for c in report.checks}
-    recorded = {n for n in expected(directory) if n.startswith(("layers.", "state."))}
-    assert compared == recorded | {"logits", "logits (prefill)", "logits_tail", "decode"}
+    assert compared == recorded_of(directory) | LOGITS
+
+
+@pytest.mark.parametrize("case", marked(cases("model", families=True), FAMILIES_QUICK))
+def test_other_base_families_in_float32(case: str):
+    directory = golden(case)
+    report = verify_dir(directory, load)
+    assert report.ok, failures(report)
+    assert {c.name for c in report.checks} == recorded_of(directory) | LOGITS
+    reported = {c.name for c in report.checks if c.tolerance is None}
+    assert reported <= {"original_scale.logits"}
 
 
 @pytest.mark.parametrize("case", marked(cases("model"), ("attn_hd64_bias",)))

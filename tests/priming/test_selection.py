@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hmf_jax.config import HybridConfig
 from hmf_jax.loading import from_pretrained, save_pretrained
+from hmf_jax.options import Backbone
 from hmf_jax.parameters import flat_params, with_params
 from hmf_jax.priming import (
     LayerScores,
@@ -240,6 +243,49 @@ def test_ranking(tmp_path):
     assert three.layers == (1, 2, 3) and 0 not in dict(three.ranking)
     assert selection.pattern(best.layers, 4, "GKA") == "*DA-GKA*-GKA*-*DA"
     assert selection.pattern(best.layers, 4, "M2", fused=False) == "*-M2-M2-*"
+
+
+def test_layers_that_are_not_attention_stay(tmp_path):
+    """Only attention is scored: the other layers of a base need no row, and keep their kind."""
+    base = ("GDN", "*", "GDN", "*")
+    scores = scores_of(tmp_path, CSV)
+    scores = LayerScores(scores.tasks, {i: row for i, row in scores.rows.items() if i in (1, 3)})
+    best = select_layers(scores, 1, num_layers=4, layers=[1, 3])
+    assert best.layers == (1,) and [i for i, _ in best.ranking] == [1, 3]
+    assert selection.pattern(best.layers, 4, "SWA", base=base) == "GDN-SWA*-GDN-*DA"
+    assert selection.pattern(best.layers, 4, "SWA", base=base, fused=False) == "GDN-SWA-GDN-*"
+    assert "pattern: GDN-SWA*-GDN-*DA" in selection.describe(best, 4, "SWA", base)
+
+
+BASES = {
+    "llama": {"mlp_bias": True},
+    "qwen2": {},
+    "ministral3": {},
+    "qwen3_moe": {"num_local_experts": 16, "mlp_only_layers": [1]},
+}
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_variants_of_other_families_are_the_base_but_for_one_window(family, tmp_path):
+    sizes = {"hidden_size": 32, "num_attention_heads": 8, "num_hidden_layers": 2, "vocab_size": 64}
+    stored = {"model_type": family, "dtype": "float32", **sizes, **BASES[family]}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+    (_, directory) = write_swa_variants(tmp_path / "base", tmp_path / "variants", window=5)
+    base, config = HybridConfig.from_dict(stored), HybridConfig.from_json(directory)
+    assert config.layer_kinds == ("*", "SWA") and not config.is_stock
+    for field in dataclasses.fields(Backbone):
+        assert getattr(config, field.name) == getattr(base, field.name), field.name
+    written = json.loads((directory / "config.json").read_text())
+    assert written["model_type"] == f"hybrid_{family}" and written["dtype"] == "float32"
+
+
+def test_no_variants_where_the_original_has_no_windows(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_next"}))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match="no SWA layers in qwen3_next_hmf models.*score them here"):
+        write_swa_variants(tmp_path, tmp_path.parent / "variants")
 
 
 @pytest.mark.parametrize(
