@@ -68,7 +68,8 @@ def plain(moe: MoE, x, chosen=None):
 def run(moe: MoE, x, lengths, experts=None):
     """The layer on rows of which these many tokens are valid."""
     _, ctx = model().embed(jnp.zeros(x.shape[:2], jnp.int32), lengths=lengths)
-    return moe(x, ctx, experts)
+    y, routing = moe(x, ctx, experts)
+    return y, Routing(**routing)
 
 
 def inputs(rows: int = 3, length: int = 7) -> jax.Array:
@@ -172,7 +173,7 @@ def test_load_balancing_loss():
     np.testing.assert_allclose(
         busiest_expert(routings), np.mean([x.max() / x.mean() for x in loads]), rtol=1e-6
     )
-    nothing = Routing(*(jnp.zeros_like(a) for a in routings[0]))
+    nothing = jax.tree.map(jnp.zeros_like, routings[0])
     assert load_balancing_loss([nothing]) == 0 and busiest_expert([nothing]) == 0
 
 
@@ -268,6 +269,13 @@ def test_the_step_says_how_experts_are_used():
         np.testing.assert_allclose(whole[name], mean, rtol=1e-5)
     with pytest.raises(ValueError, match="is for the loss of the next token"):
         make_train_step(optimizer, loss=next_token_loss, **COEF)
+
+
+def test_tabulate():
+    """`nnx.tabulate` shows the parts of a layer with experts."""
+    text = nnx.tabulate(model(), jnp.ones((1, 4), jnp.int32), console_kwargs={"width": 200})
+    for name in ("mlp", "mlp/gate", "mlp/experts", "mlp/shared_expert"):
+        assert f"layers/1/{name} " in text
 
 
 def test_adapters_leave_experts_alone():
