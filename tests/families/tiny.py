@@ -20,7 +20,7 @@ _NEXT: dict[str, Any] = dict(
     zero_centered_norm=True,
     linear=LinearHeads(num_key_heads=2, num_value_heads=4, head_dim=8, conv_size=3),
 )
-_OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "llama": dict(
         num_attention_heads=6,
         head_dim=8,
@@ -69,7 +69,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 def tiny_family(family: str, kinds: tuple[str, ...] = SIX, **changes) -> HybridConfig:
     """The config of one family's tiny model."""
-    return tiny_config(kinds, family=family, **{**_OPTIONS[family], **changes})
+    return tiny_config(kinds, family=family, **{**OPTIONS[family], **changes})
 
 
-FAMILIES = tuple(_OPTIONS)
+FAMILIES = tuple(OPTIONS)
