@@ -254,7 +254,10 @@ def convert_directory(
         if to == "orbax":
             raise ValueError("a GGUF file becomes a Hugging Face directory; convert that to Orbax")
         converted = gguf_to_hf.read(source, float_dtype(dtype or jnp.bfloat16))
-        HybridConfig.from_dict(converted.config)  # what cannot run is refused before it is written
+        try:  # what cannot run is refused before it is written
+            HybridConfig.from_dict(converted.config)
+        except ValueError as e:
+            raise ValueError(f"{source}: {e}") from None
         gguf_to_hf.save(
             converted,
             target,
