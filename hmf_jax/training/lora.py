@@ -356,7 +356,9 @@ def _check_quantize(quantize: str) -> None:
         raise ImportError("quantised projections need qwix: pip install 'hmf-jax[train]'") from e
 
 
-def _children(model: HybridLM, kind: type | tuple[type, ...]) -> Iterator[tuple[Any, str, str, Any]]:
+def _children(
+    model: HybridLM, kind: type | tuple[type, ...]
+) -> Iterator[tuple[Any, str, str, Any]]:
     """(parent, attribute, path "layers.3.mixer.q_proj", module) of the projections in blocks."""
     for i, block in enumerate(model.layers):
         for path, parent in nnx.iter_modules(block):

@@ -249,7 +249,10 @@ def test_weights_that_git_lfs_has_not_fetched(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("a.gguf", "hmf-jax convert FILE.gguf DIR"), ("pytorch_model.bin", "convert them to safetensors")],
+    [
+        ("a.gguf", "hmf-jax convert FILE.gguf DIR"),
+        ("pytorch_model.bin", "convert them to safetensors"),
+    ],
 )
 def test_weights_of_other_formats(tmp_path, name, message):
     (tmp_path / name).write_bytes(b"x")
