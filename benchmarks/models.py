@@ -17,7 +17,7 @@ from benchmarks.timing import SETS, device_time, milliseconds
 from benchmarks.watching import peak_bytes, program_bytes, watch_dispatch
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine import programs
-from hmf_jax.layers import rope_table
+from hmf_jax.layers import query_scale, rope_table
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
 from hmf_jax.mixers import AttentionState, Context, Mixer
 from hmf_jax.model import HybridLM
@@ -324,7 +324,8 @@ class Bench:
         positions = offset[:, None] + jnp.arange(tokens)
         rope = rope_table(positions, self.s.config)
         num_iter = None if self.s.num_iter is None else jnp.int32(self.s.num_iter)
-        return Context(rope, None, None, offset, num_iter, None, fresh, self.s.impl, None)
+        ctx = Context(rope, None, None, offset, num_iter, None, fresh, self.s.impl, None)
+        return dataclasses.replace(ctx, query_scale=query_scale(positions, self.s.config))
 
     def _hidden(self, tokens: int) -> list[Array]:
         shape = (self.s.batch, tokens, self.s.config.hidden_size)

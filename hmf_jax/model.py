@@ -40,6 +40,8 @@ from hmf_jax.padding import (
     check_room,
     check_state,
     check_tokens,
+    default_positions,
+    next_position,
     restore,
     valid_first,
 )
@@ -380,15 +382,9 @@ class HybridLM(nnx.Module):
                 positions = None if positions is None else arrange(positions, place)
         if state is not None:
             check_room(self, state, T if lengths is None else lengths)
-        after = None if state is None else _next_position(state, positions, lengths, T)
+        after = None if state is None else next_position(state, positions, lengths, T)
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-            if state is not None:
-                positions = positions + state.position[:, None]
-            elif segment_ids is not None:
-                changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-                starts = jnp.concatenate([jnp.zeros((B, 1), bool), changes], axis=1)
-                positions = positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
+            positions = default_positions(B, T, segment_ids, state)
         ctx = Context(
             rope=rope_table(positions, self.config),
             segment_ids=segment_ids if state is None else None,  # with a state: padding only
@@ -451,15 +447,3 @@ def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelSta
     length = state.length + (T if ctx.lengths is None else ctx.lengths)
     assert ctx.position is not None
     return ModelState(tuple(layers), length, ctx.position, state.capacity)
-
-
-def _next_position(
-    state: ModelState, positions: Array | None, lengths: Array | None, T: int
-) -> Array:
-    """[B]: one more than the last position of each row, whose valid tokens come first."""
-    if positions is None:
-        return state.position + (T if lengths is None else lengths)
-    if lengths is None:
-        return positions[:, -1].astype(jnp.int32) + 1
-    last = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
-    return jnp.where(lengths > 0, last.astype(jnp.int32) + 1, state.position)

@@ -45,6 +45,18 @@ def warpgroup_barrier() -> None:
     inline()
 
 
+def store_rows(ref: Any, x: jax.Array) -> None:
+    """In a Mosaic kernel: ref[...] = x, shared memory whose rows are not permuted (swizzled).
+
+    Its banks conflict, which newer jax wants to be told.
+    """
+    store: Any = getattr(plgpu, "store", None)
+    if store is None:
+        ref[...] = x
+    else:
+        store(ref, x, optimized=False)
+
+
 def find_cudnn() -> Any:
     """The module below `jax.nn.dot_product_attention`, implementation "cudnn", which returns the
     log-sum-exp unrounded; None where this jax has changed it."""

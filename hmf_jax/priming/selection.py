@@ -24,8 +24,7 @@ from flax import nnx
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.convert.directories import link, read_json, replacing
-from hmf_jax.families import FAMILIES
-from hmf_jax.keys import text_part
+from hmf_jax.families import FAMILIES, text_part
 from hmf_jax.loading import from_pretrained, resolve
 from hmf_jax.mixers import BASE, KINDS, SWAConfig
 from hmf_jax.model import HybridLM

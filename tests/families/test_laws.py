@@ -18,7 +18,7 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.model import HybridLM
 from hmf_jax.parameters import flat_params
-from tests.families import FAMILIES, SIX, tiny_family
+from tests.families.tiny import FAMILIES, SIX, tiny_family
 from tests.util import random_model, rel
 
 T, PIECE = 24, 6
