@@ -12,10 +12,10 @@ import pytest
 
 import hmf_jax
 from hmf_jax import from_pretrained, save_orbax, save_pretrained
+from tests.families.tiny import FAMILIES, tiny_family
 from tests.mutated import families, texts  # noqa: F401  (their kinds add themselves)
 from tests.mutated.judge import TEXT, wrong
 from tests.mutated.kinds import KINDS, REFUSED, Kind
-from tests.tiny import FAMILIES, tiny_family
 from tests.util import random_model
 
 DIRECTORIES = int(os.environ.get("MUTATED_DIRECTORIES", "770"))
