@@ -36,6 +36,12 @@ def compute_capability() -> str:
     return str(getattr(jax.devices()[0], "compute_capability", ""))
 
 
+def multiprocessors() -> int:
+    """Of the first device, if it is a GPU; else those of an H100 or H200."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else 132
+
+
 def warpgroup_barrier() -> None:
     """In a Mosaic kernel: orders the accesses of a warpgroup to shared memory, no more.
 

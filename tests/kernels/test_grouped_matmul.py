@@ -99,7 +99,8 @@ def both(op, x, weights, d_y, sizes):
 @pytest.mark.parametrize(
     "name", [n if n == "low" else pytest.param(n, marks=pytest.mark.slow) for n in MOSAIC]
 )
-def test_mosaic_in_the_interpreter(name):
+def test_mosaic_in_the_interpreter(monkeypatch, name):
+    monkeypatch.setattr(mosaic, "multiprocessors", lambda: 2)  # a CTA makes several tiles
     check_mosaic(*MOSAIC[name], interpret=True)
 
 
