@@ -216,17 +216,18 @@ def _rope_scaling(gguf: GGUF, keys: _Keys, dim: int) -> dict[str, Any] | None:
 def _llama3(gguf: GGUF, theta: float, dim: int) -> dict[str, Any]:
     """The settings that give the numbers by which the file divides the frequencies of RoPE."""
     stored = gguf.read(_ROPE_FREQS, np.dtype(np.float32)).astype(np.float64).reshape(-1)
-    low, high, original = _LLAMA3.values()
     factor = float(str(np.float32(stored.max())))
-    turns = original * theta ** (-np.arange(0, dim, 2) / dim) / (2 * math.pi)
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4, atol=0):
-        raise ValueError(
-            f"{gguf.file}: {_ROPE_FREQS} is not that of Llama 3 ({_LLAMA3}); other scalings by "
-            "frequency are not read"
-        )
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    if len(stored) == dim // 2 and theta >= 1 and factor >= 1:
+        low, high, original = _LLAMA3.values()
+        turns = original * theta ** (-np.arange(0, dim, 2) / dim) / (2 * math.pi)
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        expected = 1 / ((1 - smooth) / factor + smooth)
+        if np.allclose(stored, expected, rtol=1e-4, atol=0):
+            return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    raise ValueError(
+        f"{gguf.file}: {_ROPE_FREQS} is not that of Llama 3 ({_LLAMA3}); other scalings by "
+        "frequency are not read"
+    )
 
 
 def _tensors(

@@ -174,6 +174,15 @@ class HybridConfig(Backbone):
                 found.append(symbol)
         return tuple(found)
 
+    def check_for_original(self, directory: str | Path) -> None:
+        """Raises ValueError if the original could not load this model from `directory`."""
+        if foreign := self.foreign_layers:
+            raise ValueError(
+                f"nothing written to {directory}: the original has no {', '.join(foreign)} layers "
+                f"in the family {self.family}; for_original=False (hmf-jax convert "
+                "--not-for-original) writes them for this package alone"
+            )
+
     @property
     def solves(self) -> bool:
         """Whether there are layers that iterate: GKA, also inside B'MOJO-F, or as a teacher."""

@@ -413,8 +413,9 @@ class HybridLM(nnx.Module):
     ) -> Iterator[LayerOutput]:
         """Runs layer after layer on what `embed` returned; what was yielded is not kept here.
 
-        `experts`: sparse layer -> [B, T, k] integers, the experts that its tokens go to in place of
-        those that its router chooses, each with the weight that the router gives it.
+        `experts`: sparse layer -> [B, T, k] integers, the experts that its tokens (in the order of
+        `embed`) go to in place of those that its router chooses, each with the weight that the
+        router gives it. ValueError for a layer that has none.
         """
         forced = dict(experts or {})
         if dense := [i for i in forced if not self.config.is_sparse(i)]:

@@ -96,7 +96,7 @@ class Experts(nnx.Module):
         (N, k), E = experts.shape, len(self.gate_up_proj[...])
         group = jnp.where((experts >= 0) & (experts < E), experts, E).reshape(-1)
         order = jnp.argsort(group, stable=True)
-        place = jnp.argsort(order)
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k), unique_indices=True)
         sizes = jnp.sum(group[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
         rows = _by_expert(x, order, place)
         h = grouped_matmul(rows, self.gate_up_proj[...].astype(x.dtype), sizes, impl=impl)

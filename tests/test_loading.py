@@ -253,11 +253,7 @@ def test_arguments_that_mean_nothing(source, options, message):
     ("files", "error", "message"),
     [
         (["adapter_config.json"], ValueError, "holds LoRA adapters.*hmf_jax.training.load_lora"),
-        (
-            ["model.Q4_K_M.gguf"],
-            ValueError,
-            "holds a GGUF file: `hmf-jax convert .*Q4_K_M.gguf DIR`",
-        ),
+        (["model.Q4_K_M.gguf"], ValueError, "holds a GGUF.*`hmf-jax convert .*Q4_K_M.gguf DIR`"),
         (["model/config.json"], FileNotFoundError, "holds no config.json; .*/model does"),
         (["pytorch_model.bin"], FileNotFoundError, "config.json does not exist"),
         ([], FileNotFoundError, "config.json does not exist"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 import sys
 
@@ -291,6 +292,7 @@ REFUSED = {
     "merges": (dict(tokenizer={"merges": ["h x"]}), "the merge 'h x' is not of tokens"),
     "twice": (dict(tokenizer={"tokens": ["a", *TOKENS[1:-1], "a"]}), "holds a token twice"),
     "end": (dict(tokenizer={"eos_token_id": 999}), "eos_token_id is 999, must be one of 261 tok"),
+    "epsilon": (dict(keys={"attention.layer_norm_rms_epsilon": math.nan}), "rms_norm_eps must be"),
     "template": (dict(extra={"tokenizer.chat_template./x": "y"}), "is no chat template"),
 }
 

@@ -110,6 +110,49 @@ def test_round_trip_is_bit_exact(tmp_path, config, max_shard_size):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+SMALL = dict(
+    vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=4,
+    num_attention_heads=6, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+)  # fmt: skip
+EXPERTS = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24)
+NEXT = EXPERTS | dict(
+    shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=6,
+    linear_key_head_dim=8, linear_value_head_dim=8,
+)  # fmt: skip
+BASES = {
+    "llama": dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "qwen2": {},
+    "ministral3": {},
+    "qwen3_moe": EXPERTS | dict(mlp_only_layers=[1], decoder_sparse_step=2),
+    "qwen3_next": NEXT,
+    "qwen3_5_moe_text": NEXT | {"intermediate_size": None},
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_base_models_come_back_with_the_names_of_their_family(tmp_path, base):
+    config = HybridConfig.from_dict({"model_type": base, **SMALL, **BASES[base]})
+    synthetic.save(tmp_path / "in", config)  # experts stacked, whatever the family
+    save(tmp_path / "out", config, load(tmp_path / "in", config), progress=False)
+    save(tmp_path / "again", config, load(tmp_path / "out", config), progress=False)
+    assert same_files(tmp_path / "out", tmp_path / "again")
+    one, two = Checkpoint(tmp_path / "in"), Checkpoint(tmp_path / "out")
+    stacks = [name for name in one.tensors if name.endswith("experts.gate_up_proj")]
+    assert len(stacks) == {"qwen3_moe": 1, "qwen3_next": 4, "qwen3_5_moe_text": 4}.get(base, 0)
+    if base in ("qwen3_moe", "qwen3_next"):
+        for name in stacks:
+            parts = [
+                two.read(name.replace("gate_up_proj", f"{e}.{half}_proj.weight"))
+                for e in range(3)
+                for half in ("gate", "up")
+            ]
+            assert np.concatenate(parts).tobytes() == one.read(name).tobytes()
+    else:
+        assert same_files(tmp_path / "in", tmp_path / "out")
+    others = [name for name in one.tensors if ".experts." not in name]
+    assert all(one.read(n).tobytes() == two.read(n).tobytes() for n in others)
+
+
 def test_recorded_dtypes_come_back(tmp_path):
     config = HybridConfig.preset("tiny", layer_kinds=("M2",))
     values = synthetic.tensors(config)

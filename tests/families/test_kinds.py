@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from hmf_jax import families
+from hmf_jax.cli import app
 from hmf_jax.config import HybridConfig
 from hmf_jax.loading import save_pretrained
 from hmf_jax.memory import describe, plan_memory
@@ -121,3 +124,14 @@ def test_memory_of_experts_and_of_a_tied_head():
     assert f"{num_active_parameters(config):,} of them used by a token" in text
     assert "and one of 20 for all" in describe(hybrid("qwen3_next"))
     assert "2 heads of queries and keys, 4 of values, of 16" in describe(hybrid("qwen3_next"))
+
+
+def test_convert_asks_before_it_reads_a_model(tmp_path):
+    config = hybrid("qwen3_next", "M2")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    command = ["convert", str(tmp_path), str(tmp_path / "hf"), "--to", "hf"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 1 and "has no M2 layers in the family qwen3_next" in refused.output
+    assert "--not-for-original" in refused.output and "weights" not in refused.output
+    told = CliRunner().invoke(app, [*command, "--not-for-original"])
+    assert "has no M2" not in told.output  # but that the weights are not there

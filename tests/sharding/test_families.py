@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hmf_jax.sharding import for_model, make_mesh
-from tests.families import FAMILIES, OPTIONS, SIX, tiny_family
+from tests.families.tiny import FAMILIES, OPTIONS, SIX, tiny_family
 from tests.sharding.test_model import REDUCES, collectives, decode
 from tests.util import mesh_of, place, random_model, rel
 
