@@ -85,8 +85,10 @@ class Entry:
 
     def pieces(self) -> Iterator[tuple[str, tuple[int, slice]]]:
         """Name of each of its parts, and what that part is of the tensor, as an index."""
-        height = self.shape[1] // max(1, len(self.parts))
-        for i in range(self.shape[0] if self.parts else 0):
+        if not self.parts:
+            return
+        height = self.shape[1] // len(self.parts)
+        for i in range(self.shape[0]):
             for j, part in enumerate(self.parts):
                 yield part.format(i), (i, slice(j * height, (j + 1) * height))
 

@@ -174,6 +174,15 @@ class HybridConfig(Backbone):
                 found.append(symbol)
         return tuple(found)
 
+    def check_for_original(self, directory: str | Path) -> None:
+        """Raises ValueError if the original could not load this model from `directory`."""
+        if foreign := self.foreign_layers:
+            raise ValueError(
+                f"nothing written to {directory}: the original has no {', '.join(foreign)} layers "
+                f"in the family {self.family}; for_original=False (hmf-jax convert "
+                "--not-for-original) writes them for this package alone"
+            )
+
     @property
     def solves(self) -> bool:
         """Whether there are layers that iterate: GKA, also inside B'MOJO-F, or as a teacher."""
@@ -221,7 +230,8 @@ class HybridConfig(Backbone):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HybridConfig:
-        """Reads a config.json object: a hybrid's, or a base model's (`hybrid_qwen3`, `qwen3`).
+        """Reads a config.json object: a hybrid's, a base model's, or the text part of a model with
+        images; `hmf_jax.families.model_types()` lists the model types.
 
         Accepts new (`rope_parameters`) and legacy (`rope_theta`, `rope_scaling`) RoPE keys, mixer
         dicts with or without geometry, every alias of the inner B'MOJO-F mixer, and merges
@@ -283,7 +293,8 @@ class HybridConfig(Backbone):
                 out[name] = out.pop(other)
         if not self._as_read(read):
             # One value may imply another: only what means nothing here stays as it was read.
-            read = {k: v for k, v in read.items() if k not in out and k not in legacy}
+            implied = {*legacy, *keys.read_by(FAMILIES[self.family])}
+            read = {k: v for k, v in read.items() if k not in out and k not in implied}
         elif "rope_parameters" not in read and any(k in read for k in legacy):
             del out["rope_parameters"]
         return dict(sorted({**out, **read}.items()))

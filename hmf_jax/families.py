@@ -265,7 +265,15 @@ _TABLE = (
         constants={**_WRITTEN, **_NO_LOGITS},
         layout="split",
         experts="stacked",
-        unused=("full_attention_interval", "mrope_section", "mrope_interleaved"),
+        unused=(
+            "full_attention_interval",
+            "mamba_ssm_dtype",
+            "mlp_only_layers",
+            "mrope_interleaved",
+            "mrope_section",
+            "mtp_num_hidden_layers",
+            "mtp_use_dedicated_embeddings",
+        ),
         unreadable=("M2", "SWA", "BMF:M2"),
         ignored=("mtp.", "visual.", "model.visual."),
         prefixes={"model.language_model.": "model."},
@@ -390,7 +398,8 @@ def take_family(top: dict[str, Any]) -> tuple[Family, bool]:
     for family in families:
         if model_type == family.hybrid or model_type in family.stock:
             return family, model_type == family.hybrid or "hybrid_override_pattern" in top
-    why = f" ({REFUSED[model_type]})" if str(model_type) in REFUSED else ""
+    reason = REFUSED.get(str(model_type))
+    why = f" ({reason})" if reason else ""
     raise ValueError(
         f"model_type {shown(model_type)} is not supported{why}; supported are "
         f"{', '.join(model_types())}"

@@ -74,7 +74,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
         no_rope_layer_interval no_rope_layers norm_bias num_experts num_local_experts
         parallel_attn per_layer_config pruned_heads q_lora_rank qkv_clip query_pre_attn_scalar
         rope_interleaved scale_depth scale_emb text_config use_alibi use_bidirectional_attention
-        use_mup use_parallel_residual vision_config""".split(),
+        use_mrope use_mup use_parallel_residual vision_config""".split(),
         (False, 0, {}, []),
     ),
     **dict.fromkeys(
@@ -117,7 +117,8 @@ def _take_part(part: str, top: dict[str, Any], family: Family) -> Any:
     given = {field: top[key] for field, key in keys.items() if key in top}
     if part == "moe":
         count = given.get("num_experts", MoEConfig.num_experts)
-        if not keys or (count == 0 and check_int(keys["num_experts"], count, 0) == 0):
+        # Where layers may be dense, all of them may be.
+        if not keys or ("every" in keys and check_int(keys["num_experts"], count, 0) == 0):
             return None
         given["dense_layers"] = given.get("dense_layers") or ()
     else:
@@ -130,13 +131,14 @@ def _take_part(part: str, top: dict[str, Any], family: Family) -> Any:
                 f"{_VALUE_HEAD_DIM} {shown(value_dim)} is not supported, only that of "
                 f"{keys['head_dim']}, {shown(key_dim)}, is"
             )
-    fixed = {k.removeprefix(f"{part}."): v for k, v in family.options.items() if "." in k}
+    start = f"{part}."
+    fixed = {o.removeprefix(start): v for o, v in family.options.items() if o.startswith(start)}
     try:
         return _PARTS[part](**{**fixed, **given})
     except ValueError as e:
         text = str(e)
         for field, key in keys.items():
-            text = text.replace(f"{part}.{field}", key)
+            text = text.replace(f"{start}{field}", key)
         raise ValueError(text) from None
 
 
@@ -187,12 +189,17 @@ def _options(backbone: Backbone, family: Family) -> dict[str, Any]:
             out |= {f"{part}.{name}": value for name, value in (fields | lists).items()}
         elif part == "moe" and "every" in keys:  # dense throughout
             out["moe.num_experts"] = 0
-        elif settings is not None or (keys and not (part == "linear" and family.base_defaults)):
+        elif settings is not None or (keys and not family.base_defaults.keys() & keys.values()):
             raise ValueError(
                 f"{part}={settings} cannot be written for the family {family.name!r}: its models "
                 f"{'always have' if keys else 'do not have'} it"
             )
     return out
+
+
+def read_by(family: Family) -> set[str]:
+    """The keys of the top level that options of the family's models are read from."""
+    return {*_PLAIN, *family.keys.values(), _VALUE_HEAD_DIM, _PARTIAL}
 
 
 def take_layers(
@@ -391,6 +398,13 @@ def check_rest(rest: Mapping[str, Any], family: Family, notes: list[str]) -> Non
         if key == "attention_dropout":
             if check_number(key, value, 0, 1):
                 notes.append(f"attention_dropout {value} has no effect: nothing is dropped here")
+        elif key == "attention_bias" and value is False:
+            continue
+        elif key == "attn_output_gate":
+            if value is not family.options.get("output_gate", False):
+                raise ValueError(
+                    f"{key} {shown(value)} is not supported in the family {family.name}"
+                )
         elif key.startswith("linear_num_"):
             raise ValueError(f"{key} is not supported in the family {family.name}")
         elif key in _NEUTRAL:

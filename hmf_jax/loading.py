@@ -174,12 +174,8 @@ def save_pretrained(
       ValueError: parameters that are not finite, by name, or layers that the original does not
         have; nothing is written.
     """
-    if for_original and (foreign := model.config.foreign_layers):
-        raise ValueError(
-            f"nothing written to {directory}: the original has no {', '.join(foreign)} layers in "
-            f"the family {model.config.family}; pass for_original=False to write them for this "
-            "package alone"
-        )
+    if for_original:
+        model.config.check_for_original(directory)
     check_target(directory, overwrite, model_types=model_types())
     source = _source(model, source)
     jax_to_hf.save(
@@ -277,6 +273,8 @@ def convert_directory(
     directory = resolve(source, progress=progress)
     if to is None:
         to = "hf" if is_orbax(directory) else "orbax"
+    if to == "hf" and for_original:
+        HybridConfig.from_json(directory).check_for_original(target)
     model = from_pretrained(directory, dtype=None, progress=progress)
     if to == "orbax":
         save_orbax(model, target, overwrite=overwrite)

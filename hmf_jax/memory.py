@@ -19,7 +19,7 @@ from hmf_jax.options import MOST_POSITIONS, check_int, check_number
 from hmf_jax.parameters import abstract_params
 from hmf_jax.sharding import row_parts
 from hmf_jax.state import ModelState
-from hmf_jax.table import num_parameters
+from hmf_jax.table import num_active_parameters, num_parameters
 
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -160,16 +160,6 @@ def plan_memory(
     return MemoryPlan(weights, sequence, workspace, sequences)
 
 
-def active_parameters(config: HybridConfig) -> int:
-    """The parameters that one token uses: all but the experts that it is not sent to."""
-    moe, total = config.moe, num_parameters(config)
-    if moe is None:
-        return total
-    idle = moe.num_experts - moe.experts_per_token
-    sparse = sum(map(config.is_sparse, range(config.num_hidden_layers)))
-    return total - sparse * idle * 3 * config.hidden_size * moe.intermediate_size
-
-
 def memory_table(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS) -> str:
     """A text table: state of one bfloat16 sequence per context length, against pure attention."""
     hybrid = state_memory(config, contexts)
@@ -210,7 +200,7 @@ def describe(config: HybridConfig) -> str:
         )
     if foreign := c.foreign_layers:
         lines.append(f"only this package can load it: {', '.join(foreign)} are not in its family")
-    active = "" if c.moe is None else f"{active_parameters(c):,} of them used by a token, "
+    active = "" if c.moe is None else f"{num_active_parameters(c):,} of them used by a token, "
     lines.append(f"{parameters:,} parameters, {active}{size_text(2 * parameters)} in bfloat16")
     return "\n".join(lines)
 
@@ -221,10 +211,12 @@ def _describe_mlp(c: HybridConfig) -> str:
     mlp, moe = f"MLP {c.intermediate_size}", c.moe
     if moe is None or len(dense) == c.num_hidden_layers:
         return mlp
-    text = f"{moe.num_experts} experts of {moe.intermediate_size} ({moe.experts_per_token} a token"
+    text = (
+        f"{moe.num_experts} experts of {moe.intermediate_size} ({moe.experts_per_token} per token"
+    )
     if moe.shared_intermediate_size is not None:
         text += f", and one of {moe.shared_intermediate_size} for all"
-    return f"{text}{f'; {mlp} in {len(dense)} layers' if dense else ''})"
+    return f"{text}{f'; {mlp} in {len(dense)} of the layers' if dense else ''})"
 
 
 def describe_model(model: HybridLM) -> str:

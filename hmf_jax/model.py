@@ -31,6 +31,7 @@ from hmf_jax.layers import (
 )
 from hmf_jax.mixers import Context
 from hmf_jax.mixers.base import abstract_zeros, zeros
+from hmf_jax.moe import Routing
 from hmf_jax.moved import TORCH_METHODS
 from hmf_jax.options import MOST_POSITIONS, check_choice, check_int
 from hmf_jax.packed import Origin
@@ -40,6 +41,8 @@ from hmf_jax.padding import (
     check_room,
     check_state,
     check_tokens,
+    default_positions,
+    next_position,
     restore,
     valid_first,
 )
@@ -380,15 +383,9 @@ class HybridLM(nnx.Module):
                 positions = None if positions is None else arrange(positions, place)
         if state is not None:
             check_room(self, state, T if lengths is None else lengths)
-        after = None if state is None else _next_position(state, positions, lengths, T)
+        after = None if state is None else next_position(state, positions, lengths, T)
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-            if state is not None:
-                positions = positions + state.position[:, None]
-            elif segment_ids is not None:
-                changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-                starts = jnp.concatenate([jnp.zeros((B, 1), bool), changes], axis=1)
-                positions = positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
+            positions = default_positions(B, T, segment_ids, state)
         ctx = Context(
             rope=rope_table(positions, self.config),
             segment_ids=segment_ids if state is None else None,  # with a state: padding only
@@ -417,8 +414,8 @@ class HybridLM(nnx.Module):
     ) -> Iterator[LayerOutput]:
         """Runs layer after layer on what `embed` returned; what was yielded is not kept here.
 
-        `experts`: sparse layer -> [B, T, k] integers, the experts that its tokens go to in place of
-        those that its router chooses, each with the weight that the router gives it.
+        `experts`: sparse layer -> [B, T, k] integers, the experts that its tokens (in the order of
+        `embed`) go to in place of its router's choice, with the weights that it gives them.
         """
         forced = dict(experts or {})
         if dense := [i for i in forced if not self.config.is_sparse(i)]:
@@ -426,7 +423,7 @@ class HybridLM(nnx.Module):
         states = [None] * len(self.layers) if state is None else state.layers
         for i, (block, before) in enumerate(zip(self.layers, states, strict=True)):
             x, mixed, after, routing = run_block(block, x, ctx, before, forced.get(i))
-            yield LayerOutput(mixed, x, after, routing)
+            yield LayerOutput(mixed, x, after, None if routing is None else Routing(**routing))
             del mixed, after, routing
 
     def _head(self, x: Array) -> Array:
@@ -451,15 +448,3 @@ def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelSta
     length = state.length + (T if ctx.lengths is None else ctx.lengths)
     assert ctx.position is not None
     return ModelState(tuple(layers), length, ctx.position, state.capacity)
-
-
-def _next_position(
-    state: ModelState, positions: Array | None, lengths: Array | None, T: int
-) -> Array:
-    """[B]: one more than the last position of each row, whose valid tokens come first."""
-    if positions is None:
-        return state.position + (T if lengths is None else lengths)
-    if lengths is None:
-        return positions[:, -1].astype(jnp.int32) + 1
-    last = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
-    return jnp.where(lengths > 0, last.astype(jnp.int32) + 1, state.position)

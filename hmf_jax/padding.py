@@ -46,6 +46,30 @@ def restore(x: Array, place: Array | None) -> Array:
     return x.at[jnp.arange(len(x))[:, None], place].get(unique_indices=True)
 
 
+def default_positions(B: int, T: int, segment_ids: Array | None, state: ModelState | None) -> Array:
+    """Rotary positions [B, T] int32: the index of each token in its document, after `state`'s."""
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    if state is not None:
+        return positions + state.position[:, None]
+    if segment_ids is None:
+        return positions
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = jnp.concatenate([jnp.zeros((B, 1), bool), changes], axis=1)
+    return positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
+
+
+def next_position(
+    state: ModelState, positions: Array | None, lengths: Array | None, T: int
+) -> Array:
+    """[B]: one more than the last position of each row, whose valid tokens come first."""
+    if positions is None:
+        return state.position + (T if lengths is None else lengths)
+    if lengths is None:
+        return positions[:, -1].astype(jnp.int32) + 1
+    last = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(lengths > 0, last.astype(jnp.int32) + 1, state.position)
+
+
 def check_tokens(
     tokens: Any,
     positions: Any,

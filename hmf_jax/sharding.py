@@ -95,7 +95,6 @@ def for_model(mesh: Mesh | None, config: Backbone) -> Mesh | None:
         counts["num_experts"] = moe.num_experts
         counts["shared_expert_intermediate_size"] = moe.shared_intermediate_size or 0
     if linear is not None:
-        counts["linear_num_key_heads"] = linear.num_key_heads
         counts["linear_num_value_heads"] = linear.num_value_heads
     for what, n in counts.items():
         if n % tp:
@@ -104,6 +103,13 @@ def for_model(mesh: Mesh | None, config: Backbone) -> Mesh | None:
         raise ValueError(
             f"tp={tp} neither divides num_key_value_heads={kv_heads} nor is a multiple of it; "
             f"choose a tp that is."
+        )
+    kv = min(tp, kv_heads)
+    # Fewer heads than devices are whole on "rep", queries and keys of linear layers, too.
+    if linear is not None and linear.num_key_heads % kv:
+        n = linear.num_key_heads
+        raise ValueError(
+            f"tp={tp} does not divide linear_num_key_heads={n}; choose a tp that does."
         )
     sp, parts = size["sp"], size["fsdp"] * size["sp"]
     if config.hidden_size % parts:
@@ -119,7 +125,6 @@ def for_model(mesh: Mesh | None, config: Backbone) -> Mesh | None:
                 f"sp={sp} x tp={tp} does not divide {what}={n}: operators exchange tokens for "
                 f"heads. Use fsdp for more devices."
             )
-    kv = min(tp, kv_heads)
     return Mesh(devices.reshape(size["dp"], size["fsdp"], sp, kv, tp // kv), names)
 
 

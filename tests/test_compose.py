@@ -16,6 +16,7 @@ import pytest
 
 import hmf_jax
 from hmf_jax.composition import _merge, _prefill, compose
+from hmf_jax.config import RopeConfig
 from hmf_jax.mixers.attention import chronological
 from hmf_jax.mixers.mamba2 import picaso_weights
 from tests import goldens
@@ -99,6 +100,23 @@ def test_one_part_is_an_ordinary_prefill(model, kv: str) -> None:
     state = compose(model, CONTEXT, 1, prefix=prefix, kv=kv, prefill_chunk=16)
     whole = jnp.array([*prefix, *CONTEXT, *QUERY])[None]
     expected = model(whole)[0][:, -len(QUERY) :]
+    assert rel(logits_after(model, state), expected) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_one_part_with_queries_that_grow_with_their_position() -> None:
+    """Half of each head rotated, a gate behind attention; the question has another scale."""
+    rope = RopeConfig(
+        rope_type="yarn",
+        factor=4.0,
+        original_max_position_embeddings=8,
+        partial_rotary_factor=0.5,
+        llama_4_scaling_beta=0.5,
+    )
+    model = build(tiny_config(("*", "SWA", "BMF"), rope=rope, output_gate=True), jnp.float64)
+    state = compose(model, CONTEXT, 1, prefix=PREFIX)
+    expected = model(jnp.array([*PREFIX, *CONTEXT, *QUERY])[None])[0][:, -len(QUERY) :]
     assert rel(logits_after(model, state), expected) < 1e-6
 
 

@@ -338,7 +338,7 @@ FACTS = {
     "*": ("self_attn", None, True, True, 100, "full_attention"),
     "SWA": ("swa", "*", True, False, 5, "sliding_attention"),
     "GKA": ("gka", None, True, False, 0, None),
-    "GDN": ("gdn", None, False, False, 0, None),
+    "GDN": ("gdn", None, False, False, 0, "linear_attention"),
     "M2": ("mamba", None, True, False, 0, None),
     "BMF": ("bmojo_f", None, True, False, 8, None),
 }

@@ -124,7 +124,8 @@ def apply_lora(
       model: a model without adapters; on a mesh, adapters are split like their projections.
       rank: r, columns of A. alpha: the adapter is multiplied by alpha / r.
       modules: which projections, as the substrings of `select_parameters`, for example "q_proj",
-        "gka", "layers.3.", "mlp"; the default means every projection of mixers and MLPs.
+        "gka", "layers.3.", "mlp"; the default means every projection of mixers and MLPs. Experts
+        and routers take no adapters: `TrainState.create(..., trainable="lora, experts")`.
       quantize: hold W of these projections in 8 bits (one scale per column) or in 4-bit NormalFloat
         (one scale per 64 rows of a column) instead; needs qwix.
       seed: of A (uniform, variance 1 / (3 in), as in the reference implementation); B is zero.
@@ -355,7 +356,9 @@ def _check_quantize(quantize: str) -> None:
         raise ImportError("quantised projections need qwix: pip install 'hmf-jax[train]'") from e
 
 
-def _children(model: HybridLM, kind: type) -> Iterator[tuple[Any, str, str, Any]]:
+def _children(
+    model: HybridLM, kind: type | tuple[type, ...]
+) -> Iterator[tuple[Any, str, str, Any]]:
     """(parent, attribute, path "layers.3.mixer.q_proj", module) of the projections in blocks."""
     for i, block in enumerate(model.layers):
         for path, parent in nnx.iter_modules(block):
@@ -384,8 +387,9 @@ def _projections(model: HybridLM, modules: str | Sequence[str]) -> list[str]:
         names = set(select_parameters(model, pattern))
         hits = [path for path in known if f"{path}.kernel" in names]
         if not hits:
-            kinds = sorted({path.split(".", 2)[2] for path in known})
-            raise ValueError(f"{pattern!r} selects no projection; there are {', '.join(kinds)}.")
+            kinds = ", ".join(sorted({path.split(".", 2)[2] for path in known}))
+            whole = "" if model.config.moe is None else "; experts and routers are trained whole"
+            raise ValueError(f"{pattern!r} selects no projection; there are {kinds}{whole}.")
         chosen.update(hits)
     if not chosen:
         raise ValueError(f"modules={modules!r} holds no pattern.")
@@ -394,11 +398,11 @@ def _projections(model: HybridLM, modules: str | Sequence[str]) -> list[str]:
 
 def _stored(model: HybridLM) -> dict[str, dict[str, Entry]]:
     """Checkpoint module ("model.layers.3.gka.q_proj") -> path -> its rows, for all projections."""
+    known = {path for _, _, path, _ in _children(model, (nnx.Linear, LoRALinear))}
     out: dict[str, dict[str, Entry]] = {}
     for e in table.entries(model.config):
-        if e.layout == "linear" and e.path.startswith("layers."):
-            module, path = e.name.removesuffix(".weight"), e.path.removesuffix(".kernel")
-            out.setdefault(module, {})[path] = e
+        if (path := e.path.removesuffix(".kernel")) in known and e.path != path:
+            out.setdefault(e.name.removesuffix(".weight"), {})[path] = e
     return out
 
 

@@ -234,3 +234,8 @@ def test_many_experts_are_checked_quickly_and_said_briefly(tmp_path):
     with pytest.raises(ValueError, match="576 tensors do not fit") as error:
         hf_to_jax.check(tmp_path, fewer)
     assert str(error.value).count("\n") < 60
+
+
+def test_a_vector_has_no_parts():
+    (entry,) = rows.entries(rows.vector(3, "bias"))
+    assert list(entry.pieces()) == []

@@ -547,14 +547,22 @@ def test_cudnn_takes_what_it_can(cuda_lowering):
     assert cudnn.why_not(Inputs(*good)) is None
     assert "bfloat16" in str(cudnn.why_not(Inputs(*(x.astype(jnp.float32) for x in good))))
     assert "head_dim" in str(cudnn.why_not(Inputs(*(x[..., :60] for x in good))))
-    assert "head_dim" in str(cudnn.why_not(Inputs(*(jnp.tile(x, 3) for x in good))))
+    assert cudnn.why_not(Inputs(*(jnp.tile(x, 4) for x in good))) is None
+    assert "at most 256" in str(cudnn.why_not(Inputs(*(jnp.tile(x, 5) for x in good))))
+
+
+# Query heads per key/value head, and head_dim.
+GROUPS = [(1, 256), (3, 64), (3, 128), (5, 128), (6, 256), (7, 64), (7, 128), (8, 256), (16, 128)]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 1, 100])
-@pytest.mark.parametrize("lengths", [None, (300, 0, 77)])
-def test_cudnn_equals_reference(window, lengths):
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(3, 300, 8, 2, 128))
+@pytest.mark.parametrize(
+    ("window", "lengths", "group", "dim"),
+    [(w, n, 4, 128) for w in (None, 1, 100) for n in (None, (300, 0, 77))]
+    + [(w, (300, 0, 77), *shape) for shape in GROUPS for w in (None, 100)],
+)
+def test_cudnn_equals_reference(window, lengths, group, dim):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(3, 300, 2 * group, 2, dim))
     kwargs = {"window": window, "lengths": None if lengths is None else jnp.array(lengths)}
     ours = compiled(functools.partial(attention, impl="cudnn", **kwargs), q, k, v)
     exact = value_and_grads(
@@ -565,11 +573,15 @@ def test_cudnn_equals_reference(window, lengths):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("entries", "pieces"), [(500, None), (500, 4), (16384, 8)])
-def test_cudnn_decode_equals_reference(monkeypatch, entries, pieces):
+@pytest.mark.parametrize(
+    ("entries", "pieces", "group", "dim"),
+    [(500, None, 4, 128), (500, 4, 4, 128), (16384, 8, 4, 128)]
+    + [(500, pieces, *shape) for shape in GROUPS for pieces in (None, 4)],
+)
+def test_cudnn_decode_equals_reference(monkeypatch, entries, pieces, group, dim):
     if pieces is not None:
         monkeypatch.setattr(cudnn, "_pieces", lambda *args, groups: pieces)
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(4, 1, 8, 2, 128, keys=entries))
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(4, 1, 2 * group, 2, dim, keys=entries))
     lengths = jnp.array([0, 1, entries // 3, entries])
     ours = decode_attention(q[:, 0], k, v, lengths, impl="cudnn")
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))

@@ -397,6 +397,19 @@ def test_causal_attention_on_gpu(window, ids):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("group", "D"), [(1, 64), (3, 64), (3, 128), (5, 128), (6, 64), (7, 64), (7, 128), (16, 128)]
+)
+def test_head_groups_on_gpu(group, D):
+    """Query heads per key/value head: any number, not only powers of two."""
+    shape: Any = dict(B=2, H=2 * group, K=2, D=D)
+    check_one(draw(ONE, T=700, **shape), window=200, interpret=False)
+    past = dict(past=333, offset=jnp.array([333, 20]))
+    check_one(draw(ONE, T=300, **shape, past=333), **past, interpret=False)
+    check_two(draw(TWO, T=700, **shape), window=128, interpret=False)
+
+
+@pytest.mark.gpu
 def test_gradients_repeat_on_gpu():
     """No sum depends on which CTA is first: the same bits every time."""
     arrays = draw(TWO[:-1], B=2, T=4133, H=8, K=2, D=128)

@@ -121,11 +121,14 @@ def test_jla_adapter_maps_the_arguments():
 
 
 @pytest.mark.gpu
-def test_jla_kernels():
+@pytest.mark.parametrize(
+    ("group", "D"), [(2, 128), (1, 64), (3, 128), (5, 64), (6, 128), (7, 64), (7, 128), (16, 128)]
+)
+def test_jla_kernels(group, D):
     """The Hopper kernels against the chunked operator, forward and backward."""
     pytest.importorskip("jla.ops")
     rng = np.random.default_rng(0)
-    B, T, H, K, D = 2, 200, 4, 2, 128
+    B, T, H, K = 2, 200, 2 * group, 2
     bf16 = jnp.bfloat16
     q, k = (jnp.asarray(unit(normal(rng, B, T, n, D)), bf16) for n in (H, K))
     v = jnp.asarray(normal(rng, B, T, K, D), bf16)

@@ -256,7 +256,11 @@ def test_bad_input(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("B", "H", "K", "D"), [(1, 8, 2, 128), (3, 4, 4, 64), (64, 32, 8, 128)])
+@pytest.mark.parametrize(
+    ("B", "H", "K", "D"),
+    [(1, 8, 2, 128), (3, 4, 4, 64), (64, 32, 8, 128), (2, 6, 2, 128), (2, 14, 2, 64)]
+    + [(2, 10, 2, 128), (2, 6, 1, 64), (9, 28, 4, 128), (2, 32, 2, 128)],
+)
 def test_gpu_is_accurate(B, H, K, D, dtype):
     """Ill-conditioned states, a zero state, extreme decay, num_iter 0 to 100 by row: to 1e-5."""
     arrays, states = inputs(B, H, K, D, dtype=dtype, seed=B)

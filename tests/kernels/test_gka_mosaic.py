@@ -553,6 +553,13 @@ GPU = {
     "63": ((3, 63, 4, 2, 64), (0, 10, 100), None, {"ridge": 0.5, "decay_kk": False}, {}),
     "64": ((1, 64, 2, 2, 128), 5, None, {"ridge": 0.5}, {}),
     "65": ((1, 65, 4, 2, 64), 30, None, {"bp_lambda": False}, SOLVED),
+    # Query heads per key/value head that are no power of two.
+    "groups of 3": ((2, 130, 6, 2, 128), 30, None, {}, SOLVED),
+    "groups of 5": ((1, 130, 10, 2, 64), 30, None, {}, SOLVED),
+    "groups of 6": ((1, 130, 6, 1, 128), 30, None, {}, SOLVED),
+    "groups of 7": ((1, 130, 14, 2, 64), 30, None, {}, SOLVED),
+    "groups of 7, 128": ((1, 130, 7, 1, 128), 30, None, {}, SOLVED),
+    "groups of 16": ((1, 130, 16, 1, 128), 30, None, {}, SOLVED),
 }
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hmf_jax.pallas_kernels import grouped_matmul
+from hmf_jax.pallas_kernels.ops.grouped_matmul import mosaic
+from hmf_jax.pallas_kernels.ops.grouped_matmul.chunked import grouped_matmul_chunked
 from tests.util import rel
 
 SIZES = [5, 0, 9, 1], [0, 0, 17, 3], [0, 0, 0, 0], [20, 0, 0, 0]
@@ -44,6 +48,66 @@ def test_implementations_agree(impl, dtype, tolerance):
             assert a.dtype == b.dtype == dtype and rel(a, b) <= tolerance
         np.testing.assert_array_equal(got[0][sum(sizes) :], 0)
         np.testing.assert_array_equal(got[1][sum(sizes) :], 0)
+
+
+# Rows, sides of the matrices, sizes of groups: one tile and several, high and low, of one and of
+# two warpgroups; groups that are empty, end inside a tile, or leave rows behind them.
+MOSAIC = {
+    "one row": (1, 64, 64, [0, 0, 1]),
+    "low": (20, 128, 64, [3, 0, 9, 1, 4]),
+    "middle": (70, 64, 192, [30, 0, 33]),
+    "high": (300, 128, 128, [130, 0, 129]),
+}
+BIG = {
+    "decode": (8, 512, 384, [1, 0, 2, 0, 0, 5] + [0] * 122),
+    "batch": (1024, 768, 512, [8, 0, 24, 1, 7] * 25 + [24, 0, 0]),
+    "prompt": (9000, 512, 768, [5000, 0, 127, 128, 129, 1, 3000, 64]),
+    "many groups": (4097, 512, 512, [2, 1, 0, 7] * 64),
+}
+
+
+def check_mosaic(rows, K, N, sizes, interpret: bool) -> None:
+    """Values and gradients are those of float32; rows of no group hold NaN, and give zeros."""
+    rng, some = np.random.default_rng(0), sum(sizes)
+    x, d_y = (rng.standard_normal((rows, n), np.float32) for n in (K, N))
+    weights = rng.standard_normal((len(sizes), K, N), np.float32) / K**0.5
+    low = [jnp.asarray(a, jnp.bfloat16) for a in (x, weights, d_y)]
+    expected = both(grouped_matmul_chunked, *(a.astype(jnp.float32) for a in low), sizes)
+    low[0] = low[0].at[some:].set(jnp.nan)
+    low[2] = low[2].at[some:].set(jnp.nan)
+    op = functools.partial(mosaic.grouped_matmul_mosaic, interpret=interpret)
+    y, d_x, d_weights = (np.asarray(a, np.float32) for a in both(op, *low, sizes))
+    assert rel(y[:some], expected[0][:some]) < 3e-3
+    assert rel(d_x[:some], expected[1][:some]) < 3e-3
+    assert rel(d_weights, expected[2]) < 3e-3
+    assert not y[some:].any() and not d_x[some:].any()
+    for g, size in enumerate(sizes):
+        assert size or not d_weights[g].any()
+
+
+def both(op, x, weights, d_y, sizes):
+    """y and the gradients of x and of weights."""
+
+    @jax.jit
+    def run(x, weights, d_y, sizes):
+        y, vjp = jax.vjp(lambda x, w: op(x, w, sizes), x, weights)
+        return y, *vjp(d_y)
+
+    return run(x, weights, d_y, jnp.asarray(sizes, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "low" else pytest.param(n, marks=pytest.mark.slow) for n in MOSAIC]
+)
+def test_mosaic_in_the_interpreter(monkeypatch, name):
+    monkeypatch.setattr(mosaic, "multiprocessors", lambda: 2)  # a CTA makes several tiles
+    check_mosaic(*MOSAIC[name], interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*MOSAIC, *BIG])
+def test_mosaic_on_gpu(name):
+    check_mosaic(*(MOSAIC | BIG)[name], interpret=False)
 
 
 def test_bad_arguments():

@@ -105,11 +105,14 @@ def test_jla_adapter_maps_the_arguments():
 
 
 @pytest.mark.gpu
-def test_jla_kernels():
+@pytest.mark.parametrize(
+    ("group", "P"), [(2, 128), (1, 64), (3, 128), (5, 64), (6, 128), (7, 64), (7, 128), (16, 128)]
+)
+def test_jla_kernels(group, P):
     """The Hopper kernels against the chunked operator, forward and backward."""
     pytest.importorskip("jla.ops")
     rng = np.random.default_rng(0)
-    batch, T, H, K, P = 2, 200, 4, 2, 128
+    batch, T, H, K = 2, 200, 2 * group, 2
     bf16 = jnp.bfloat16
     x = jnp.asarray(normal(rng, batch, T, K, P), bf16)
     B, C = (jnp.asarray(normal(rng, batch, T, n, P) * P**-0.25, bf16) for n in (K, H))

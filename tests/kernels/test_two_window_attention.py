@@ -381,10 +381,17 @@ def test_prefill_lowers_to_two_cudnn_passes(cuda_lowering, monkeypatch):  # noqa
         op("cudnn", window=8)(*args)
 
 
+# Query heads per key/value head, and head_dim.
+GROUPS = [(4, 128), (3, 128), (5, 128), (6, 256), (7, 64), (7, 128), (8, 256), (16, 128)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [None, (300, 0, 77)])
-def test_cudnn_equals_reference(lengths):
-    args = [jnp.asarray(x, jnp.bfloat16) for x in inputs(3, 300, 8, 2, 128)]
+@pytest.mark.parametrize(
+    ("lengths", "group", "dim"),
+    [(None, 4, 128)] + [((300, 0, 77), *shape) for shape in GROUPS],
+)
+def test_cudnn_equals_reference(lengths, group, dim):
+    args = [jnp.asarray(x, jnp.bfloat16) for x in inputs(3, 300, 2 * group, 2, dim)]
     kwargs = {"window": 64, "lengths": None if lengths is None else jnp.array(lengths)}
     ours = compiled(op("cudnn", **kwargs), *args)
     exact = value_and_grads(op("reference", **kwargs), *(x.astype(jnp.float32) for x in args))
@@ -392,13 +399,16 @@ def test_cudnn_equals_reference(lengths):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pieces", [None, 8])
-@pytest.mark.parametrize("tied", [True, False])
-def test_cudnn_decode_equals_reference(monkeypatch, tied, pieces):
+@pytest.mark.parametrize(
+    ("tied", "pieces", "group", "dim"),
+    [(tied, pieces, 4, 128) for tied in (True, False) for pieces in (None, 8)]
+    + [(False, None, *shape) for shape in GROUPS],
+)
+def test_cudnn_decode_equals_reference(monkeypatch, tied, pieces, group, dim):
     if pieces is not None:
         monkeypatch.setattr(cudnn.cudnn, "_pieces", lambda *args, groups: pieces)
     window = 64
-    arrays = inputs(4, 2 * window, 8, 2, 128)
+    arrays = inputs(4, 2 * window, 2 * group, 2, dim)
     q, k, v, q_fading = (jnp.asarray(arrays[i], jnp.bfloat16) for i in (0, 1, 2, 5))
     lengths = jnp.array([0, 30, window, window]), jnp.array([0, 0, 1, window])
 

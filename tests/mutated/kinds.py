@@ -30,7 +30,8 @@ type Change = Callable[[Path, random.Random], None]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """`form` is "file" (one weight file), "shards", "orbax" or "unsummed" (without checksums)."""
+    """`form` is "file" (one weight file), "shards", "orbax", "unsummed" (without checksums) or a
+    base family (one weight file of a tiny model)."""
 
     name: str
     group: str

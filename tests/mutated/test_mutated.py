@@ -7,13 +7,16 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 import hmf_jax
 from hmf_jax import from_pretrained, save_orbax, save_pretrained
-from tests.mutated import texts  # noqa: F401  (its kinds add themselves)
+from tests.families.tiny import FAMILIES, tiny_family
+from tests.mutated import families, texts  # noqa: F401  (their kinds add themselves)
 from tests.mutated.judge import TEXT, wrong
 from tests.mutated.kinds import KINDS, REFUSED, Kind
+from tests.util import random_model
 
 DIRECTORIES = int(os.environ.get("MUTATED_DIRECTORIES", "770"))
 
@@ -21,13 +24,19 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and file
 
 
 class Originals(dict[str, Path]):
-    """The embedded model in every form that is read, each made when it is first needed."""
+    """The embedded model in every form that is read, and tiny ones of other base families; each
+    made when it is first needed."""
 
     def __init__(self, place: Path):
         self.place = place
         self["file"] = Path(hmf_jax.__file__).parent / "embedded" / "gka"
 
     def __missing__(self, form: str) -> Path:
+        if form in FAMILIES:
+            model = random_model(tiny_family(form, ("*", "GKA", "*")), jnp.bfloat16)
+            self[form] = self.place / form
+            save_pretrained(model, self[form], progress=False)
+            return self[form]
         model, directory = from_pretrained(self["file"], dtype=None, progress=False), self.place
         self[form] = directory = directory / form
         if form == "shards":

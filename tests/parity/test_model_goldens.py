@@ -19,7 +19,7 @@ from hmf_jax.verify import Report, run_case, verify_dir
 from tests.goldens import PACKED, SMALL, cases, expected, golden
 
 QUICK = ("attn_hd64_bias", "swa", "gka", "gdn_opts", "m2_rope", "bmf_m2_untied")
-FAMILIES_QUICK = ("llama_bias_bmf", "next_mixed")
+FAMILIES_QUICK = ("q35_text",)
 LOGITS = {"logits", "logits (prefill)", "logits_tail", "decode"}
 
 

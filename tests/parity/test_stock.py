@@ -109,6 +109,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "tied": {**NEXT, "rope_parameters": SECTIONS, **TIED},
     },
 }
+TOLERANCE = {"Qwen3Next": 2e-5, "Qwen3_5MoeText": 2e-5}  # float32 recurrences on both sides
 CASES = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 
 
@@ -148,7 +149,7 @@ def test_logits_equal_those_of_transformers(tmp_path, name, variant):
     with jax.default_matmul_precision("highest"):
         model = load(tmp_path / "stock")
         logits, _ = model(jnp.asarray(tokens))
-        assert rel(logits, wanted) < 4e-6
+        assert rel(logits, wanted) < TOLERANCE.get(name, 4e-6)
         # Saved again it is still the same model, here and there.
         save_pretrained(model, tmp_path / "saved", progress=False)
         np.testing.assert_array_equal(load(tmp_path / "saved")(jnp.asarray(tokens))[0], logits)

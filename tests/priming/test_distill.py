@@ -14,6 +14,7 @@ import pytest
 
 from hmf_jax.config import SWAConfig
 from hmf_jax.loading import from_pretrained, save_pretrained
+from hmf_jax.mixers import split_symbol
 from hmf_jax.padding import arrange
 from hmf_jax.parameters import flat_params
 from hmf_jax.priming import (
@@ -31,6 +32,7 @@ from hmf_jax.priming.distill import _square_error
 from hmf_jax.sharding import make_mesh
 from hmf_jax.training import TrainState, select_parameters
 from hmf_jax.verify import run_stage1, verify_dir
+from tests.families.tiny import FAMILIES, tiny_family
 from tests.goldens import cases, expected, golden
 from tests.util import random_model, rel, tiny_config
 
@@ -250,6 +252,37 @@ def test_remat_and_mesh_make_the_same_step(remat, tmp_path):
         assert np.isclose(loss, results[0][0], rtol=1e-5)
         for path, x in params.items():
             assert rel(x, results[0][1][path]) < 1e-4, path
+
+
+ALL = ("GKA*", "GDN*", "M2*", "BMF*", "SWA*", "*DA")
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [("llama", ("SWA*", "*DA"))]
+    + [pytest.param("qwen3_next", ("GDN>GKA", "*DA"), marks=pytest.mark.slow)]
+    + [pytest.param(family, ALL, marks=pytest.mark.slow) for family in FAMILIES],
+)
+def test_a_step_of_every_family(family, kinds):
+    """Students alone learn, as much when the backward pass computes them again."""
+    results = []
+    for remat in ("block", "none") if "GDN>GKA" in kinds else ("block",):
+        model = random_model(tiny_family(family, kinds), jnp.float32)
+        before = {path: np.asarray(x) for path, x in flat_params(model).items()}
+        chosen = select_parameters(model, students(model.config))
+        optimizer = optax.sgd(0.1)
+        state = TrainState.create(model, optimizer, trainable=students(model.config))
+        step = make_distill_step(optimizer, target="all", remat=remat)
+        state, metrics = step(state, {"tokens": tokens_for()})
+        results.append((float(metrics["loss"]), flat_params(state.model())))
+    loss, after = results[0]
+    assert 0 < loss < np.inf
+    changed = {path for path, x in after.items() if (np.asarray(x) != before[path]).any()}
+    assert changed <= set(chosen)
+    students_of = {path.split(".")[1] for path in changed}
+    assert students_of == {str(i) for i, kind in enumerate(kinds) if split_symbol(kind)[1]}
+    for path, x in results[-1][1].items():
+        assert rel(x, after[path]) < 1e-4, path
 
 
 def test_bad_input():

@@ -17,18 +17,22 @@ from safetensors.numpy import load_file, save_file
 from hmf_jax.config import BMojoConfig, GDNConfig, HybridConfig, SWAConfig
 from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.mixers import all_sections
+from hmf_jax.options import LinearHeads
 from hmf_jax.parameters import flat_params
 from hmf_jax.priming import (
+    Origin,
     describe_plan,
     prime,
     prime_directory,
+    primed_config,
     read_stage0,
     stage0_plan,
     teacher,
     unfuse,
 )
-from hmf_jax.priming.stage0 import _gate
+from hmf_jax.priming.stage0 import _gate, _queries
 from hmf_jax.sharding import make_mesh
+from tests.families.tiny import tiny_family
 from tests.goldens import _recipe, cases, expected, golden
 from tests.util import random_model, rel, tiny_config
 
@@ -145,6 +149,82 @@ def test_order_of_a_gate(repeat):
     }[repeat]
     found = _gate(2, 3, repeat, jnp.float32, None)(o, v)
     np.testing.assert_array_equal(found, (np.asarray(o).T + np.asarray(rows)) / 2)
+
+
+def test_queries_without_their_gates():
+    """Each head has its queries first, then its gates; so have biases."""
+    x = jnp.asarray([[0, 1, 10, 11, 2, 3, 12, 13]] * 3)  # [d, H 2 D], H = D = 2
+    queries = _queries(2, jnp.float32, None)
+    np.testing.assert_array_equal(queries(x), [[0, 1, 2, 3]] * 3)
+    np.testing.assert_array_equal(queries(x[0]), [0, 1, 2, 3])
+
+
+def plan_of(base: HybridConfig, pattern: str, **settings):
+    return stage0_plan(base, primed_config(base, pattern, **settings))
+
+
+def test_plan_of_a_base_with_output_gates_and_other_layers():
+    kinds = ("*", "*", "*", "GDN", "GDN")
+    base = tiny_family("qwen3_next", kinds, qkv_bias=True, gka=None)
+    bmojo = BMojoConfig(4, False, "M2")
+    plan = plan_of(base, "M2*-BMF*-SWA*-GDN>GKA-GDN", bmojo=bmojo)
+    queries = {path: origin.sources for path, origin in plan.items() if origin.queries}
+    assert queries == {
+        "layers.0.mixer.C_proj.kernel": ("layers.0.mixer.q_proj.kernel",),
+        **{
+            f"layers.1.mixer.{part}.{name}": (f"layers.1.mixer.q_proj.{name}",)
+            for part in ("bmojo_attn.q_proj", "bmojo_attn.q_proj_")
+            for name in ("kernel", "bias")
+        },
+        "layers.1.mixer.inner.C_proj.kernel": ("layers.1.mixer.q_proj.kernel",),
+    }
+    for path in ("layers.2.mixer.q_proj.bias", "layers.0.teacher.q_proj.kernel"):
+        assert plan[path] == Origin("copied", (path.replace("teacher", "mixer"),))
+    for path, origin in plan.items():
+        if re.match(r"layers\.(3\.teacher|4\.mixer)\.|layers\.\d\.mlp\.", path):
+            assert origin == Origin("copied", (path.replace("teacher", "mixer"),))
+    fresh = {p for p, o in plan.items() if o.how == "fresh" and p.startswith("layers.3.")}
+    parts = ("alpha_proj.kernel", "alpha_proj.bias", "b_proj.bias")
+    assert fresh == {f"layers.3.mixer.{part}" for part in parts}
+
+
+def test_plan_of_a_base_without_biases():
+    """All of a Gated DeltaNet that can start from attention does; biases of B'MOJO-F are zero."""
+    base = tiny_family("ministral3", ("*", "*"))
+    plan = plan_of(base, "GDN*-BMF*", bmojo=BMojoConfig(4, True, "GDN"))
+    for prefix in ("layers.0.mixer.", "layers.1.mixer.inner."):
+        assert plan[f"{prefix}g_proj.kernel"].how == "initialised"
+        assert all(plan[f"{prefix}{s}_proj.kernel"].how == "copied" for s in "qkvo")
+    biases = [path for path in plan if path.startswith("layers.1.mixer.bmojo") and "bias" in path]
+    assert len(biases) == 3 and all(plan[path].how == "fresh" for path in biases)
+    assert not any("norm" in path for path in plan if ".bmojo_attn." in path)
+
+
+def test_attention_with_other_heads_than_the_linear_layers():
+    base = tiny_family("qwen3_next", ("*", "GDN"))
+    message = (
+        r"layer 0: the base has attention there, 4 query and 1 key/value heads of 16 channels; its "
+        r"GKA and GDN layers have 2 query, 2 key and 4 value heads of 8, and can only start from"
+    )
+    for pattern in ("GKA*-GDN", "GDN-GDN", "BMF*-GDN>GKA"):
+        with pytest.raises(ValueError, match=message):
+            plan_of(base, pattern, bmojo=BMojoConfig(4, True, "GKA"))
+    with pytest.raises(ValueError, match=r"layer 1: the base has 'GDN' there, '\*' cannot start"):
+        plan_of(base, "*DA-*DA")
+    same = LinearHeads(num_key_heads=4, num_value_heads=4, head_dim=16)
+    base = tiny_family("qwen3_next", ("*",), num_key_value_heads=4, linear=same)
+    plan = plan_of(base, "GKA*")
+    assert plan["layers.0.mixer.q_proj.kernel"].queries
+    assert plan["layers.0.mixer.k_proj.kernel"].how == "copied"
+
+
+def test_settings_that_are_not_given_are_those_of_the_base():
+    base = tiny_family("qwen3_next", ("*", "GDN"), rms_norm_eps=1e-4, gka=None)
+    config = primed_config(base, "*-GDN>GKA", gdn={"use_gate": True}, gka={"num_iter": 5})
+    assert config.gdn == GDNConfig(conv_size=3, norm_eps=1e-4)
+    assert config.gka.norm_eps == 1e-4 and config.gka.conv_size == 3 and config.gka.num_iter == 5
+    config = primed_config(base, "*-GDN>GKA", gka={"norm_eps": 1e-3})
+    assert config.gka.norm_eps == 1e-3
 
 
 def test_a_fused_model_holds_its_base_and_shares_nothing_with_it(base):

@@ -15,6 +15,7 @@ import pytest
 
 from hmf_jax.config import BMojoConfig, GKAConfig
 from hmf_jax.model import HybridLM
+from hmf_jax.options import LinearHeads, MoEConfig
 from hmf_jax.sharding import for_model, make_mesh, row_parts
 from tests.util import mesh_of, place, random_model, rel, tiny_config
 
@@ -74,12 +75,15 @@ def collectives(kinds, mesh, T=1, **changes) -> tuple[collections.Counter, str]:
     step = jax.jit(lambda m, t, s: m(t, state=dataclasses.replace(s, fresh=T > 1)))
     args = model, jnp.zeros((4, T), jnp.int32), model.init_state(4, 32)
     text = step.lower(*args).compile().as_text()
+    return count_collectives(text), text
+
+
+def count_collectives(text) -> collections.Counter:
     names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    assert text is not None
     found = collections.Counter()
     for result, name in re.findall(rf" = (\(.*?\)|\S+) ({names})(?:-start)?\(", text):
         found[name] += len(re.findall(r"\w+\[", result))
-    return found, text
+    return found
 
 
 REDUCES = {"*": 1, "SWA": 1, "GKA": 1, "GDN": 1, "M2": 1, "BMF": 2}
@@ -108,6 +112,39 @@ def test_only_the_low_rank_input_is_gathered():
     gka = GKAConfig(kv_proj_rank=4, kv_learnable_residual=True)
     found, text = collectives(("GKA",), make_mesh(tp=4, devices=jax.devices()[:4]), gka=gka)
     assert found["all-reduce"] + found["all-gather"] <= 3 + 4, f"{found}\n{text}"
+
+
+MOE = MoEConfig(8, 3, 12, shared_intermediate_size=16)
+
+
+def test_experts_take_one_all_reduce():
+    """Tensor parallel devices have other experts and all tokens; nothing is sent between them."""
+    config = tiny_config(("*",), **HEADS, moe=MOE)
+    model = random_model(config, jnp.float32)
+    tokens = jax.random.randint(jax.random.key(0), (4, 3), 0, 64)
+    call = jax.jit(lambda m, t: m(t)[0])
+    split = place(model, config, make_mesh(tp=8))
+    experts: Any = split.layers[0].mlp
+    assert experts.experts.down_proj[...].sharding.shard_shape((8, 12, 32)) == (1, 12, 32)
+    compiled = call.lower(split, tokens).compile()
+    assert rel(compiled(split, tokens), call(model, tokens)) < 1e-5
+    assert count_collectives(compiled.as_text()) == {"all-reduce": 3}  # embedding, mixer, MLP
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2 x tp4", "dp2 x fsdp2 x tp2"])
+def test_experts_on_every_mesh(name):
+    """Four rows, padded, and one row, which the data axes do not split."""
+    with jax.enable_x64(True):
+        config = tiny_config(("*", "GKA"), **HEADS, moe=MOE)
+        model = random_model(config, jnp.float64, seed=1)
+        split = place(model, config, mesh_of(MESHES[name]))
+        tokens = jax.random.randint(jax.random.key(0), (4, 6), 0, 64)
+        call = jax.jit(lambda m, t, n: m(t, lengths=n)[0])
+        for rows, lengths in ((tokens, [6, 2, 0, 5]), (tokens[:1], [6])):
+            got, expected = (call(m, rows, jnp.asarray(lengths)) for m in (split, model))
+            for a, b, n in zip(got, expected, lengths, strict=True):
+                assert rel(a[:n], b[:n]) < 1e-9
 
 
 def test_states_and_weights_are_split():
@@ -143,6 +180,19 @@ def test_bad_meshes():
     for name, odd in (("intermediate_size", 65), ("vocab_size", 63)):
         with pytest.raises(ValueError, match=f"tp=2 does not divide {name}={odd}"):
             for_model(two, dataclasses.replace(config, **{name: odd}))
+    sparse = dataclasses.replace(config, intermediate_size=65, moe=MOE)  # no layer has that width
+    assert for_model(two, sparse) is not None
+    for what, change in (
+        ("intermediate_size=65", dict(moe=dataclasses.replace(MOE, every=2))),
+        ("num_experts=7", dict(moe=dataclasses.replace(MOE, num_experts=7))),
+        (
+            "shared_expert_intermediate_size=15",
+            dict(moe=dataclasses.replace(MOE, shared_intermediate_size=15)),
+        ),
+        ("linear_num_key_heads=1", dict(linear=LinearHeads(1, 2, 16))),
+    ):
+        with pytest.raises(ValueError, match=f"tp=2 does not divide {what}"):
+            for_model(two, dataclasses.replace(sparse, **change))
     both = dataclasses.replace(config, num_key_value_heads=4)
     with pytest.raises(ValueError, match="sp=2 x tp=4 does not divide num_key_value_heads=4"):
         for_model(make_mesh(sp=2, tp=4), both)

@@ -117,6 +117,7 @@ def test_defaults_are_the_originals():
         (dict(packing=None), dict(packing="none")),
         (dict(packing=False, neat_packing=True), dict(packing="first_fit")),
         (dict(save_total_limit=5), dict(keep=5)),
+        (dict(moe_aux_loss_coef=0.01), dict(router_aux_loss_coef=0.01)),
         (dict(max_steps=7), dict(steps=7, epochs=None)),
         (dict(bf16=False, pure_bf16=False), dict(dtype="float32")),
         (

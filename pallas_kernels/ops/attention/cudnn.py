@@ -39,8 +39,9 @@ def why_not(inputs: Inputs | Token) -> str | None:
         return f"cuDNN attention needs compute capability 8.0, this is {capability or 'unknown'}"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN needs bfloat16 or float16 throughout, got {q.dtype}, {k.dtype}, {v.dtype}"
-    if q.shape[-1] > 128 or q.shape[-1] % 8:
-        return f"cuDNN needs a head_dim of at most 128 that 8 divides, got {q.shape[-1]}"
+    most = 256 if float(capability) >= 9.0 else 128
+    if q.shape[-1] > most or q.shape[-1] % 8:
+        return f"cuDNN needs a head_dim of at most {most} that 8 divides, got {q.shape[-1]}"
     return None
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.ops.grouped_matmul import mosaic
 from hmf_jax.pallas_kernels.ops.grouped_matmul.chunked import grouped_matmul_chunked
 from hmf_jax.pallas_kernels.ops.grouped_matmul.reference import grouped_matmul_reference
 from hmf_jax.pallas_kernels.ops.grouped_matmul.xla import grouped_matmul_xla, why_not_xla
@@ -14,6 +15,7 @@ from hmf_jax.pallas_kernels.recurrent import check
 __all__ = ["grouped_matmul"]
 
 _IMPLS = {
+    "mosaic": mosaic.grouped_matmul_mosaic,
     "xla": grouped_matmul_xla,
     "chunked": grouped_matmul_chunked,
     "reference": grouped_matmul_reference,
@@ -33,7 +35,8 @@ def grouped_matmul(
       x: [M, K], any float dtype; rows that belong to no group may hold anything.
       weights: [G, K, N], dtype of x.
       sizes: [G] integers, rows of each group; their sum must be at most M, which nothing checks.
-      impl: "auto", "xla" (`jax.lax.ragged_dot`), "chunked" or "reference".
+      impl: "auto", "mosaic" (NVIDIA Hopper, bfloat16, K and N divisible by 64), "xla"
+        (`jax.lax.ragged_dot`; TPUs, and GPUs up to 256 rows), "chunked" or "reference".
 
     Returns:
       [M, N], dtype of x; the rows that belong to no group are zero.
@@ -54,5 +57,10 @@ def grouped_matmul(
         raise ValueError(f"{op}: x is {x.dtype}, weights are {weights.dtype}; cast one of them.")
     if sizes.shape != (G,) or not jnp.issubdtype(sizes.dtype, jnp.integer):
         raise ValueError(f"{op}: sizes is {sizes.dtype}{sizes.shape}, expected integers [{G}].")
-    usable = {"xla": why_not_xla(), "chunked": None, "reference": None}
+    usable = {
+        "mosaic": mosaic.why_not(x, weights),
+        "xla": why_not_xla(M),
+        "chunked": None,
+        "reference": None,
+    }
     return _IMPLS[resolve(op, impl, usable)](x, weights, sizes.astype(jnp.int32))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+FEW = 256  # rows
 
-def why_not_xla() -> str | None:
-    """Why `jax.lax.ragged_dot` should not run on this backend; None if it should."""
-    if jax.default_backend() not in ("gpu", "tpu"):
-        return "on this backend it multiplies every row by every matrix"
-    return None
+
+def why_not_xla(rows: int) -> str | None:
+    """Why `jax.lax.ragged_dot` should not run here on so many rows; None if it should."""
+    backend = jax.default_backend()
+    if backend == "tpu" or (backend == "gpu" and rows <= FEW):
+        return None
+    return f"on this backend it multiplies every row by every matrix ({rows} rows)"
 
 
 def grouped_matmul_xla(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
