@@ -129,8 +129,9 @@ class MoE(nnx.Module):
 
     def __call__(
         self, x: Array, ctx: Context, experts: Array | None = None
-    ) -> tuple[Array, Routing]:
-        """x [B, T, d] -> y [B, T, d], what the router decided.
+    ) -> tuple[Array, dict[str, Array]]:
+        """x [B, T, d] -> y [B, T, d], what the router decided: the fields of `Routing`, as a dict
+        because `nnx.tabulate` knows no other results with names.
 
         `experts` [B, T, k] are taken in place of the router's choice, with its weights for them.
         """
@@ -152,7 +153,7 @@ class MoE(nnx.Module):
             jnp.sum(is_chosen, axis=(0, 1), dtype=jnp.float32),
             jnp.sum(jnp.where(valid, p, 0), axis=(0, 1)),
         )
-        return self._run(x, taken, jnp.where(valid, weights, 0), ctx), routing
+        return self._run(x, taken, jnp.where(valid, weights, 0), ctx), routing._asdict()
 
     def _run(self, x: Array, experts: Array, weights: Array, ctx: Context) -> Array:
         """The experts on the devices that have them."""

@@ -68,7 +68,8 @@ def plain(moe: MoE, x, chosen=None):
 def run(moe: MoE, x, lengths, experts=None):
     """The layer on rows of which these many tokens are valid."""
     _, ctx = model().embed(jnp.zeros(x.shape[:2], jnp.int32), lengths=lengths)
-    return moe(x, ctx, experts)
+    y, routing = moe(x, ctx, experts)
+    return y, Routing(**routing)
 
 
 def inputs(rows: int = 3, length: int = 7) -> jax.Array:
@@ -172,7 +173,7 @@ def test_load_balancing_loss():
     np.testing.assert_allclose(
         busiest_expert(routings), np.mean([x.max() / x.mean() for x in loads]), rtol=1e-6
     )
-    nothing = Routing(*(jnp.zeros_like(a) for a in routings[0]))
+    nothing = jax.tree.map(jnp.zeros_like, routings[0])
     assert load_balancing_loss([nothing]) == 0 and busiest_expert([nothing]) == 0
 
 
@@ -221,28 +222,34 @@ def routings_of(model: HybridLM, tokens, segment_ids) -> list[Routing | None]:
     return [layer.routing for layer in model.blocks(x, ctx)]
 
 
+@functools.cache
+def step_on(mesh_sizes: tuple[tuple[str, int], ...], remat: str = "none"):
+    """Parameters and metrics after a step, in float64."""
+    config = tiny_config(("GKA", "*"), num_attention_heads=8, num_key_value_heads=4, moe=CONFIG.moe)
+    model = random_model(config, jnp.float64)
+    if mesh_sizes:
+        model = place(model, config, mesh_of(dict(mesh_sizes)))
+    optimizer = optax.sgd(1.0)
+    step = make_train_step(optimizer, remat=remat, **COEF)
+    state, metrics = step(TrainState.create(model, optimizer), batch())
+    return state.params, metrics
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes", [dict(dp=2, tp=4), dict(fsdp=2, tp=2), dict(fsdp=4, tp=2), dict(sp=2, fsdp=2)]
+    ("sizes", "remat"),
+    [
+        ((("dp", 2), ("tp", 4)), "none"),
+        ((("fsdp", 2), ("tp", 2)), "block"),
+        ((("sp", 2), ("fsdp", 2)), "none"),
+    ],
 )
-def test_a_step_on_any_mesh(sizes):
+def test_a_step_on_any_mesh(sizes, remat):
     """The same losses, gradients and counts as on one device; the tokens of all of them count."""
     with jax.enable_x64(True):
-        config = dataclasses.replace(CONFIG, layer_kinds=("GKA", "*"), num_attention_heads=8)
-        config = dataclasses.replace(config, num_key_value_heads=4)
-        optimizer = optax.sgd(1.0)
-
-        def step(mesh, **options):
-            model = random_model(config, jnp.float64)
-            model = model if mesh is None else place(model, config, mesh)
-            step = make_train_step(optimizer, **COEF, **options)
-            state, metrics = step(TrainState.create(model, optimizer), batch())
-            return state.params, metrics
-
-        expected = step(None)
-        for got in (step(mesh_of(sizes)), step(mesh_of(sizes), remat="block")):
-            for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
-                assert rel(a, b) < 1e-6 if a.dtype == jnp.float32 else rel(a, b) < 1e-10
+        pairs = zip(*map(jax.tree.leaves, (step_on(sizes, remat), step_on(()))), strict=True)
+        for a, b in pairs:
+            assert rel(a, b) < (1e-6 if a.dtype == jnp.float32 else 1e-10)
 
 
 @pytest.mark.slow
@@ -262,6 +269,13 @@ def test_the_step_says_how_experts_are_used():
         np.testing.assert_allclose(whole[name], mean, rtol=1e-5)
     with pytest.raises(ValueError, match="is for the loss of the next token"):
         make_train_step(optimizer, loss=next_token_loss, **COEF)
+
+
+def test_tabulate():
+    """`nnx.tabulate` shows the parts of a layer with experts."""
+    text = nnx.tabulate(model(), jnp.ones((1, 4), jnp.int32), console_kwargs={"width": 200})
+    for name in ("mlp", "mlp/gate", "mlp/experts", "mlp/shared_expert"):
+        assert f"layers/1/{name} " in text
 
 
 def test_adapters_leave_experts_alone():

@@ -258,6 +258,13 @@ def test_how_text_is_cut(tmp_path, pre):
     assert {"Ġthe", "<|end|>", "<tool>"} <= set(encoded.tokens)
 
 
+def test_a_file_without_a_tokenizer(tmp_path):
+    make(tmp_path / "a.gguf", tokenizer=dict.fromkeys(TOKENIZER))
+    with pytest.warns(UserWarning, match="a.gguf holds no tokenizer"):
+        files = gguf_to_hf.read(tmp_path / "a.gguf").files
+    assert files.keys() == {"chat_template.jinja", "generation_config.json"}
+
+
 def test_special_tokens_and_templates(tmp_path):
     end = TOKENIZER["eos_token_id"]
     tokenizer = {"add_bos_token": True, "add_eos_token": True, "eot_token_id": 3}
@@ -376,6 +383,10 @@ def test_the_command_and_where_it_is_named(tmp_path, monkeypatch):
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
     result = run(app, ["convert", target, str(tmp_path / "orbax"), "--dtype", "float32"])
     assert result.exit_code == 1 and "dtype is for GGUF files" in result.output
+    result = run(app, ["convert", f"{tmp_path}/b.gguf", str(tmp_path / "b")])
+    assert result.exit_code == 1 and "b.gguf is not a file" in result.output
+    result = run(app, ["info", source])
+    assert result.exit_code == 1 and "hmf-jax convert" in result.output
     for path in (source, str(tmp_path)):
         with pytest.raises(ValueError, match=f"`hmf-jax convert {source} DIR` makes a model"):
             from_pretrained(path)

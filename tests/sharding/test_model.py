@@ -132,7 +132,7 @@ def test_experts_take_one_all_reduce():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", ["fsdp2 x tp4", "dp2 x fsdp2 x tp2"])
 def test_experts_on_every_mesh(name):
     """Four rows, padded, and one row, which the data axes do not split."""
     with jax.enable_x64(True):
