@@ -46,8 +46,8 @@ def special_tokens(file: Path, values: Mapping[str, Any], vocab_size: int) -> di
     }
     ends = [found[n] for n in ("eos", "eot", "eom") if found[n] is not None]
     ends = list(dict.fromkeys(ends))
-    out = {"bos_token_id": found["bos"], "pad_token_id": found["padding"]}
-    out["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    end = ends[0] if len(ends) == 1 else ends or None
+    out = {"bos_token_id": found["bos"], "eos_token_id": end, "pad_token_id": found["padding"]}
     return {n: out[n] for n in SPECIAL if out[n] is not None}
 
 

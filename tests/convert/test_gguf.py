@@ -7,6 +7,7 @@ import json
 import math
 import struct
 import sys
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,7 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.convert import gguf_to_hf
 from hmf_jax.convert.safetensors_io import Checkpoint
 from hmf_jax.layers import rope_frequencies
-from hmf_jax.loading import convert_directory, from_pretrained
+from hmf_jax.loading import convert_directory, flat_params, from_pretrained
 from hmf_jax.options import RopeConfig
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -168,7 +169,7 @@ def test_numbers_and_settings(tmp_path, arch, bias, tied):
     model = from_pretrained(tmp_path / "hf", dtype=None, progress=False)
     assert model.config.is_stock and model.config.family == arch
     np.testing.assert_array_equal(
-        model.layers[1].mlp.down_proj.kernel[...],
+        flat_params(model)["layers.1.mlp.down_proj.kernel"],
         values["model.layers.1.mlp.down_proj.weight"].T.astype(ml_dtypes.bfloat16),
     )
 
@@ -212,7 +213,9 @@ def test_scaling_of_rope(tmp_path, kind):
 
 def frequencies(factor: float) -> np.ndarray:
     """What llama.cpp keeps of Llama 3's RoPE: plain frequency / scaled frequency."""
-    llama3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    llama3: Any = dict(
+        low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
     plain, scaled = (
         np.asarray(rope_frequencies(dataclasses.replace(TINY, rope=rope))[0], np.float64)
         for rope in (RopeConfig(1e4), RopeConfig(1e4, "llama3", factor=factor, **llama3))
