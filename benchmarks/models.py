@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from benchmarks.counting import prompt_flops, step_bytes, weight_bytes
 from benchmarks.rows import Row
 from benchmarks.timing import SETS, device_time, milliseconds
 from benchmarks.watching import peak_bytes, program_bytes, watch_dispatch
@@ -19,17 +20,16 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.engine import programs
 from hmf_jax.layers import query_scale, rope_table
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
-from hmf_jax.mixers import KINDS, AttentionState, Context, Mixer
+from hmf_jax.mixers import Context, Mixer
 from hmf_jax.model import HybridLM
+from hmf_jax.moe import MoE
 from hmf_jax.packed import PackedModel
-from hmf_jax.parameters import flat_params
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.sharding import make_mesh, named_sharding
 from hmf_jax.state import ModelState
-from hmf_jax.table import used
 
 Array = jax.Array
-MODELS = ("model", "ttft", "decode_throughput", "train_step", "mixer", "mixer_decode")
+MODELS = ("model", "ttft", "decode_throughput", "train_step", "mixer", "mixer_decode", "mlp")
 COMPILE = "compile"
 ON_A_MESH = ("model", "ttft", "decode_throughput")
 
@@ -164,6 +164,7 @@ class Bench:
         * train_step: mean cross-entropy of the next token, its gradient, a plain SGD update.
         * mixer: one layer of the kind `mixer` alone (projections and operator, no MLP), without a
           state; mixer_decode: the same on one token per row, `length` tokens in the state.
+        * mlp: the MLP of the last layer alone, or its mixture of experts, on `length` tokens.
 
         Extra numbers, all of one device: tokens per second (of all devices together, over their
         number); bytes of the weights, of the state, of everything the timed program needs
@@ -369,6 +370,20 @@ class Bench:
             extra |= profile.per(1)
         return "fwd", ms, program, extra
 
+    def _mlp(self):
+        def run(mlp: Any, x: Array) -> Array:
+            empty = jnp.zeros(self.s.batch, jnp.int32)
+            return mlp(x, self._context(empty, self.s.length, True))[0] if sparse else mlp(x)
+
+        mlp, sets = self.model.layers[-1].mlp, self._hidden(self.s.length)
+        sparse = isinstance(mlp, MoE)
+        program = jax.jit(run).lower(mlp, sets[0]).compile()
+        ms = milliseconds(lambda x: program(mlp, x), sets)
+        extra: dict[str, Any] = {"weight_bytes": device_bytes(mlp)}
+        if profile := device_time(lambda: program(mlp, sets[0])):
+            extra |= profile.per(1)
+        return "fwd", ms, program, extra
+
     def _mixer_decode(self):
         def run(mixer: Mixer, x: Array, state: Any) -> tuple[Array, Any]:
             offset = jnp.full(self.s.batch, self.s.length, jnp.int32)
@@ -422,58 +437,6 @@ def random_state(model: HybridLM, batch: int, capacity: int) -> ModelState:
         return make(x.shape, x.dtype, x.sharding, jax.tree_util.keystr(path).endswith("h_kk"))
 
     return jax.tree_util.tree_map_with_path(fill, abstract_state(model, batch, capacity))
-
-
-def weight_bytes(model: HybridLM, tokens: int) -> int:
-    """Bytes of weights that so many tokens read, on one device: all but the embedding table, which
-    some rows are read of, and of E experts E (1 - (1 - k / E)^tokens), as many as tokens that
-    choose at random hit."""
-    total = device_bytes(model)
-    if not model.config.tie_word_embeddings:
-        total -= device_bytes(model.embed_tokens)
-    if (moe := model.config.moe) is not None:
-        missed = (1 - moe.experts_per_token / moe.num_experts) ** tokens
-        experts = [a for n, a in flat_params(model).items() if ".mlp.experts." in n]
-        total -= round(missed * device_bytes(experts))
-    return total
-
-
-def prompt_flops(model: HybridLM, length: int) -> float:
-    """Model FLOPs of a prompt: two per matrix element and token, of experts those that it goes to,
-    of the output head for the last token only; and 4 H D for every key that a token attends to.
-    Recurrences and the solver of GKA do not count."""
-    config, total = model.config, 0.0
-    for name, a in flat_params(model).items():
-        if a.ndim >= 2 and not name.startswith("embed_tokens."):
-            total += (
-                2 * a.size * used(config, name) * (1 if name.startswith("lm_head.") else length)
-            )
-    if config.tie_word_embeddings:
-        total += 2 * config.vocab_size * config.hidden_size
-    for kind in config.layer_kinds:
-        w = min(KINDS[kind].sees(config.sections, length), length)
-        keys = w * (w + 1) / 2 + (length - w) * w
-        total += 4 * config.num_attention_heads * config.head_dim * keys
-    return total
-
-
-def step_bytes(state: ModelState, length: int) -> int:
-    """Bytes of a state that decoding one token of every row has to move, on one device.
-
-    Caches are read as far as they are filled, windows as a whole, except entries that nobody can
-    see yet; float32 states are read and written.
-    """
-    total = 0
-    for layer in state.layers:
-        for path, x in jax.tree_util.tree_leaves_with_path(layer):
-            size = device_bytes(x)
-            if x.dtype == jnp.float32:
-                total += 2 * size
-            elif isinstance(layer, AttentionState):
-                total += size * length // x.shape[1]
-            elif "pending" not in jax.tree_util.keystr(path):
-                total += size
-    return total
 
 
 def next_token_loss(logits: Array, tokens: Array) -> Array:

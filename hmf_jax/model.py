@@ -418,8 +418,9 @@ class HybridLM(nnx.Module):
         `embed`) go to in place of its router's choice, with the weights that it gives them.
         """
         forced = dict(experts or {})
-        if dense := [i for i in forced if not self.config.is_sparse(i)]:
-            raise ValueError(f"experts of layers {dense}, which have none")
+        sparse = filter(self.config.is_sparse, range(len(self.layers)))
+        if others := forced.keys() - set(sparse):
+            raise ValueError(f"experts of layers {sorted(others)}, which have none")
         states = [None] * len(self.layers) if state is None else state.layers
         for i, (block, before) in enumerate(zip(self.layers, states, strict=True)):
             x, mixed, after, routing = run_block(block, x, ctx, before, forced.get(i))

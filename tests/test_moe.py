@@ -149,8 +149,8 @@ def test_experts_may_be_given():
     routings = seen(model(), ids)
     assert [r is None for r in routings] == [True, False, True, True]
     np.testing.assert_array_equal(routings[1].experts, ids)
-    with pytest.raises(ValueError, match=r"experts of layers \[0\], which have none"):
-        next(model().blocks(*model().embed(tokens), experts={0: ids}))
+    with pytest.raises(ValueError, match=r"experts of layers \[0, 5\], which have none"):
+        next(model().blocks(*model().embed(tokens), experts={0: ids, 5: ids}))
 
 
 def test_load_balancing_loss():
