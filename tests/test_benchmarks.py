@@ -219,29 +219,33 @@ def test_what_a_prompt_multiplies_and_a_token_reads() -> None:
 def test_programs_are_compiled_before_they_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """--compile-only makes no arrays and no rows, and lowers what a measurement lowers."""
-    lowered: list[str] = []
-    compile_ = jax.stages.Lowered.compile
-
-    def remember(self: Any, *args: Any, **options: Any) -> Any:
-        lowered.append(self.as_text())
-        return object() if quiet else compile_(self, *args, **options)
-
-    monkeypatch.setattr(jax.stages.Lowered, "compile", remember)
-    quiet, out = True, tmp_path / "rows.jsonl"
-    argv = "--ops ttft,decode_throughput --mixers GKA --layers 2 --lengths 12 --steps 4".split()
-    run.main([*argv, "--compile-only", "--out", str(out)])
-    assert not out.exists() and len(lowered) == 2
-    bench = models.Bench(dataclasses.replace(two_layers(), length=12, steps=4, num_iter=30), {})
-    bench.compile("ttft")
-    bench.compile("decode_throughput")
-    assert lowered[:2] == lowered[2:]
-    for wrong in (["--ops", "model"], ["--mesh", "tp=2"]):
+    """--compile-only makes neither arrays nor rows."""
+    lowered: list[Any] = []
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: lowered.append(self))
+    out = tmp_path / "rows.jsonl"
+    argv = "--mixers * --layers 1 --lengths 12 --steps 4 --compile-only".split()
+    run.main([*argv, "--ops", "decode_throughput", "--out", str(out)])
+    assert not out.exists() and len(lowered) == 1
+    for wrong in (["--ops", "model"], ["--ops", "ttft", "--mesh", "tp=2"]):
         with pytest.raises(SystemExit):
-            run.main([*argv, "--compile-only", *wrong])
+            run.main([*argv, *wrong])
+        assert "--compile-only is for --ops ttft,decode_throughput" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run.main(["--ops", "gka", "--shape", "llama-3.1-8b"])
     assert "--shape llama-3.1-8b is for models" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From shapes alone and with a model: the same programs."""
+    lowered: list[str] = []
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: lowered.append(self.as_text()))
+    settings = dataclasses.replace(two_layers(), length=12, steps=4)
+    for abstract in (True, False):
+        bench = models.Bench(settings, {}, abstract=abstract)
+        bench.compile("ttft")
+        bench.compile("decode_throughput")
+    assert lowered[:2] == lowered[2:] and len(lowered) == 4
 
 
 @pytest.mark.slow  # the engine's tests say the same of its programs
