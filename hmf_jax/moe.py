@@ -48,8 +48,8 @@ def load_balancing_loss(routings: Sequence[Routing]) -> Array:
     f_ke is the fraction of tokens that have expert e in slot k, P_e the mean of its probability.
     Padding does not count; without any token the loss is 0.
     """
-    chosen = sum(r.chosen for r in routings)
-    probability = sum(r.probability for r in routings)
+    chosen = jnp.sum(jnp.stack([r.chosen for r in routings]), axis=0)
+    probability = jnp.sum(jnp.stack([r.probability for r in routings]), axis=0)
     tokens = jnp.maximum(jnp.sum(chosen[0]), 1)
     return chosen.shape[1] * jnp.sum(chosen / tokens * (probability / tokens))
 
@@ -181,6 +181,8 @@ class MoE(nnx.Module):
             y = y.astype(x.dtype)
             return jax.lax.psum(y, split[AXES.heads]) if split[AXES.heads] else y
 
+        if split[AXES.embed]:
+            local = jax.checkpoint(local, policy=_is_no_gather)
         args = x, experts, weights, opened, [v.get_value() for v in variables]
         letters = ["".join(_LETTERS[d] for d in names) for names in dims]
         tokens = "bT-"
@@ -195,6 +197,11 @@ def _kernel(shape: tuple[int, ...], dims: Dims, config: Backbone, dtype, rngs: n
 
 def _several(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(a for a in axes if mesh.shape[a] > 1)
+
+
+def _is_no_gather(primitive: Any, *_: Any, **__: Any) -> bool:
+    """The backward pass gathers parameters again: kept, they would be whole on every device."""
+    return primitive.name != "all_gather"
 
 
 def _gathered(a: Array, dims: Dims, axes: tuple[str, ...]) -> Array:

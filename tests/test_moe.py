@@ -60,7 +60,8 @@ def plain(moe: MoE, x, chosen=None):
     if moe.shared_expert is not None:
         s: Any = moe.shared_expert
         kernels = (p.kernel[...] for p in (s.gate_proj, s.up_proj, s.down_proj))
-        y = y + jax.nn.sigmoid(x @ moe.shared_expert_gate.kernel[...]) * swiglu(x, *kernels)
+        gate: Any = moe.shared_expert_gate
+        y = y + jax.nn.sigmoid(x @ gate.kernel[...]) * swiglu(x, *kernels)
     return y, chosen
 
 
@@ -214,7 +215,7 @@ def test_what_training_minimises():
     np.testing.assert_allclose(total, alone + 0.5 * aux * count, rtol=1e-6)
 
 
-COEF = {"router_aux_loss_coef": 0.5}
+COEF: dict[str, Any] = {"router_aux_loss_coef": 0.5}
 
 
 def routings_of(model: HybridLM, tokens, segment_ids) -> list[Routing | None]:
@@ -250,6 +251,16 @@ def test_a_step_on_any_mesh(sizes, remat):
         pairs = zip(*map(jax.tree.leaves, (step_on(sizes, remat), step_on(()))), strict=True)
         for a, b in pairs:
             assert rel(a, b) < (1e-6 if a.dtype == jnp.float32 else 1e-10)
+
+
+def test_parameters_are_gathered_again_for_the_gradient():
+    """Under fsdp, what is kept for the backward pass holds no parameter as a whole."""
+    split = place(model(), CONFIG, mesh_of(dict(fsdp=4)))
+    x, ctx = split.embed(jnp.zeros((4, 2), jnp.int32))
+    moe: Any = split.layers[1].mlp
+    run = lambda moe, x: jax.vjp(lambda moe, x: moe(x, ctx)[0], moe, x)[1]  # noqa: E731
+    kept = max(a.size for a in jax.tree.leaves(jax.eval_shape(run, moe, x)))
+    assert kept == moe.experts.gate_up_proj[...].size
 
 
 @pytest.mark.slow

@@ -75,6 +75,7 @@ def collectives(kinds, mesh, T=1, **changes) -> tuple[collections.Counter, str]:
     step = jax.jit(lambda m, t, s: m(t, state=dataclasses.replace(s, fresh=T > 1)))
     args = model, jnp.zeros((4, T), jnp.int32), model.init_state(4, 32)
     text = step.lower(*args).compile().as_text()
+    assert text is not None
     return count_collectives(text), text
 
 
