@@ -99,12 +99,16 @@ class Experts(nnx.Module):
         place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k), unique_indices=True)
         sizes = jnp.sum(group[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
         rows = _by_expert(x, order, place)
-        h = grouped_matmul(rows, self.gate_up_proj[...].astype(x.dtype), sizes, impl=impl)
-        gate, up = jnp.split(h, 2, axis=-1)
-        h = jax.nn.silu(gate) * up
-        y = grouped_matmul(h, self.down_proj[...].astype(x.dtype), sizes, impl=impl)
+        gate, up = jnp.split(self.product("gate_up_proj", rows, sizes, impl), 2, axis=-1)
+        y = self.product("down_proj", jax.nn.silu(gate) * up, sizes, impl)
         y = _by_token(y, order, place).reshape(N, k, -1)
         return jnp.sum(weights[..., None] * exact(y), axis=1)
+
+    def product(self, name: str, x: Array, sizes: Array, impl: str) -> Array:
+        """Rows x [M, in], the first sizes[0] of expert 0 and so on, times their expert's matrix of
+        this stack: [M, out]."""
+        W = getattr(self, name)[...].astype(x.dtype)
+        return grouped_matmul(x, W, sizes, impl=impl)
 
 
 class MoE(nnx.Module):

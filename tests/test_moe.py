@@ -21,7 +21,6 @@ from hmf_jax.options import MoEConfig
 from hmf_jax.parameters import flat_params
 from hmf_jax.training import TrainState, make_train_step, next_token_loss
 from hmf_jax.training.flops import training_flops
-from hmf_jax.training.lora import apply_lora
 from hmf_jax.training.loss import aux_coef, balanced_loss
 from tests.util import mesh_of, place, random_model, rel, tiny_config
 
@@ -294,17 +293,6 @@ def test_tabulate():
     text = nnx.tabulate(model(), jnp.ones((1, 4), jnp.int32), console_kwargs={"width": 200})
     for name in ("mlp", "mlp/gate", "mlp/experts", "mlp/shared_expert"):
         assert f"layers/1/{name} " in text
-
-
-def test_adapters_leave_experts_alone():
-    adapted = nnx.eval_shape(lambda: apply_lora(HybridLM(CONFIG), rank=2))
-    beside = {path.rpartition(".")[0] for path in flat_params(adapted) if "lora_A" in path}
-    mlp = {path for path in beside if path.startswith("layers.1.mlp.")}
-    shared = ("gate_proj", "up_proj", "down_proj")
-    assert mlp == {f"layers.1.mlp.shared_expert.{name}" for name in shared}
-    for pattern in ("experts", "mlp.gate.", "shared_expert_gate"):
-        with pytest.raises(ValueError, match="selects no projection; .* are trained whole"):
-            nnx.eval_shape(lambda pattern=pattern: apply_lora(HybridLM(CONFIG), modules=pattern))
 
 
 def test_whose_coefficient():

@@ -14,96 +14,47 @@ those are copies, so that nothing it writes remains; hence this module.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from hmf_jax import table
 from hmf_jax.convert.directories import printable, replacing
 from hmf_jax.convert.rows import Entry, tensor_shape
-from hmf_jax.layers import exact, exact_dtype, one_row_twice
+from hmf_jax.layers import exact_dtype
 from hmf_jax.model import HybridLM
+from hmf_jax.moe import Experts
 from hmf_jax.options import check_int, check_number
 from hmf_jax.parameters import flat_params, with_params
-from hmf_jax.sharding import named_sharding
-from hmf_jax.training.peft import CONFIG, PREFIX, WEIGHTS, AdapterConfig, read_adapters
+from hmf_jax.training.adapters import (
+    Initial,
+    LoRAExperts,
+    LoRALinear,
+    LoRAStack,
+    Quantize,
+    check_quantize,
+    stacks,
+)
+from hmf_jax.training.peft import (
+    CONFIG,
+    PREFIX,
+    STACKS_SINCE,
+    WEIGHTS,
+    AdapterConfig,
+    read_adapters,
+    wrappers,
+)
 from hmf_jax.training.step import select_parameters
-
-Array = jax.Array
-Quantize = Literal["int8", "nf4"]
-
-# Rows of a column of the kernel that share a scale; None: all of them.
-_TILES: dict[str, int | None] = {"int8": None, "nf4": 64}
-
-
-class LoRALinear(nnx.Module):
-    """y = x W + b + (alpha / r) (x A) B with W [in, out], A [in, r], B [r, out].
-
-    A and B are float32; x A B is computed in the dtype of x. W is either `kernel`, or quantised as
-    `qvalue` [in, out] (int8 or 4-bit indices) times `scale` [in / tile, out].
-    """
-
-    def __init__(
-        self,
-        linear: nnx.Linear,
-        A: Array,
-        B: Array,
-        alpha: float,
-        quantize: Quantize | None = None,
-        mesh: Mesh | None = None,
-    ):
-        rows, columns = self.dims = linear.kernel.get_metadata()["dims"]
-        self.lora_A = _param(A, (rows, None), mesh)
-        self.lora_B = _param(B, (None, columns), mesh)
-        self.alpha, self.rank = float(alpha), A.shape[1]
-        self.bias, self.quantized = linear.bias, quantize
-        if quantize is None:
-            self.kernel = linear.kernel
-        else:
-            qvalue, scale = _quantize(linear.kernel[...], quantize)
-            self.qvalue = _param(qvalue, self.dims, mesh)
-            self.scale = _param(scale, (None, columns), mesh)
-
-    def __call__(self, x: Array) -> Array:
-        """x [B, T, in] -> y [B, T, out]."""
-        return one_row_twice(self._product, x)
-
-    def _product(self, x: Array) -> Array:
-        if (kind := self.quantized) is None:
-            y = x @ self.kernel[...].astype(x.dtype)
-        else:
-            # The backward pass makes W again: it would otherwise be kept for every projection.
-            def product(x: Array, qvalue: Array, scale: Array) -> Array:
-                return x @ _dequantize(qvalue, scale, kind, x.dtype)
-
-            y = jax.checkpoint(product)(x, self.qvalue[...], self.scale[...])
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
-        A, B = self.lora_A[...].astype(x.dtype), self.lora_B[...].astype(x.dtype)
-        return y + (x @ A) @ B * (self.alpha / self.rank)
-
-    @jax.jit
-    def merged(self) -> Array:
-        """W + (alpha / r) A B [in, out], computed in float32, in the dtype of W."""
-        if self.quantized is None:
-            W = self.kernel[...]
-        else:
-            scale = self.scale[...]
-            W = _dequantize(self.qvalue[...], scale, self.quantized, scale.dtype)
-        delta = self.lora_A[...] @ self.lora_B[...] * (self.alpha / self.rank)
-        return (exact(W) + delta).astype(W.dtype)
 
 
 def apply_lora(
@@ -125,34 +76,35 @@ def apply_lora(
       rank: r, columns of A. alpha: the adapter is multiplied by alpha / r.
       modules: which projections, as the substrings of `select_parameters`, for example "q_proj",
         "gka", "layers.3.", "mlp"; the default means every projection of mixers and MLPs. Experts
-        and routers take no adapters: `TrainState.create(..., trainable="lora, experts")`.
+        are left out unless a substring holds the word "experts": "proj, experts",
+        "layers.3.mlp.experts.down_proj". Each expert has an A and a B of its own. Routers take
+        none.
       quantize: hold W of these projections in 8 bits (one scale per column) or in 4-bit NormalFloat
-        (one scale per 64 rows of a column) instead; needs qwix.
+        (one scale per 64 rows of a column) instead; needs qwix. Experts stay as they are.
       seed: of A (uniform, variance 1 / (3 in), as in the reference implementation); B is zero.
 
     Raises:
       ValueError: bad numbers, a rank larger than every projection, a pattern that selects nothing
-        (with what there is), or a model that has adapters already.
+        (with what there is), nothing but experts to quantise, or a model that has adapters already.
       ImportError: `quantize` without qwix.
     """
     check_int("rank", rank, 1)
     check_number("alpha", alpha, 0, above=True)
     check_int("seed", seed, 0)
     if quantize is not None:
-        _check_quantize(quantize)
-    chosen = set(_projections(model, modules))
-    shapes = {p: a.kernel.shape for _, _, p, a in _children(model, nnx.Linear) if p in chosen}
-    if rank > max(map(min, shapes.values())):
+        check_quantize(quantize)
+    shapes = _selected(model, modules)
+    if rank > max(min(shape[-2:]) for shape in shapes.values()):
         raise ValueError(f"rank={rank} is larger than every projection: {max(shapes.values())}.")
 
-    def make(path: str, linear: nnx.Linear) -> tuple[Array, Array, float] | None:
-        if path not in chosen:
+    def make(path: str) -> Initial | None:
+        if path not in shapes:
             return None
-        n_in, n_out = linear.kernel.shape
+        *experts, n_in, n_out = shapes[path]
         dtype = exact_dtype(model.dtype)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-        A = jax.random.uniform(key, (n_in, rank), dtype, -1.0, 1.0) / math.sqrt(n_in)
-        return A, jnp.zeros((rank, n_out), dtype), alpha
+        A = jax.random.uniform(key, (*experts, n_in, rank), dtype, -1.0, 1.0) / math.sqrt(n_in)
+        return Initial(A, jnp.zeros((*experts, rank, n_out), dtype), alpha)
 
     return _with_adapters(model, make, quantize)
 
@@ -169,6 +121,10 @@ def merge_lora(model: HybridLM) -> HybridLM:
     params = {path: x for path, x in flat_params(model).items() if not path.endswith(own)}
     adapters = _adapters(model)
     for path, a in adapters.items():
+        if isinstance(a, LoRAStack):
+            W = params[path]
+            params[path] = jax.device_put(a.merged(W), getattr(W, "sharding", None))
+            continue
         held = (a.kernel if a.quantized is None else a.qvalue)[...]  # may be a copy on the host
         params[f"{path}.kernel"] = jax.device_put(a.merged(), getattr(held, "sharding", None))
     plain = nnx.eval_shape(lambda: HybridLM(model.config, dtype=model.dtype, mesh=model.mesh))
@@ -206,9 +162,17 @@ def save_lora(model: HybridLM, directory: str | Path) -> None:
             B[entry.rows, at : at + a.rank] = np.asarray(a.lora_B[...], np.float32).T
             at += a.rank
         A = np.concatenate([np.asarray(a.lora_A[...], np.float32).T for _, a in parts])
-        A = np.ascontiguousarray(A)  # safetensors writes the memory as it lies
-        tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+        tensors |= _halves(name, A, B)
         ranks[name], alphas[name] = rank, len(parts) * parts[0][1].alpha
+    modules = list(ranks)
+    stacked = {n: adapters[e.path] for n, e in _stacked(model).items() if e.path in adapters}
+    for name, module in wrappers(stacked).items():
+        a = stacked[name]
+        A, B = (np.asarray(half[...], np.float32) for half in (a.lora_A, a.lora_B))
+        A = A.transpose(0, 2, 1).reshape(-1, A.shape[1])  # rows: all of expert 0, ...
+        B = B.transpose(2, 1, 0).reshape(B.shape[2], -1)  # columns: the first of every expert, ...
+        tensors |= _halves(module, A, B)
+        ranks[name], alphas[name] = a.rank, a.alpha
     if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
         raise ValueError(f"nothing written to {directory}; not finite: {', '.join(bad)}")
     first = next(iter(adapters.values()))
@@ -218,12 +182,15 @@ def save_lora(model: HybridLM, directory: str | Path) -> None:
         "base_model_name_or_path": model.source,
         "r": first.rank,
         "lora_alpha": first.alpha,
-        "target_modules": list(ranks),
+        "target_modules": modules,
         "rank_pattern": {n: r for n, r in ranks.items() if r != first.rank},
         "alpha_pattern": {n: a for n, a in alphas.items() if a != first.alpha},
         "lora_dropout": 0.0,
         "bias": "none",
     }
+    if stacked:
+        since = ".".join(map(str, STACKS_SINCE))
+        config |= {"target_parameters": list(stacked), "peft_version": since}
     with replacing(directory) as tmp:
         save_file(tensors, tmp / WEIGHTS, {"format": "pt", "modules": json.dumps(list(adapters))})
         (tmp / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -253,50 +220,75 @@ def load_lora(
                 f"{directory} holds no adapters: there is no {file.name}{pickled}"
             )
     if quantize is not None:
-        _check_quantize(quantize)
+        check_quantize(quantize)
     config = AdapterConfig.read(files[0])
     read, shapes, saved = read_adapters(files[1])
-    stored = _stored(model)
-    found: dict[str, tuple[Array, Array, float]] = {}
+    stored, stacked = _stored(model), _stacked(model)
+    found: dict[str, Initial] = {}
     problems, absent = [], []
-    for name, blocks in stored.items():
-        halves = {half: shapes.pop(f"{name}.lora_{half}.weight", None) for half in "AB"}
-        if problem := _misfit(config, name, halves, tensor_shape(list(blocks.values()))):
+
+    def take(name: str, module: str, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+        """A and B of a weight, float32; nothing if there are none."""
+        keys = [f"{module}.lora_{half}.weight" for half in "AB"]
+        A, B = (shapes.pop(key, None) for key in keys)
+        if problem := _misfit(config, name, A, B, shape):
             problems.append(f"{name}: {problem}")
-        elif halves["A"] is None:
-            absent += [name] if config.names(name) else []
+        elif A is None:
+            absent.extend([name] if config.names(name) else [])
         else:
-            A, B = (read(f"{name}.lora_{half}.weight").astype(np.float32) for half in "AB")
-            if not (np.isfinite(A).all() and np.isfinite(B).all()):
+            halves = tuple(read(key).astype(np.float32) for key in keys)
+            if not all(np.isfinite(half).all() for half in halves):
                 problems.append(f"{name}: holds NaN or infinity")
+            return halves
+        return ()
+
+    dtype = exact_dtype(model.dtype)
+    for name, blocks in stored.items():
+        if halves := take(name, name, tensor_shape(list(blocks.values()))):
             own = [path for path in blocks if path in saved]
-            found |= _split(A, B, config.alpha(name), blocks, own, exact_dtype(model.dtype))
+            found |= _split(*halves, config.alpha(name), blocks, own, dtype)
+    for name, module in wrappers(filter(config.names_parameter, stacked)).items():
+        path, (E, n_out, n_in) = stacked[name].path, stacked[name].shape
+        if halves := take(name, module, (E, n_out, n_in)):
+            A = halves[0].reshape(E, -1, n_in).transpose(0, 2, 1)
+            B = halves[1].reshape(n_out, -1, E).transpose(2, 1, 0)
+            initial = jnp.asarray(A, dtype), jnp.asarray(B, dtype), config.alpha(name)
+            found[path] = Initial(*initial)
     problems += [f"{printable(name)}: no such projection in this model" for name in shapes]
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         lines = "\n  ".join(problems[:20]) + more
         raise ValueError(f"{directory}: adapters do not fit the model:\n  {lines}")
-    config.check_modules(stored)
+    config.check_modules(stored, stacked)
     config.check_base(model.source)
     if absent:  # as in PEFT: these projections stay as they are
         some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if absent[3:] else "")
         warnings.warn(f"{files[1]} lacks the adapters of {some}", stacklevel=2)
-    return _with_adapters(model, lambda path, _: found.get(path), quantize)
+    return _with_adapters(model, found.get, quantize)
 
 
 def _misfit(
-    config: AdapterConfig, name: str, halves: dict[str, Any], shape: tuple[int, ...]
+    config: AdapterConfig,
+    name: str,
+    A: tuple[int, ...] | None,
+    B: tuple[int, ...] | None,
+    shape: tuple[int, ...],
 ) -> str | None:
-    """Why a module's adapter, of these shapes, is none for a weight [out, in] of this shape."""
-    A, B = halves["A"], halves["B"]
+    """Why adapters of these shapes are none for a weight [out, in], or for experts' [E, out, in].
+
+    Those of experts are [E r, in] and [out, E r].
+    """
     if A is None or B is None:
         return None if A is B else "only one of lora_A and lora_B"
-    rank, (n_out, n_in) = config.rank(name), shape
+    *experts, n_out, n_in = shape
+    rank, E = config.rank(name), math.prod(experts)
     if len(A) != 2 or len(B) != 2 or (*A[1:], *B) != (n_in, n_out, A[0]):
-        return f"lora_A {A}, lora_B {B} for a {n_out, n_in} weight"
-    if A[0] != rank:
-        return f"rank {A[0]}, but {CONFIG} says {rank}"
-    return None if config.targets(name) else f"not among the target_modules of {CONFIG}"
+        return f"lora_A {A}, lora_B {B} for a {shape} weight"
+    if A[0] != E * rank:
+        return f"rank {A[0] / E:g}, but {CONFIG} says {rank}"
+    if experts or config.targets(name):
+        return None
+    return f"not among the target_modules of {CONFIG}"
 
 
 def _split(
@@ -306,7 +298,7 @@ def _split(
     blocks: dict[str, Entry],
     own: list[str],
     dtype: Any,
-) -> dict[str, tuple[Array, Array, float]]:
+) -> dict[str, Initial]:
     """The adapter of a stored tensor as those of the projections that are rows of it.
 
     `own`: the projections that `save_lora` put together into this one, each with columns of its
@@ -318,42 +310,9 @@ def _split(
         columns = slice(i * len(A) // n, (i + 1) * len(A) // n)
         e = blocks[path]
         part = B[e.rows, columns]
-        found[path] = jnp.asarray(A[columns].T, dtype), jnp.asarray(part.T, dtype), alpha / n
+        halves = jnp.asarray(A[columns].T, dtype), jnp.asarray(part.T, dtype)
+        found[path] = Initial(*halves, alpha / n)
     return found
-
-
-def _param(value: Array, dims: tuple[str | None, ...], mesh: Mesh | None) -> nnx.Param:
-    sharding = named_sharding(mesh, dims, value.shape)
-    return nnx.Param(value if sharding is None else jax.device_put(value, sharding), dims=dims)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _quantize(W: Array, kind: str) -> tuple[Array, Array]:
-    """W [in, out] as integers [in, out] and scales [in / tile, out].
-
-    Column by column: so no device needs the columns of another.
-    """
-    import qwix
-
-    tile = math.gcd(W.shape[0], _TILES[kind] or W.shape[0])
-    array = jax.vmap(lambda w: qwix.quantize(w, kind, tiled_axes={0: tile}), 1, 1)(W)
-    return array.qvalue, array.scale
-
-
-def _dequantize(qvalue: Array, scale: Array, kind: str, dtype: Any) -> Array:
-    import qwix
-
-    array = qwix.QArray(qvalue, scale, qtype=kind)
-    return jax.vmap(qwix.dequantize, 1, 1)(array).astype(dtype)
-
-
-def _check_quantize(quantize: str) -> None:
-    if quantize not in _TILES:
-        raise ValueError(f"quantize={quantize!r} is unknown; use one of {list(_TILES)} or None.")
-    try:
-        import qwix  # noqa: F401
-    except ImportError as e:
-        raise ImportError("quantised projections need qwix: pip install 'hmf-jax[train]'") from e
 
 
 def _children(
@@ -367,16 +326,28 @@ def _children(
                     yield parent, name, ".".join(map(str, ("layers", i, *path, name))), child
 
 
-def _adapters(model: HybridLM) -> dict[str, LoRALinear]:
-    adapters = {path: a for _, _, path, a in _children(model, LoRALinear)}
+def _adapters(model: HybridLM) -> dict[str, LoRALinear | LoRAStack]:
+    """Path of each projection, or stack of experts, that has adapters -> what has or is them."""
+    adapters: dict[str, LoRALinear | LoRAStack] = {}
+    for _, _, path, a in _children(model, (LoRALinear, LoRAExperts)):
+        if isinstance(a, LoRALinear):
+            adapters[path] = a
+        else:
+            adapters |= {f"{path}.{name}": stack for name, stack in a.adapters()}
     if not adapters:
         raise ValueError("The model has no adapters; apply_lora or load_lora gives it some.")
     return adapters
 
 
-def _projections(model: HybridLM, modules: str | Sequence[str]) -> list[str]:
-    """Paths of the projections that these patterns select."""
-    known = [path for _, _, path, _ in _children(model, nnx.Linear)]
+def _selected(model: HybridLM, modules: str | Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Path -> shape, [in, out] or [E, in, out], of what these patterns select."""
+    known = {f"{path}.kernel": p.kernel for _, _, path, p in _children(model, nnx.Linear)}
+    kinds = sorted({path.removesuffix(".kernel").split(".", 2)[2] for path in known})
+    experts = {
+        f"{path}.{name}": W
+        for _, _, path, module in _children(model, Experts)
+        for name, W in stacks(module)
+    }
     if not isinstance(modules, str) and not (
         isinstance(modules, Sequence) and all(isinstance(m, str) for m in modules)
     ):
@@ -385,15 +356,20 @@ def _projections(model: HybridLM, modules: str | Sequence[str]) -> list[str]:
     chosen: set[str] = set()
     for pattern in filter(None, map(str.strip, patterns)):
         names = set(select_parameters(model, pattern))
-        hits = [path for path in known if f"{path}.kernel" in names]
+        hits = names & ({*known, *experts} if "experts" in pattern else known.keys())
         if not hits:
-            kinds = ", ".join(sorted({path.split(".", 2)[2] for path in known}))
-            whole = "" if model.config.moe is None else "; experts and routers are trained whole"
-            raise ValueError(f"{pattern!r} selects no projection; there are {kinds}{whole}.")
-        chosen.update(hits)
+            more = "" if not experts else "; 'experts' selects experts; routers take no adapters"
+            raise ValueError(
+                f"{pattern!r} selects no projection; there are {', '.join(kinds)}{more}."
+            )
+        chosen |= hits
     if not chosen:
         raise ValueError(f"modules={modules!r} holds no pattern.")
-    return [path for path in known if path in chosen]
+    return {
+        path.removesuffix(".kernel"): W.shape
+        for path, W in (known | experts).items()
+        if path in chosen
+    }
 
 
 def _stored(model: HybridLM) -> dict[str, dict[str, Entry]]:
@@ -406,16 +382,36 @@ def _stored(model: HybridLM) -> dict[str, dict[str, Entry]]:
     return out
 
 
+def _stacked(model: HybridLM) -> dict[str, Entry]:
+    """Checkpoint tensor ("model.layers.3.mlp.experts.down_proj") -> its rows, for all experts."""
+    return {e.name: e for e in table.entries(model.config) if e.layout == "experts"}
+
+
+def _halves(module: str, A: np.ndarray, B: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of an adapter; safetensors writes the memory as it lies."""
+    names = (f"{PREFIX}{module}.lora_{half}.weight" for half in "AB")
+    return {name: np.ascontiguousarray(x) for name, x in zip(names, (A, B), strict=True)}
+
+
 def _with_adapters(
-    model: HybridLM,
-    make: Callable[[str, nnx.Linear], tuple[Array, Array, float] | None],
-    quantize: Quantize | None,
+    model: HybridLM, make: Callable[[str], Initial | None], quantize: Quantize | None
 ) -> HybridLM:
-    """A copy of the model (of its modules, not its arrays) with (A, B, alpha) where `make` says."""
-    if any(_children(model, LoRALinear)):
+    """A copy of the model (of its modules, not its arrays) with adapters where `make` says."""
+    if any(_children(model, (LoRALinear, LoRAExperts))):
         raise ValueError("The model has adapters already; merge_lora(model) first.")
     model = jax.tree.map(lambda x: x, model)
-    for parent, name, path, linear in list(_children(model, nnx.Linear)):
-        if (adapter := make(path, linear)) is not None:
-            setattr(parent, name, LoRALinear(linear, *adapter, quantize, model.mesh))
+    quantized = False
+    for parent, name, path, module in list(_children(model, (nnx.Linear, Experts))):
+        if isinstance(module, Experts):
+            found = {n: a for n, _ in stacks(module) if (a := make(f"{path}.{n}")) is not None}
+            if found:
+                setattr(parent, name, LoRAExperts(module, found, model.mesh))
+        elif (initial := make(path)) is not None:
+            setattr(parent, name, LoRALinear(module, initial, quantize, model.mesh))
+            quantized = True
+    if quantize is not None and not quantized:
+        raise ValueError(
+            f"quantize={quantize!r} is for projections, and these adapters are all beside experts; "
+            "select projections too, or leave it out."
+        )
     return model

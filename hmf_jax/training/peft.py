@@ -26,18 +26,20 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 # Keys that choose another computation, or other trained parameters, when they are set.
 _VARIANTS = (
     "use_dora use_qalora use_bdlora lora_bias modules_to_save trainable_token_indices "
-    "target_parameters layer_replication alora_invocation_tokens alora_invocation_string "
+    "layer_replication alora_invocation_tokens alora_invocation_string "
     "fan_in_fan_out megatron_config arrow_config kasa_config monteclora_config"
 ).split()
 # Keys that say how adapters were trained, or by whom; they are plain LoRA whatever these hold.
 _HARMLESS = (
-    "peft_type task_type revision inference_mode auto_mapping peft_version "
-    "lora_dropout megatron_core runtime_config qalora_group_size loftq_config eva_config "
+    "peft_type task_type revision inference_mode auto_mapping lora_dropout "
+    " megatron_core runtime_config qalora_group_size loftq_config eva_config "
     "corda_config lora_ga_config velora_config ensure_weight_tying"
 ).split()
 # Initial values that leave the base weights alone. The others (pissa, olora, corda, loftq, lora_ga)
 # subtract something from them, so that their adapters belong to weights that no file holds.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# The version from which on PEFT takes stacked weights as [E, out, in]; before, as [E, in, out].
+STACKS_SINCE = 0, 19, 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,12 @@ class AdapterConfig:
       use_rslora: the scale is alpha / sqrt(r).
       target_modules: names, or ends of names, of the modules with adapters; or a regular expression
         for the whole name, or "all-linear"; None: not said.
+      target_parameters: full names, or ends of names after a dot, of stacked weights of experts
+        [E, out, in]. Their adapters are lora_A [E r, in], one expert below the other, and lora_B
+        [out, r E], the columns of all experts side by side for each of the r.
       exclude_modules, layers_to_transform, layers_pattern: which of them have none.
       base_model_name_or_path: what they were trained on.
+      peft_version: says how the adapters of experts are laid out.
     """
 
     file: Path
@@ -63,10 +69,12 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     use_rslora: bool = False
     target_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     base_model_name_or_path: str | None = None
+    peft_version: str | None = None
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -144,20 +152,32 @@ class AdapterConfig:
             )
 
     def names(self, module: str) -> bool:
-        """Whether this config says itself that a module has an adapter."""
-        return self.target_modules not in (None, "all-linear") and self.targets(module)
+        """Whether this config says itself that a module, or a stacked weight, has an adapter."""
+        named = self.target_modules not in (None, "all-linear") and self.targets(module)
+        return named or self.names_parameter(module)
 
-    def check_modules(self, modules: Iterable[str]) -> None:
-        """Raises ValueError if no module of the model is meant; warns of patterns in vain."""
-        modules = list(modules)
-        if not any(map(self.targets, modules)):
+    def names_parameter(self, name: str) -> bool:
+        """Whether a stacked weight has adapters."""
+        return _matches(self.target_parameters or [], name)
+
+    def check_modules(self, modules: Iterable[str], parameters: Iterable[str] = ()) -> None:
+        """Raises ValueError if nothing of the model is meant; warns of patterns in vain.
+
+        Args:
+          modules: names of its projections. parameters: of its stacked weights.
+        """
+        modules, parameters = list(modules), list(parameters)
+        wanted = self.target_parameters or []
+        if vain := [n for n in wanted if not any(_matches([n], p) for p in parameters)]:
+            raise ValueError(f"{self.file}: target_parameters={_shown(vain)}: no such experts")
+        if not wanted and not any(map(self.targets, modules)):
             raise ValueError(
                 f"{self.file}: target_modules={_shown(self.target_modules)} means no projection of "
                 "this model"
             )
         for name in ("rank_pattern", "alpha_pattern"):
             keys = getattr(self, name)
-            used = {_key(keys, module) for module in modules}
+            used = {_key(keys, name) for name in (*modules, *parameters)}
             if vain := [printable(key) for key in keys if key not in used]:
                 warnings.warn(f"{self.file}: {name} {', '.join(vain)} match nothing", stacklevel=3)
 
@@ -185,6 +205,24 @@ def read_adapters(file: Path) -> tuple[Callable[[str], np.ndarray], dict[str, tu
     except (ValueError, TypeError) as e:
         raise ValueError(f"{file}: the metadata 'modules' are no list of names") from e
     return lambda name: stored.read(names[name]), shapes, saved
+
+
+def wrappers(parameters: Iterable[str]) -> dict[str, str]:
+    """Stacked weight -> module that its adapters are stored under.
+
+    PEFT wraps a module once for each of its weights that has adapters, the last one outermost.
+
+    Args:
+      parameters: those that have adapters, each module's in the order in which it has them.
+    """
+    of: dict[str, list[str]] = {}
+    for name in parameters:
+        of.setdefault(name.rpartition(".")[0], []).append(name)
+    return {
+        name: module + ".base_layer" * (len(names) - 1 - i)
+        for module, names in of.items()
+        for i, name in enumerate(names)
+    }
 
 
 def _check_values(file: Path, given: dict[str, Any]) -> None:
@@ -221,8 +259,17 @@ def _check_values(file: Path, given: dict[str, Any]) -> None:
         if isinstance(value, str) or key == "layers_pattern":
             for name in names:
                 _check_pattern(file, key, name)
-    base = given.get("base_model_name_or_path", "")
-    need(isinstance(base, str), "base_model_name_or_path", "a text", base)
+    for key in ("base_model_name_or_path", "peft_version"):
+        need(isinstance(given.get(key, ""), str), key, "a text", given.get(key))
+    stacked = given.get("target_parameters", [])
+    good = isinstance(stacked, list) and all(isinstance(name, str) for name in stacked)
+    need(good, "target_parameters", "a list of names", stacked)
+    if stacked:
+        version = given.get("peft_version", "")
+        numbers = re.match(r"(\d{1,9})\.(\d{1,9})", version)
+        late = numbers is not None and tuple(map(int, numbers.groups())) >= STACKS_SINCE[:2]
+        least = ".".join(map(str, STACKS_SINCE))
+        need(late, "peft_version", f"at least {least} beside target_parameters", version)
     layers = given.get("layers_to_transform", 0)
     numbers = layers if isinstance(layers, list) else [layers]
     good = all(type(n) is int and n >= 0 for n in numbers)

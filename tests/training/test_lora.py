@@ -422,7 +422,6 @@ ONES = np.ones((2, 32), np.float32)
                 "fan_in_fan_out": True,
                 "modules_to_save": ["lm_head"],
                 "trainable_token_indices": [1],
-                "target_parameters": ["mlp.weight"],
                 "layer_replication": [[0, 2], [1, 2]],
                 "alora_invocation_tokens": [1, 2],
                 "megatron_config": {"x": 1},
