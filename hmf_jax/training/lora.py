@@ -137,7 +137,8 @@ def save_lora(model: HybridLM, directory: str | Path) -> None:
     """Writes the adapters alone, as PEFT names and lays them out; loads in PEFT too.
 
     Mamba2's five projections are one tensor in the checkpoint: their adapters are stored as one of
-    five times the rank, with block-diagonal B.
+    five times the rank, with block-diagonal B. Adapters of experts are `target_parameters`, which
+    PEFT reads from version 0.19 on.
 
     Args:
       model: from `apply_lora`, its arrays all on this machine.
@@ -176,7 +177,7 @@ def save_lora(model: HybridLM, directory: str | Path) -> None:
     if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
         raise ValueError(f"nothing written to {directory}; not finite: {', '.join(bad)}")
     first = next(iter(adapters.values()))
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.source,
@@ -227,8 +228,10 @@ def load_lora(
     found: dict[str, Initial] = {}
     problems, absent = [], []
 
-    def take(name: str, module: str, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-        """A and B of a weight, float32; nothing if there are none."""
+    def take(
+        name: str, module: str, shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """A and B of a weight, float32; None if there are none."""
         keys = [f"{module}.lora_{half}.weight" for half in "AB"]
         A, B = (shapes.pop(key, None) for key in keys)
         if problem := _misfit(config, name, A, B, shape):
@@ -236,11 +239,11 @@ def load_lora(
         elif A is None:
             absent.extend([name] if config.names(name) else [])
         else:
-            halves = tuple(read(key).astype(np.float32) for key in keys)
-            if not all(np.isfinite(half).all() for half in halves):
+            first, second = (read(key).astype(np.float32) for key in keys)
+            if not (np.isfinite(first).all() and np.isfinite(second).all()):
                 problems.append(f"{name}: holds NaN or infinity")
-            return halves
-        return ()
+            return first, second
+        return None
 
     dtype = exact_dtype(model.dtype)
     for name, blocks in stored.items():
@@ -252,8 +255,8 @@ def load_lora(
         if halves := take(name, module, (E, n_out, n_in)):
             A = halves[0].reshape(E, -1, n_in).transpose(0, 2, 1)
             B = halves[1].reshape(n_out, -1, E).transpose(2, 1, 0)
-            initial = jnp.asarray(A, dtype), jnp.asarray(B, dtype), config.alpha(name)
-            found[path] = Initial(*initial)
+            initial = jnp.asarray(A, dtype), jnp.asarray(B, dtype)
+            found[path] = Initial(*initial, config.alpha(name))
     problems += [f"{printable(name)}: no such projection in this model" for name in shapes]
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""

@@ -16,7 +16,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from hmf_jax.model import HybridLM
-from hmf_jax.moe import MoE
+from hmf_jax.moe import Experts, MoE
 from hmf_jax.options import MoEConfig
 from hmf_jax.training import TrainState, make_train_step
 from hmf_jax.training.adapters import LoRAExperts
@@ -27,7 +27,7 @@ from hmf_jax.training.step import select_parameters
 from tests.training.test_lora import adapted, named
 from tests.util import mesh_of, place, random_model, rel, tiny_config
 
-MOE = MoEConfig(8, 3, 12, shared_intermediate_size=20, every=2)
+MOE = MoEConfig(4, 3, 12, shared_intermediate_size=20, every=2)
 CONFIG = tiny_config(("*",) * 2, vocab_size=64, moe=MOE)  # layer 1 is sparse
 EXPERTS = "layers.1.mlp.experts"
 STACKS = f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"
@@ -43,6 +43,10 @@ def plain() -> HybridLM:
 @functools.cache
 def with_experts() -> HybridLM:
     return adapted(plain(), modules="q_proj, experts")
+
+
+def float64(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float64)
 
 
 def paths(modules: Any) -> set[str]:
@@ -73,7 +77,7 @@ def test_what_they_begin_with():
     model = apply_lora(plain(), rank=2, modules="experts")
     held = named(model)
     A, B = (held[f"{STACKS[0]}_lora.lora_{half}"] for half in "AB")
-    assert A.shape == (8, 32, 2) and B.shape == (8, 2, 24) and A.dtype == B.dtype == jnp.float32
+    assert A.shape == (4, 32, 2) and B.shape == (4, 2, 24) and A.dtype == B.dtype == jnp.float32
     assert not B.any() and 0.7 < float(jnp.abs(A).max() * 32**0.5) <= 1
     assert len(np.unique(A)) == A.size
     half = nnx.eval_shape(
@@ -87,42 +91,63 @@ def test_the_merged_weights_are_the_formula():
     merged, held = merge_lora(model), named(model)
     assert jax.tree.structure(merged) == jax.tree.structure(plain())
     for stack in STACKS:
-        A, B = (np.float64(held[f"{stack}_lora.lora_{half}"]) for half in "AB")
-        each = [W + 2 * a @ b for W, a, b in zip(named(plain())[stack], A, B, strict=True)]
-        assert rel(named(merged)[stack], np.stack(each)) < 1e-6
+        A, B = (float64(held[f"{stack}_lora.lora_{half}"]) for half in "AB")
+        expected = float64(named(plain())[stack]) + 2 * np.einsum("eir,ero->eio", A, B)
+        assert rel(named(merged)[stack], expected) < 1e-6
 
 
-@jax.jit
-def output_and_gradients(moe: MoE, x: jax.Array):
-    _, ctx = plain().embed(jnp.zeros(x.shape[:2], jnp.int32))
-    y, vjp = jax.vjp(lambda moe, x: moe(x, ctx)[0], moe, x)
-    return y, *vjp(jnp.sin(y))
+def experts_of(model: HybridLM) -> Experts:
+    found = model.layers[1].mlp
+    assert isinstance(found, MoE)
+    return found.experts
 
 
-def test_the_layer_is_the_layer_of_the_merged_weights():
-    """Its output, its gradients, and by the rule of the product those of A and B."""
-
-    def layer(model: HybridLM) -> MoE:
-        found = model.layers[1].mlp
-        assert isinstance(found, MoE)
-        return found
-
+def test_they_compute_what_the_merged_weights_do():
+    """The sum of the experts of each row; 4 is none of them."""
     model = with_experts()
-    x = jax.random.normal(jax.random.key(1), (2, 8, 32))
-    y, grads, dx = output_and_gradients(layer(model), x)
-    y_merged, dW, dx_merged = output_and_gradients(layer(merge_lora(model)), x)
-    y_plain, *_ = output_and_gradients(layer(plain()), x)
-    assert rel(y, y_merged) < 1e-5 < 0.01 < rel(y_plain, y_merged)
-    assert rel(dx, dx_merged) < 1e-5
-    for name, a in layer(model).experts.adapters():
-        A, B = a.lora_A[...], a.lora_B[...]
-        got, whole = getattr(grads.experts, f"{name}_lora"), getattr(dW.experts, name)[...]
-        assert rel(got.lora_A[...], 2 * whole @ B.transpose(0, 2, 1)) < 1e-5, name
-        assert rel(got.lora_B[...], 2 * A.transpose(0, 2, 1) @ whole) < 1e-5, name
+    x = jax.random.normal(jax.random.key(1), (10, 32))
+    chosen = jnp.arange(30).reshape(10, 3) % 5
+    weights = 1 + jnp.cos(jnp.float32(chosen))
+    run = jax.jit(lambda experts: experts(x, chosen, weights, "reference"))
+
+    def formula(model: HybridLM) -> np.ndarray:
+        into, out = (float64(named(model)[stack]) for stack in STACKS)
+        gate, up = np.split(np.einsum("nd,edf->nef", float64(x), into), 2, axis=-1)
+        each = np.einsum("nef,efd->ned", gate / (1 + np.exp(-gate)) * up, out)
+        share = np.asarray(weights)[..., None] * (np.asarray(chosen)[..., None] == np.arange(4))
+        return np.einsum("nke,ned->nd", share, each)
+
+    merged = formula(merge_lora(model))
+    assert rel(run(experts_of(model)), merged) < 1e-5 < 0.01 < rel(formula(plain()), merged)
     fresh = jax.tree_util.tree_map_with_path(
-        lambda path, x: 0 * x if "lora_B" in jax.tree_util.keystr(path) else x, layer(model)
+        lambda path, x: 0 * x if "lora_B" in jax.tree_util.keystr(path) else x, experts_of(model)
     )
-    np.testing.assert_array_equal(output_and_gradients(fresh, x)[0], y_plain)
+    assert rel(run(fresh), formula(plain())) < 1e-5
+
+
+def test_the_gradients_of_adapters():
+    """By the rule of the product, from those of the merged matrices."""
+    experts = experts_of(with_experts())
+    assert isinstance(experts, LoRAExperts)
+    name, adapters = next(experts.adapters())
+    sizes = jnp.array([3, 0, 5, 1])
+    x, d_y = (jax.random.normal(jax.random.key(n), (9, n)) for n in (32, 24))
+
+    @jax.jit
+    def gradients(experts):
+        run = lambda e, x: e.product(name, x, sizes, "reference")  # noqa: E731
+        return jax.vjp(run, experts, x)[1](d_y)
+
+    grads, d_x = gradients(experts)
+    A, B = float64(adapters.lora_A[...]), float64(adapters.lora_B[...])
+    expert = np.repeat(np.arange(4), sizes)
+    dW = np.zeros((4, 32, 24))
+    np.add.at(dW, expert, float64(x)[:, :, None] * np.asarray(d_y)[:, None])
+    got = dict(grads.adapters())[name]
+    assert rel(got.lora_A[...], 2 * dW @ B.transpose(0, 2, 1)) < 1e-5
+    assert rel(got.lora_B[...], 2 * A.transpose(0, 2, 1) @ dW) < 1e-5
+    merged = float64(named(merge_lora(with_experts()))[STACKS[0]])[expert]
+    assert rel(d_x, np.einsum("no,nio->ni", np.asarray(d_y), merged)) < 1e-5
 
 
 def test_what_a_run_trains():
@@ -201,7 +226,7 @@ def test_adapters_travel_alone(modules, tmp_path: Path):
     outer = "base_model.model.model.layers.1.mlp.experts"
     for name, prefix in zip(held, (f"{outer}.base_layer", outer)[-len(held) :], strict=True):
         A, B = (tensors.pop(f"{prefix}.lora_{half}.weight") for half in "AB")
-        delta = np.einsum("ore,eri->eio", B.reshape(len(B), 3, 8), A.reshape(8, 3, -1))
+        delta = np.einsum("ore,eri->eio", B.reshape(len(B), 3, 4), A.reshape(4, 3, -1))
         path = name.removeprefix("model.")
         assert rel(named(merge_lora(model))[path], named(plain())[path] + 2 * delta) < 1e-6
     assert not any("experts" in name for name in tensors)
@@ -253,7 +278,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path):
     other = {**tensors, key.format("A"): tensors[key.format("A")][:, :10]}
     save_file(other, file, {"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"experts.down_proj: lora_A \(24, 10\), lora_B \(32, 24\)"
+        ValueError, match=r"experts.down_proj: lora_A \(12, 10\), lora_B \(32, 12\)"
     ):
         load_lora(plain(), directory)
     del other[key.format("A")]
