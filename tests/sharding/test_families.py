@@ -58,7 +58,7 @@ def test_collectives(family, T):
 def test_split_sequences(family):
     """Packed, padded rows whose tokens are split over sp."""
     with jax.enable_x64(True):
-        config = even(family, **dict(num_key_value_heads=2))
+        config = even(family, num_key_value_heads=2)
         model = random_model(config, jnp.float64, seed=1)
         split = place(model, config, make_mesh(dp=2, fsdp=2, sp=2))
         tokens = jax.random.randint(jax.random.key(0), (4, 24), 0, 64)
