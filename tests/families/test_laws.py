@@ -136,4 +136,4 @@ def test_greedy_text_in_a_batch_is_that_alone(family):
     for prompt, found in zip(prompts, together, strict=True):
         (alone,) = model.generate([prompt], **options)
         assert list(alone.tokens) == list(found.tokens)
-    assert len({token for found in together for token in found.tokens}) > 4
+    assert len({token for found in together for token in found.tokens}) > 2
