@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from benchmarks.counting import prompt_flops, step_bytes, weight_bytes
 from benchmarks.rows import Row
 from benchmarks.timing import SETS, device_time, milliseconds
 from benchmarks.watching import peak_bytes, program_bytes, watch_dispatch
@@ -19,15 +20,16 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.engine import programs
 from hmf_jax.layers import query_scale, rope_table
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
-from hmf_jax.mixers import AttentionState, Context, Mixer
+from hmf_jax.mixers import Context, Mixer
 from hmf_jax.model import HybridLM
+from hmf_jax.moe import MoE
 from hmf_jax.packed import PackedModel
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.sharding import make_mesh, named_sharding
 from hmf_jax.state import ModelState
 
 Array = jax.Array
-MODELS = ("model", "ttft", "decode_throughput", "train_step", "mixer", "mixer_decode")
+MODELS = ("model", "ttft", "decode_throughput", "train_step", "mixer", "mixer_decode", "mlp")
 COMPILE = "compile"
 ON_A_MESH = ("model", "ttft", "decode_throughput")
 
@@ -37,7 +39,8 @@ class Settings:
     """What is measured, of which model.
 
     Attributes:
-      preset: "tiny", "8B" or "32B"; mixer: what replaces attention in the converted half.
+      preset: a name of `HybridConfig.preset`, "8B" for "8b"; mixer: what replaces attention in the
+        converted half.
       batch, length: rows, and tokens per row of a prompt, of a training row, or already in the
         state when decoding starts.
       layers: keep the first `layers` layers only; None keeps all.
@@ -121,31 +124,47 @@ def filling(settings: Settings, memory: float | None) -> Settings:
 
 
 class Bench:
-    """A model with random weights on the devices of its mesh, and the measurements on it."""
+    """A model with random weights on the devices of its mesh, and the measurements on it.
 
-    def __init__(self, settings: Settings, env: dict[str, Any]):
+    With `abstract` the weights are shapes only (on one device): for `compile`.
+    """
+
+    def __init__(self, settings: Settings, env: dict[str, Any], *, abstract: bool = False):
         self.s, self.env = settings, env
         self.ran: dict[str, str] = {}
         jax.clear_caches()  # choices are seen when blocks are traced
         dtype = jnp.dtype(settings.dtype)
-        self.model = HybridLM.init(settings.config, dtype=dtype, mesh=settings.mesh())
-        jax.block_until_ready(self.model)
+
+        def init() -> HybridLM:
+            return HybridLM.init(settings.config, dtype=dtype, mesh=settings.mesh())
+
+        self.model = jax.eval_shape(init) if abstract else init()
+        if not abstract:
+            jax.block_until_ready(self.model)
         self.loaded_peak = peak_bytes()
+
+    def compile(self, op: str) -> None:
+        """Compile what `measure` times, "ttft" or "decode_throughput", and run nothing."""
+        if op == "ttft":
+            self._prefill_program(self.s.length + self.s.steps)
+        else:
+            self._compiled_decode()
 
     def measure(self, op: str) -> Row:
         """One of `MODELS`:
 
         * model: logits of all `length` tokens, without a state.
         * ttft: empty rows, prefill of `length` tokens, the greedy first token, waited for, by the
-          programs of `generate`.
+          programs of `generate`. tflop_per_s: the rate of `prompt_flops`.
         * decode_throughput: greedy tokens after `length` others, `steps` - 1 per dispatch, by the
           program of `generate`; ms is per token of every row. The state starts from values that no
           prompt left there (see `random_state`), which takes no time to speak of. step_bytes: what
           has to be read and written for one token of every row, gb_per_s: the rate at which that
-          happened.
+          happened, of experts those that random tokens go to.
         * train_step: mean cross-entropy of the next token, its gradient, a plain SGD update.
         * mixer: one layer of the kind `mixer` alone (projections and operator, no MLP), without a
           state; mixer_decode: the same on one token per row, `length` tokens in the state.
+        * mlp: the MLP of the last layer alone, or its mixture of experts, on `length` tokens.
 
         Extra numbers, all of one device: tokens per second (of all devices together, over their
         number); bytes of the weights, of the state, of everything the timed program needs
@@ -237,9 +256,21 @@ class Bench:
         state = abstract_state(self.model, self.s.batch, self.s.length + self.s.steps)
         extra: dict[str, Any] = {"state_bytes": device_bytes(state)}
         extra["tokens_per_s"] = self._rate(self.s.batch * self.s.length, ms)
+        flops = self.s.batch * prompt_flops(self.model, self.s.length)
+        extra["tflop_per_s"] = flops / ms / 1e9 / self.s.devices
         if profile := device_time(lambda: prefill(packed, sets[0])[0]):
             extra |= profile.per(1)
         return "fwd", ms, largest, extra
+
+    def _compiled_decode(self):
+        """(the program of `generate`, its arguments behind the rows, its layout, abstract rows)."""
+        s, packed = self.s, PackedModel.of(self.model)
+        layout = programs.Layout.of(packed, s.batch, s.length + s.steps)
+        rows, _ = self._abstract_rows(s.length + s.steps)
+        nobody, settings = np.zeros(s.batch, bool), self._settings()
+        args = nobody, np.int32(s.steps - 1), settings
+        program = programs.decode.on(layout).lower(packed, rows, *args, impl=s.impl).compile()
+        return program, args, layout, rows
 
     def _decode_program(self):
         """(compiled program, its rows): that of `generate`, with `length` tokens in each row.
@@ -249,11 +280,7 @@ class Bench:
         """
         s, packed = self.s, PackedModel.of(self.model)
         size = s.batch, s.length + s.steps
-        layout = programs.Layout.of(packed, *size)
-        rows, _ = self._abstract_rows(size[1])
-        nobody, settings = np.zeros(s.batch, bool), self._settings()
-        args = nobody, np.int32(s.steps - 1), settings
-        program = programs.decode.on(layout).lower(packed, rows, *args, impl=s.impl).compile()
+        program, args, layout, rows = self._compiled_decode()
         state = random_state(self.model, *size)  # after the program, which needs memory, too
 
         def zeros(x: jax.ShapeDtypeStruct) -> Array:
@@ -278,9 +305,7 @@ class Bench:
 
     def _decode_throughput(self):
         program, decode, rows = self._decode_program()
-        moved = device_bytes(self.model) + step_bytes(rows.state, self.s.length)
-        if not self.s.config.tie_word_embeddings:
-            moved -= device_bytes(self.model.embed_tokens)
+        moved = step_bytes(rows.state, self.s.length) + weight_bytes(self.model, self.s.batch)
         state_bytes, steps = device_bytes(rows.state), self.s.steps - 1
 
         def call(_: None) -> Array:
@@ -345,6 +370,20 @@ class Bench:
             extra |= profile.per(1)
         return "fwd", ms, program, extra
 
+    def _mlp(self):
+        def run(mlp: Any, x: Array) -> Array:
+            empty = jnp.zeros(self.s.batch, jnp.int32)
+            return mlp(x, self._context(empty, self.s.length, True))[0] if sparse else mlp(x)
+
+        mlp, sets = self.model.layers[-1].mlp, self._hidden(self.s.length)
+        sparse = isinstance(mlp, MoE)
+        program = jax.jit(run).lower(mlp, sets[0]).compile()
+        ms = milliseconds(lambda x: program(mlp, x), sets)
+        extra: dict[str, Any] = {"weight_bytes": device_bytes(mlp)}
+        if profile := device_time(lambda: program(mlp, sets[0])):
+            extra |= profile.per(1)
+        return "fwd", ms, program, extra
+
     def _mixer_decode(self):
         def run(mixer: Mixer, x: Array, state: Any) -> tuple[Array, Any]:
             offset = jnp.full(self.s.batch, self.s.length, jnp.int32)
@@ -398,25 +437,6 @@ def random_state(model: HybridLM, batch: int, capacity: int) -> ModelState:
         return make(x.shape, x.dtype, x.sharding, jax.tree_util.keystr(path).endswith("h_kk"))
 
     return jax.tree_util.tree_map_with_path(fill, abstract_state(model, batch, capacity))
-
-
-def step_bytes(state: ModelState, length: int) -> int:
-    """Bytes of a state that decoding one token of every row has to move, on one device.
-
-    Caches are read as far as they are filled, windows as a whole, except entries that nobody can
-    see yet; float32 states are read and written.
-    """
-    total = 0
-    for layer in state.layers:
-        for path, x in jax.tree_util.tree_leaves_with_path(layer):
-            size = device_bytes(x)
-            if x.dtype == jnp.float32:
-                total += 2 * size
-            elif isinstance(layer, AttentionState):
-                total += size * length // x.shape[1]
-            elif "pending" not in jax.tree_util.keystr(path):
-                total += size
-    return total
 
 
 def next_token_loss(logits: Array, tokens: Array) -> Array:

@@ -18,10 +18,12 @@ from benchmarks.rows import Row, environment
 from benchmarks.timing import ceilings
 from hmf_jax.pallas_kernels.dispatch import IMPLS
 from hmf_jax.pallas_kernels.shapes import SHAPES, TP
+from hmf_jax.presets import PRESETS
 from hmf_jax.training.step import REMAT
 
 PASSES = ("fwd", "fwd_bwd", "decode")
 OPS = (*operators.OPERATORS, *models.MODELS, *training.STEPS, models.COMPILE)
+COMPILED = ("ttft", "decode_throughput")  # what can be compiled before it is measured
 ON_A_MESH = (*models.ON_A_MESH, *training.STEPS)
 
 
@@ -39,13 +41,13 @@ def main(argv: list[str] | None = None) -> None:
         error = "" if row.relative_error is None else f"  error {row.relative_error:.1e}"
         extra = "".join(f"  {name} {_short(value)}" for name, value in row.extra.items())
         print(f"{row.describe():<80} {row.ms:10.3f} ms{error}{extra}", flush=True)
-    if not measured:
+    if not measured and not args.compile_only:
         sys.exit("Nothing was measured: nothing that was asked for could run here.")
 
 
 def _rows(args: argparse.Namespace) -> Iterator[Row]:
     env = environment()
-    if args.ceilings:
+    if args.ceilings and not args.compile_only:
         yield from ceilings(8192 if jax.default_backend() == "gpu" else 256, env)
     for op in args.ops:
         if op in operators.OPERATORS:
@@ -100,7 +102,11 @@ def _one_model(
         for inner_jit in (True, False):
             yield from compiling.compile_times(settings, inner_jit=inner_jit, env=env)
     if ops := [op for op in args.ops if op in models.MODELS]:
-        bench = models.Bench(settings, env)
+        bench = models.Bench(settings, env, abstract=args.compile_only)
+        if args.compile_only:
+            for op in ops:
+                bench.compile(op)
+            return
         for op in ops:
             yield from _attempt(bench.measure, op)
         del bench  # and with it the model
@@ -157,7 +163,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
     many("--ops", ",".join(operators.OPERATORS), str, f"of {', '.join(OPS)}", OPS)
     many("--impls", None, str, "implementations; default: chunked, for models auto", IMPLS)
-    parser.add_argument("--shape", choices=[*SHAPES], default="8B" if on_gpu else "tiny")
+    shapes = [*SHAPES, *(name for name in PRESETS if name.upper() not in map(str.upper, SHAPES))]
+    parser.add_argument("--shape", choices=shapes, default="8B" if on_gpu else "tiny")
     many("--tp", "1", int, "operators: measure one device's part of this many", TP)
     parser.add_argument(
         "--mesh", type=_mesh,
@@ -181,6 +188,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         help="GB per device that --batches full may use; default: 95%% of JAX's pool",
     )
+    parser.add_argument(
+        "--compile-only", action="store_true",
+        help=f"of {' and '.join(COMPILED)}: only fill JAX_COMPILATION_CACHE_DIR, on one device",
+    )  # fmt: skip
     parser.add_argument("--remat", choices=[*REMAT], default="block", help="of training steps")
     parser.add_argument(
         "--ceilings", action=argparse.BooleanOptionalAction, default=on_gpu,
@@ -192,6 +203,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="append rows to this file (JSON lines)")
     args = parser.parse_args(argv)
+    if args.shape not in SHAPES and (
+        single := [op for op in args.ops if op in operators.OPERATORS]
+    ):
+        parser.error(f"--shape {args.shape} is for models; for {single[0]} use {', '.join(SHAPES)}")
+    if args.compile_only and (args.mesh or not {*args.ops} <= {*COMPILED}):
+        parser.error(f"--compile-only is for --ops {','.join(COMPILED)}, without --mesh")
     if args.mesh and (single := [op for op in args.ops if op not in ON_A_MESH]):
         parser.error(f"{single[0]} runs on one device: leave --mesh out, or choose --ops")
     if args.mesh and math.prod(args.mesh.values()) > jax.device_count():

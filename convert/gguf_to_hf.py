@@ -119,16 +119,17 @@ class _Keys:
 
     def __init__(self, gguf: GGUF):
         self.file, self.values = gguf.file, gguf.values
-        self.architecture = self.values.get("general.architecture")
-        if self.architecture not in list(_ARCHITECTURES):
+        name = self.values.get("general.architecture")
+        if name not in list(_ARCHITECTURES):
             raise ValueError(
-                f"{self.file} is of the architecture {printable(repr(self.architecture))}; "
+                f"{self.file} is of the architecture {printable(repr(name))}; "
                 f"{', '.join(_ARCHITECTURES)} can be converted"
             )
+        self.architecture = str(name)
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
         """A value; a list of equal ones (of the layers) counts as one of them."""
-        value = self.values.get(f"{self.architecture}.{name}", default)
+        value: Any = self.values.get(f"{self.architecture}.{name}", default)
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
         if value is None:
@@ -139,7 +140,7 @@ class _Keys:
                 f"{kind.__name__}"
             )
         # The shortest number that float32 stores so: 1e-05, not 9.999999747378752e-06.
-        return float(str(np.float32(value))) if kind is float else value
+        return float(str(np.asarray(value, np.float32))) if kind is float else value
 
     def refuse(self, name: str, neutral: Any) -> None:
         """Raises ValueError if a key is there that would change what the model computes."""

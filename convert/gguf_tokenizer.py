@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,18 +46,23 @@ def special_tokens(file: Path, values: Mapping[str, Any], vocab_size: int) -> di
     }
     ends = [found[n] for n in ("eos", "eot", "eom") if found[n] is not None]
     ends = list(dict.fromkeys(ends))
-    out = {"bos_token_id": found["bos"], "pad_token_id": found["padding"]}
-    out["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    end = ends[0] if len(ends) == 1 else ends or None
+    out = {"bos_token_id": found["bos"], "eos_token_id": end, "pad_token_id": found["padding"]}
     return {n: out[n] for n in SPECIAL if out[n] is not None}
 
 
 def files(file: Path, values: Mapping[str, Any], vocab_size: int) -> dict[str, str]:
     """Name -> content, of tokenizer.json, tokenizer_config.json and the chat templates.
 
+    Warns if there is no tokenizer in the file.
+
     Raises ValueError, one line that names the file, for tokenizers of other kinds, for keys that
     are missing or contradict each other, and for more tokens than the model has.
     """
     model, pre = (values.get(f"tokenizer.ggml.{n}") for n in ("model", "pre"))
+    if model in (None, "no_vocab") and "tokenizer.ggml.tokens" not in values:
+        warnings.warn(f"{file} holds no tokenizer, so none is written", stacklevel=2)
+        return _templates(file, values)
     if model != "gpt2":
         raise ValueError(
             f"{file}: a tokenizer of the kind {printable(repr(model))} is not read, only "

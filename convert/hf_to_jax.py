@@ -232,7 +232,7 @@ def _wanted(
 def _read(checkpoint: Checkpoint, source: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
     """A tensor of this shape, in the dtype that holds all its parts."""
     if len(source) == 1:
-        return checkpoint.read(*source).reshape(shape)
+        return checkpoint.read(next(iter(source))).reshape(shape)
     dtype = common_dtype(DTYPES[checkpoint.tensors[name].dtype] for name in source)
     out = aligned(shape, dtype)
     for name, index in source.items():

@@ -38,9 +38,9 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Array, ctx: Context, state: Any, experts: Array | None = None
-    ) -> tuple[Array, Array, Any, Routing | None]:
+    ) -> tuple[Array, Array, Any, dict[str, Array] | None]:
         """x [B, T, d] -> (the hidden states after the block, the mixer's output, new state, what
-        the router of a sparse block decided).
+        the router of a sparse block decided, see `MoE.__call__`).
 
         `experts`: see `MoE.__call__`.
         """
@@ -50,14 +50,14 @@ class Block(nnx.Module):
     @untabulated
     def run(
         self, mixer: Mixer, x: Array, ctx: Context, state: Any = None, experts: Array | None = None
-    ) -> tuple[Array, Array, Array, Any, Routing | None]:
+    ) -> tuple[Array, Array, Array, Any, dict[str, Array] | None]:
         """The block with this mixer: (hidden states, mixer's output, MLP's output, new state, what
         the router decided)."""
         mixed, state = mixer(self.input_layernorm(x), ctx=ctx, state=state)
         x = constrain(x + mixed, ctx.mesh, "batch", "tokens", None)
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            fed, routing = self.mlp(h, ctx, experts)
+            fed, routing = self.mlp(h, ctx=ctx, experts=experts)
         else:
             fed, routing = self.mlp(h), None
         return constrain(x + fed, ctx.mesh, "batch", "tokens", None), mixed, fed, state, routing
@@ -77,6 +77,6 @@ class LayerOutput(NamedTuple):
 @jax.jit
 def run_block(
     block: Block, x: Array, ctx: Context, state: Any, experts: Array | None = None
-) -> tuple[Array, Array, Any, Routing | None]:
+) -> tuple[Array, Array, Any, dict[str, Array] | None]:
     """One inner jit: layers of the same kind have equal tree structures and are traced once."""
     return block(x, ctx=ctx, state=state, experts=experts)

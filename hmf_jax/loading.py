@@ -253,11 +253,12 @@ def convert_directory(
     if is_gguf(source):
         if to == "orbax":
             raise ValueError("a GGUF file becomes a Hugging Face directory; convert that to Orbax")
-        converted = gguf_to_hf.read(source, float_dtype(dtype or jnp.bfloat16))
+        file = Path(source).expanduser()
+        converted = gguf_to_hf.read(file, float_dtype(dtype or jnp.bfloat16))
         try:  # what cannot run is refused before it is written
             HybridConfig.from_dict(converted.config)
         except ValueError as e:
-            raise ValueError(f"{source}: {e}") from None
+            raise ValueError(f"{file}: {e}") from None
         gguf_to_hf.save(
             converted,
             target,
@@ -309,7 +310,7 @@ def resolve(repo_or_dir: str | Path, *, revision: str | None = None, progress: b
         if not os.access(path, os.R_OK | os.X_OK):
             raise PermissionError(f"no permission to read {path}")
         return path
-    if is_gguf(path):
+    if is_gguf(path) and path.exists():
         raise ValueError(f"{path} is a GGUF file: `hmf-jax convert {path} DIR` makes a model of it")
     if path.exists():
         raise FileNotFoundError(f"{path} is a file; pass the directory that holds it")
@@ -345,9 +346,9 @@ def resolve(repo_or_dir: str | Path, *, revision: str | None = None, progress: b
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether this is a file whose name ends in .gguf."""
+    """Whether this is the name of a GGUF file, by its end."""
     path = Path(path).expanduser()
-    return path.suffix.lower() == ".gguf" and path.is_file()
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
 def _check_format(directory: Path) -> None:

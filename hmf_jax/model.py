@@ -31,6 +31,7 @@ from hmf_jax.layers import (
 )
 from hmf_jax.mixers import Context
 from hmf_jax.mixers.base import abstract_zeros, zeros
+from hmf_jax.moe import Routing
 from hmf_jax.moved import TORCH_METHODS
 from hmf_jax.options import MOST_POSITIONS, check_choice, check_int
 from hmf_jax.packed import Origin
@@ -414,16 +415,16 @@ class HybridLM(nnx.Module):
         """Runs layer after layer on what `embed` returned; what was yielded is not kept here.
 
         `experts`: sparse layer -> [B, T, k] integers, the experts that its tokens (in the order of
-        `embed`) go to in place of those that its router chooses, each with the weight that the
-        router gives it. ValueError for a layer that has none.
+        `embed`) go to in place of its router's choice, with the weights that it gives them.
         """
         forced = dict(experts or {})
-        if dense := [i for i in forced if not self.config.is_sparse(i)]:
-            raise ValueError(f"experts of layers {dense}, which have none")
+        sparse = filter(self.config.is_sparse, range(len(self.layers)))
+        if others := forced.keys() - set(sparse):
+            raise ValueError(f"experts of layers {sorted(others)}, which have none")
         states = [None] * len(self.layers) if state is None else state.layers
         for i, (block, before) in enumerate(zip(self.layers, states, strict=True)):
             x, mixed, after, routing = run_block(block, x, ctx, before, forced.get(i))
-            yield LayerOutput(mixed, x, after, routing)
+            yield LayerOutput(mixed, x, after, None if routing is None else Routing(**routing))
             del mixed, after, routing
 
     def _head(self, x: Array) -> Array:

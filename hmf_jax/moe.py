@@ -48,8 +48,8 @@ def load_balancing_loss(routings: Sequence[Routing]) -> Array:
     f_ke is the fraction of tokens that have expert e in slot k, P_e the mean of its probability.
     Padding does not count; without any token the loss is 0.
     """
-    chosen = sum(r.chosen for r in routings)
-    probability = sum(r.probability for r in routings)
+    chosen = jnp.sum(jnp.stack([r.chosen for r in routings]), axis=0)
+    probability = jnp.sum(jnp.stack([r.probability for r in routings]), axis=0)
     tokens = jnp.maximum(jnp.sum(chosen[0]), 1)
     return chosen.shape[1] * jnp.sum(chosen / tokens * (probability / tokens))
 
@@ -129,8 +129,9 @@ class MoE(nnx.Module):
 
     def __call__(
         self, x: Array, ctx: Context, experts: Array | None = None
-    ) -> tuple[Array, Routing]:
-        """x [B, T, d] -> y [B, T, d], what the router decided.
+    ) -> tuple[Array, dict[str, Array]]:
+        """x [B, T, d] -> y [B, T, d], what the router decided: the fields of `Routing`, as a dict
+        because `nnx.tabulate` knows no other results with names.
 
         `experts` [B, T, k] are taken in place of the router's choice, with its weights for them.
         """
@@ -152,7 +153,7 @@ class MoE(nnx.Module):
             jnp.sum(is_chosen, axis=(0, 1), dtype=jnp.float32),
             jnp.sum(jnp.where(valid, p, 0), axis=(0, 1)),
         )
-        return self._run(x, taken, jnp.where(valid, weights, 0), ctx), routing
+        return self._run(x, taken, jnp.where(valid, weights, 0), ctx), routing._asdict()
 
     def _run(self, x: Array, experts: Array, weights: Array, ctx: Context) -> Array:
         """The experts on the devices that have them."""
@@ -180,6 +181,8 @@ class MoE(nnx.Module):
             y = y.astype(x.dtype)
             return jax.lax.psum(y, split[AXES.heads]) if split[AXES.heads] else y
 
+        if split[AXES.embed]:
+            local = jax.checkpoint(local, policy=_is_no_gather)
         args = x, experts, weights, opened, [v.get_value() for v in variables]
         letters = ["".join(_LETTERS[d] for d in names) for names in dims]
         tokens = "bT-"
@@ -194,6 +197,11 @@ def _kernel(shape: tuple[int, ...], dims: Dims, config: Backbone, dtype, rngs: n
 
 def _several(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(a for a in axes if mesh.shape[a] > 1)
+
+
+def _is_no_gather(primitive: Any, *_: Any, **__: Any) -> bool:
+    """The backward pass gathers parameters again: kept, they would be whole on every device."""
+    return primitive.name != "all_gather"
 
 
 def _gathered(a: Array, dims: Dims, axes: tuple[str, ...]) -> Array:

@@ -34,8 +34,9 @@ def num_active_parameters(config: HybridConfig) -> int:
 def used(config: HybridConfig, path: str) -> float:
     """Which part of a parameter a token meets: all of it, or of experts k of E."""
     moe = config.moe
-    stacked = moe is not None and ".mlp.experts." in path
-    return moe.experts_per_token / moe.num_experts if stacked else 1
+    if moe is None or ".mlp.experts." not in path:
+        return 1
+    return moe.experts_per_token / moe.num_experts
 
 
 def aliases(config: HybridConfig) -> dict[str, str]:

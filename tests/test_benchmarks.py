@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from benchmarks import (
     compare,
     compiling,
+    counting,
     full_size,
     models,
     operators,
@@ -32,6 +33,7 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.loading import from_pretrained
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
 from hmf_jax.model import HybridLM, PackedModel
+from hmf_jax.options import MoEConfig
 from hmf_jax.pallas_kernels.shapes import SHAPES, TP
 from hmf_jax.parameters import flat_params
 from hmf_jax.sharding import make_mesh
@@ -156,7 +158,7 @@ def test_milliseconds_of_long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         "ttft",
         "mixer,mixer_decode",
-        pytest.param("model,ttft,decode_throughput,train_step", marks=pytest.mark.slow),
+        pytest.param("model,ttft,decode_throughput,train_step,mlp", marks=pytest.mark.slow),
     ],
 )
 def test_models(tmp_path: Path, ops: str) -> None:
@@ -171,10 +173,79 @@ def test_models(tmp_path: Path, ops: str) -> None:
         assert r["case"] == "tiny GKA 2 layers" and r["impl"] == "auto"
         assert r["extra"]["weight_bytes"] > 0
         assert r["extra"]["program_bytes"] > r["extra"]["weight_bytes"]
-        assert r["extra"]["ran"]["gka"] == "chunked"
+        assert r["op"] == "mlp" or r["extra"]["ran"]["gka"] == "chunked"
+    if first := got.get("ttft"):  # 2 rows
+        flops = 2 * counting.prompt_flops(models.Bench(two_layers(), {}, abstract=True).model, 24)
+        assert first["extra"]["tflop_per_s"] == pytest.approx(flops / first["ms"] / 1e9)
     if decode := got.get("decode_throughput"):
         assert decode["pass"] == "decode"
         assert decode["extra"]["tokens_per_s"] == pytest.approx(2e3 / decode["ms"])
+
+
+def two_layers() -> models.Settings:
+    return models.Settings("tiny", "GKA", layers=2)
+
+
+def test_what_a_prompt_multiplies_and_a_token_reads() -> None:
+    """By hand, for two layers of attention with and without experts."""
+    config = HybridConfig.preset("tiny", layer_kinds=("*", "*"))
+    d, f, H, K, D = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    head = config.vocab_size * d
+    attention, mlp = 2 * d * (H + K) * D, 3 * d * f
+
+    def shapes(config: HybridConfig) -> HybridLM:
+        return jax.eval_shape(lambda: HybridLM.init(config, dtype=jnp.bfloat16))
+
+    def flops(mlp: int) -> int:
+        return 2 * (10 * 2 * (attention + mlp) + head) + 2 * 4 * H * D * 10 * 11 // 2
+
+    assert counting.prompt_flops(shapes(config), 10) == flops(mlp)
+    moe = MoEConfig(num_experts=8, experts_per_token=2, intermediate_size=32)
+    sparse = shapes(dataclasses.replace(config, family="qwen3_moe", moe=moe))
+    experts = 3 * d * 32
+    assert counting.prompt_flops(sparse, 10) == flops(2 * experts + 8 * d)
+    whole = counting.weight_bytes(sparse, 10**6)
+    assert whole == device_bytes(sparse) - (0 if config.tie_word_embeddings else 2 * head)
+    assert whole - counting.weight_bytes(sparse, 1) == 2 * 2 * 6 * experts
+    assert whole - counting.weight_bytes(sparse, 2) == 2 * 2 * 6 * experts * 3 // 4
+
+
+def test_programs_are_compiled_before_they_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """--compile-only makes neither arrays nor rows."""
+    lowered: list[Any] = []
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: lowered.append(self))
+    out = tmp_path / "rows.jsonl"
+    argv = "--mixers * --layers 1 --lengths 12 --steps 4 --compile-only".split()
+    run.main([*argv, "--ops", "decode_throughput", "--out", str(out)])
+    assert not out.exists() and len(lowered) == 1
+    for wrong in (["--ops", "model"], ["--ops", "ttft", "--mesh", "tp=2"]):
+        with pytest.raises(SystemExit):
+            run.main([*argv, *wrong])
+        assert "--compile-only is for --ops ttft,decode_throughput" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run.main(["--ops", "gka", "--shape", "llama-3.1-8b"])
+    assert "--shape llama-3.1-8b is for models" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From shapes alone and with a model: the same programs."""
+    lowered: list[str] = []
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: lowered.append(self.as_text()))
+    settings = dataclasses.replace(two_layers(), length=12, steps=4)
+    for abstract in (True, False):
+        bench = models.Bench(settings, {}, abstract=abstract)
+        bench.compile("ttft")
+        bench.compile("decode_throughput")
+    assert lowered[:2] == lowered[2:] and len(lowered) == 4
 
 
 @pytest.mark.slow  # the engine's tests say the same of its programs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.mixers import GKAConfig, make_mixer
-from hmf_jax.mixers.linear import channels, geometry
+from hmf_jax.mixers.linear import dimension, geometry
 from hmf_jax.options import LinearHeads
 from hmf_jax.parameters import abstract_params, flat_params, with_params
 from hmf_jax.table import entries, num_parameters
@@ -82,7 +83,7 @@ def test_parameters_and_copies(few):
 def test_low_rank_of_keys_and_values():
     """Both get theirs as soon as one of them has fewer heads than there are states."""
 
-    def made(config):
+    def made(config) -> Any:
         return make_mixer("GKA", config, config.sections, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
     c = GKAConfig(kv_proj_rank=3, kv_learnable_residual=True)
@@ -113,7 +114,7 @@ def test_low_rank_of_keys_and_values():
 def test_dimensions_on_a_mesh():
     """A tp that divides the heads of attention divides what is split like them."""
     config = tiny_config(KINDS, num_attention_heads=4, num_key_value_heads=2)
-    assert [channels(config, n) for n in (4, 8, 2, 6)] == ["heads", "heads", *["kv_heads"] * 2]
+    assert [dimension(config, n) for n in (4, 8, 2, 6)] == ["heads", "heads", *["kv_heads"] * 2]
 
 
 @pytest.mark.slow

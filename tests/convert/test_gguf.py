@@ -7,6 +7,7 @@ import json
 import math
 import struct
 import sys
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,7 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.convert import gguf_to_hf
 from hmf_jax.convert.safetensors_io import Checkpoint
 from hmf_jax.layers import rope_frequencies
-from hmf_jax.loading import convert_directory, from_pretrained
+from hmf_jax.loading import convert_directory, flat_params, from_pretrained
 from hmf_jax.options import RopeConfig
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -168,7 +169,7 @@ def test_numbers_and_settings(tmp_path, arch, bias, tied):
     model = from_pretrained(tmp_path / "hf", dtype=None, progress=False)
     assert model.config.is_stock and model.config.family == arch
     np.testing.assert_array_equal(
-        model.layers[1].mlp.down_proj.kernel[...],
+        flat_params(model)["layers.1.mlp.down_proj.kernel"],
         values["model.layers.1.mlp.down_proj.weight"].T.astype(ml_dtypes.bfloat16),
     )
 
@@ -212,7 +213,9 @@ def test_scaling_of_rope(tmp_path, kind):
 
 def frequencies(factor: float) -> np.ndarray:
     """What llama.cpp keeps of Llama 3's RoPE: plain frequency / scaled frequency."""
-    llama3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    llama3: Any = dict(
+        low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
     plain, scaled = (
         np.asarray(rope_frequencies(dataclasses.replace(TINY, rope=rope))[0], np.float64)
         for rope in (RopeConfig(1e4), RopeConfig(1e4, "llama3", factor=factor, **llama3))
@@ -256,6 +259,13 @@ def test_how_text_is_cut(tmp_path, pre):
     assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
     assert tokenizer.decode(encoded.ids) == text.replace("<|end|>", "")
     assert {"Ġthe", "<|end|>", "<tool>"} <= set(encoded.tokens)
+
+
+def test_a_file_without_a_tokenizer(tmp_path):
+    make(tmp_path / "a.gguf", tokenizer=dict.fromkeys(TOKENIZER))
+    with pytest.warns(UserWarning, match="a.gguf holds no tokenizer"):
+        files = gguf_to_hf.read(tmp_path / "a.gguf").files
+    assert files.keys() == {"chat_template.jinja", "generation_config.json"}
 
 
 def test_special_tokens_and_templates(tmp_path):
@@ -376,6 +386,10 @@ def test_the_command_and_where_it_is_named(tmp_path, monkeypatch):
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
     result = run(app, ["convert", target, str(tmp_path / "orbax"), "--dtype", "float32"])
     assert result.exit_code == 1 and "dtype is for GGUF files" in result.output
+    result = run(app, ["convert", f"{tmp_path}/b.gguf", str(tmp_path / "b")])
+    assert result.exit_code == 1 and "b.gguf is not a file" in result.output
+    result = run(app, ["info", source])
+    assert result.exit_code == 1 and "hmf-jax convert" in result.output
     for path in (source, str(tmp_path)):
         with pytest.raises(ValueError, match=f"`hmf-jax convert {source} DIR` makes a model"):
             from_pretrained(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -204,7 +205,7 @@ def test_prefixes_and_tensors_that_nothing_needs(tmp_path):
     renamed = {n.replace("model.", "model.language_model.", 1): v for n, v in values.items()}
     renamed["model.visual.proj.weight"] = renamed["mtp.x"] = np.zeros(3, np.float32)
     write_checkpoint(tmp_path, renamed)
-    rules = {"prefixes": {"model.language_model.": "model."}}
+    rules: dict[str, Any] = {"prefixes": {"model.language_model.": "model."}}
     params = load(tmp_path, table(), ignored=("model.visual.", "mtp."), **rules)
     np.testing.assert_array_equal(params["embed"], values["model.embed.weight"])
     stored = hf_to_jax.stored_dtypes(tmp_path, table(), **rules)

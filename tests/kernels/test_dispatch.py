@@ -22,6 +22,7 @@ from hmf_jax.pallas_kernels import (
     gated_delta_rule_step,
     gka,
     gka_step,
+    grouped_matmul,
     recurrent,
     ssd,
     ssd_step,
@@ -85,6 +86,13 @@ UNTIED_FLOAT = {"q_fading": array(B, T, H, 64)}
 
 # What runs on (a CPU, Hopper, Ampere, a GPU of 99 KiB per block, Turing).
 CHUNKED = ("chunked",) * 5
+
+
+def experts(rows: int, width: int, dtype: Any) -> tuple[Any, ...]:
+    weights = array(3, 64, width, dtype=dtype)
+    return array(rows, 64, dtype=dtype), weights, array(3, dtype=jnp.int32)
+
+
 MACHINES = ("", "9.0", "8.0", "8.6", "7.5")
 CASES: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[str, ...]]] = [
     # Gated KalmaNet
@@ -148,6 +156,8 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[str
     (attention, qkv(128, F16), LENGTHS, ("chunked", "cudnn", "cudnn", "cudnn", "chunked")),
     (attention, qkv(64, BF16), {"window": 2}, ("chunked", "cudnn", "cudnn", "cudnn", "chunked")),
     (attention, qkv(136, BF16), {}, CHUNKED),
+    (attention, qkv(256, BF16), {}, ("chunked", "cudnn", *CHUNKED[2:])),
+    (attention, qkv(256, BF16), OFFSET, CHUNKED),
     (attention, qkv(60, BF16), {}, CHUNKED),
     (attention, qkv(64, F32), {}, CHUNKED),
     (attention, qkv(64, BF16, BF16, F16), {}, CHUNKED),
@@ -198,6 +208,10 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[str
         ("chunked", "cudnn", "cudnn", "cudnn", "chunked"),
     ),
     (two_window_decode, (*decoding(64, F32), array(B, dtype=jnp.int32)), {}, CHUNKED),
+    # Experts: the kernel for Hopper; elsewhere XLA's product, for a few rows
+    (grouped_matmul, experts(300, 64, BF16), {}, ("chunked", "mosaic", *CHUNKED[2:])),
+    (grouped_matmul, experts(8, 64, F32), {}, ("chunked", "xla", "xla", "xla", "xla")),
+    (grouped_matmul, experts(300, 40, BF16), {}, CHUNKED),
 ]
 CACHED = (dispatch.why_no_hopper, triton.why_no_triton, recurrent._jla_missing)
 
@@ -269,7 +283,8 @@ def test_small_blocks(name: str, machine: Callable[[str], None]) -> None:
 def test_an_amd_gpu(machine: Callable[[str], None]) -> None:
     machine("gfx942")
     for op, arguments, options, _ in CASES:
-        assert picked(op, arguments, options) == "chunked"
+        few = op is grouped_matmul and len(arguments[0]) < 256
+        assert picked(op, arguments, options) == ("xla" if few else "chunked")
 
 
 def test_what_optional_packages_bring(machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,14 @@
-"""A second opinion: hybrid_qwen3 in float64 NumPy, written from the published equations alone.
+"""A second opinion: all base families in float64 NumPy, from the published equations alone.
 
 Nothing here is shared with the library: recurrences run token by token, attention is dense, the
-checkpoint is read under its original names. One row of tokens at a time, no padding. Letters:
-T tokens, d hidden, E query heads ("expanded" heads of a linear mixer), K key-value heads, D head
-dim.
+checkpoint is read under its original names, and what a layer has (norms, biases, gates, experts)
+follows from its tensors. One row of tokens at a time, no padding. Letters: T tokens, d hidden, E
+query heads ("expanded" heads of a linear mixer), K key-value heads, D head dim.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ INNER = {
     "gated_kalmanet": "gka",
     "parallel_latent_sketch": "gka",
 }
+
+
+# Families whose attention has an output gate and whose norms store their weight minus one.
+NEXT = ("qwen3_next_hmf", "qwen3_5_moe_hmf_text")
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,16 @@ def repeat(x: Array, E: int) -> Array:
 
 
 def rope_tables(config: Config, D: int, positions: Array) -> tuple[Array, Array]:
-    """cos, sin [T, D]. Legacy rope_scaling, where present, replaces rope_parameters."""
+    """cos, sin [T, R], R = the part of D that is rotated, in rope_parameters or at the top.
+
+    Legacy rope_scaling, where present, replaces rope_parameters.
+    """
     scaling = config.get("rope_scaling")
     rope = dict(scaling or config.get("rope_parameters") or {})
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+    D = int(D * partial)
     i = np.arange(D // 2)
     inverse = float(theta) ** (-2.0 * i / D)
     scale = 1.0
@@ -121,7 +131,19 @@ def rope_tables(config: Config, D: int, positions: Array) -> tuple[Array, Array]
         high = min(math.ceil(index(rope.get("beta_slow") or 1)), D - 1)
         slow = np.clip((i - low) / max(high - low, 1e-3), 0, 1)
         inverse = inverse * ((1 - slow) + slow / factor)
-        scale = rope.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
+        over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+
+        def magnitude(m: float) -> float:
+            return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
+
+        scale = magnitude(over) / magnitude(under) if over and under else magnitude(1)
+        scale = rope.get("attention_factor") or scale
+    elif kind == "llama3":
+        factor, original = rope["factor"], rope["original_max_position_embeddings"]
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = original * inverse / (2 * math.pi)  # over the original context
+        fast = np.clip((turns - low) / (high - low), 0, 1)
+        inverse = inverse * (fast + (1 - fast) / factor)
     else:
         assert kind == "default", kind
     angle = positions[:, None] * np.concatenate([inverse, inverse])
@@ -129,10 +151,21 @@ def rope_tables(config: Config, D: int, positions: Array) -> tuple[Array, Array]
 
 
 def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
+    """The first channels of each head, as many as the tables have."""
     cos, sin = rope
+    x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = np.split(x, 2, axis=-1)
     turned = np.concatenate([-second, first], axis=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+    return np.concatenate([x * cos[:, None] + turned * sin[:, None], rest], axis=-1)
+
+
+def query_scale(config: Config, positions: Array) -> Array:
+    """[T]: what attention multiplies its rotated queries by."""
+    rope = config.get("rope_parameters") or {}
+    if "llama_4_scaling_beta" not in rope:
+        return np.ones(len(positions))
+    contexts = positions // rope["original_max_position_embeddings"]
+    return 1 + rope["llama_4_scaling_beta"] * np.log(1 + contexts)
 
 
 # Attention
@@ -159,7 +192,10 @@ def attention(g: Geometry, w: Weights, h: Array, window: int | None) -> tuple[Ar
     q, k, v = g.qkv(w, h, h)
     age = np.arange(g.T)[:, None] - np.arange(g.T)
     visible = (age >= 0) & (age < (window or g.T + 1))
-    return w.linear("o_proj", softmax_over([(q, k, v, visible)])), dict(keys=k, values=v)
+    o = softmax_over([(q * query_scale(g.config, g.positions)[:, None, None], k, v, visible)])
+    if g.gated:  # q_proj has, per head, the rows of the query and then those of its gate
+        o = o * sigmoid(heads(w.linear("q_proj", h), 2 * g.D)[..., g.D :].reshape(g.T, -1))
+    return w.linear("o_proj", o), dict(keys=k, values=v)
 
 
 def bmojo(g: Geometry, w: Weights, h: Array, num_iter: int | None) -> tuple[Array, dict]:
@@ -191,9 +227,9 @@ def short_conv(w: Weights, name: str, x: Array) -> tuple[Array, Array]:
 
 
 def expand(g: Geometry, c: Config, w: Weights, which: str, flat: Array) -> Array:
-    """Keys or values [T, K*D] to all heads [T, E, D]."""
+    """Keys or values [T, K*D] to all heads [T, E, D]; both by a low rank if one needs it."""
     x = heads(flat, g.D)
-    if not c.get("kv_proj_rank") or g.E == g.K:
+    if not c.get("kv_proj_rank") or all(len(w[f"{n}_proj.weight"]) == g.E * g.D for n in "kv"):
         return repeat(x, g.E)
     low = silu(w.linear(f"proj_{which}.linearA", flat))
     y = heads(w.linear(f"proj_{which}.linearB", low), g.D)
@@ -208,6 +244,7 @@ def log_decay(w: Weights, name: str, h: Array) -> Array:
 
 def gated_norm(g: Geometry, c: Config, w: Weights, h: Array, o: Array, eps: float) -> Array:
     """Normalise, then gate, then o_proj. o [T, E, D]; eps where the config has none."""
+    eps = g.eps if "linear_num_key_heads" in g.config else eps
     o = rms_norm(o, w["o_norm.weight"], c.get("norm_eps", eps))
     if c.get("use_gate", True):
         o = o * silu(heads(w.linear("g_proj", h), g.D))
@@ -231,6 +268,7 @@ def chebyshev(H: Array, q: Array, ridge: float, n: int) -> Array:
 
 def gka(g: Geometry, w: Weights, h: Array, num_iter: int | None) -> tuple[Array, dict]:
     """Gated KalmaNet."""
+    g = g.linear()
     c = dict(g.config.get("gka_config") or {}) | dict(g.config.get("gka_overrides") or {})
     n = c.get("num_iter", 30) if num_iter is None else num_iter
     q, conv_q = short_conv(w, "q_conv1d", w.linear("q_proj", h))
@@ -239,7 +277,7 @@ def gka(g: Geometry, w: Weights, h: Array, num_iter: int | None) -> tuple[Array,
     state = dict(conv_q=conv_q, conv_k=conv_k)
     if c.get("use_v_conv", True):
         v, state["conv_v"] = short_conv(w, "v_conv1d", v)
-    q = heads(q, g.D)
+    q = repeat(heads(q, g.D), g.E)
     k, v = expand(g, c, w, "k", k), expand(g, c, w, "v", v)
     q = q / (np.linalg.norm(q, axis=-1, keepdims=True) + 1e-6)
     k = k / (np.linalg.norm(k, axis=-1, keepdims=True) + 1e-6)
@@ -268,6 +306,7 @@ def gka(g: Geometry, w: Weights, h: Array, num_iter: int | None) -> tuple[Array,
 
 def gdn(g: Geometry, w: Weights, h: Array) -> tuple[Array, dict]:
     """Gated DeltaNet."""
+    g = g.linear()
     c = g.config.get("gdn_config") or {}
     state, qkv = {}, []
     for name in "qkv":
@@ -277,7 +316,7 @@ def gdn(g: Geometry, w: Weights, h: Array) -> tuple[Array, dict]:
         else:
             x = silu(x)
         qkv.append(x)
-    q = heads(qkv[0], g.D)
+    q = repeat(heads(qkv[0], g.D), g.E)
     k, v = expand(g, c, w, "k", qkv[1]), expand(g, c, w, "v", qkv[2])
     q = q / np.sqrt((q * q).sum(-1, keepdims=True) + 1e-6)
     k = k / np.sqrt((k * k).sum(-1, keepdims=True) + 1e-6)
@@ -298,8 +337,8 @@ def mamba2(g: Geometry, w: Weights, h: Array) -> tuple[Array, dict]:
     nq, nk = g.E * g.D, g.K * g.D
     z, x, B, C, dt = np.split(w.linear("in_proj", h), np.cumsum([nq, nk, nk, nq]), axis=1)
     B, C = heads(B, g.D), heads(C, g.D)
-    if c.get("use_qk_norm", True):
-        B, C = rms_norm(B, w["B_norm.weight"], 1e-6), rms_norm(C, w["C_norm.weight"], 1e-6)
+    if "B_norm.weight" in w:
+        B, C = g.norm(B, w["B_norm.weight"], 1e-6), g.norm(C, w["C_norm.weight"], 1e-6)
     if c.get("use_pos_emb"):
         B, C = rotate(B, g.rope), rotate(C, g.rope)
     flat = np.concatenate([x, B.reshape(g.T, nk), C.reshape(g.T, nq)], axis=1)
@@ -333,21 +372,63 @@ class Geometry:
     """Sizes of the attention, rotary tables and what both attention kinds share."""
 
     def __init__(self, config: Config, positions: Array):
-        self.config, self.T = config, len(positions)
+        self.config, self.T, self.positions = config, len(positions), positions
         self.E = config["num_attention_heads"]
         self.K = config.get("num_key_value_heads") or self.E
-        self.D = config.get("head_dim", 128)
+        qwen3 = config["model_type"] == "hybrid_qwen3"
+        self.D = config.get("head_dim") or (128 if qwen3 else config["hidden_size"] // self.E)
         self.eps = config.get("rms_norm_eps", 1e-6)
         self.rope = rope_tables(config, self.D, positions)
+        self.gated = config["model_type"] in NEXT
+
+    def linear(self) -> Geometry:
+        """That of GKA and GDN: as many heads as there are of values."""
+        found = copy.copy(self)
+        if "linear_num_value_heads" in self.config:
+            found.E = self.config["linear_num_value_heads"]
+            found.D = self.config["linear_key_head_dim"]
+        return found
+
+    def norm(self, x: Array, weight: Array, eps: float | None = None) -> Array:
+        """A norm of the backbone, whose weights some families store around zero."""
+        around = 1 if self.config["model_type"] in NEXT else 0
+        return rms_norm(x, around + weight, eps or self.eps)
 
     def qkv(self, w: Weights, h: Array, kv: Array, suffix: str = "") -> tuple[Array, Array, Array]:
         """Queries of h, keys and values of kv: per-head norm on q and k, then RoPE."""
-        q = heads(w.linear(f"q_proj{suffix}", h), self.D)
+        q = w.linear(f"q_proj{suffix}", h).reshape(self.T, self.E, -1)[..., : self.D]
         k = heads(w.linear(f"k_proj{suffix}", kv), self.D)
         v = heads(w.linear(f"v_proj{suffix}", kv), self.D)
-        q = rms_norm(q, w[f"q_norm{suffix}.weight"], self.eps)
-        k = rms_norm(k, w[f"k_norm{suffix}.weight"], self.eps)
+        if f"q_norm{suffix}.weight" in w:
+            q = self.norm(q, w[f"q_norm{suffix}.weight"])
+            k = self.norm(k, w[f"k_norm{suffix}.weight"])
         return rotate(q, self.rope), rotate(k, self.rope), v
+
+
+def swiglu(w: Weights, h: Array, prefix: str = "") -> Array:
+    gate, up = w.linear(f"{prefix}gate_proj", h), w.linear(f"{prefix}up_proj", h)
+    return w.linear(f"{prefix}down_proj", silu(gate) * up)
+
+
+def experts(config: Config, w: Weights, h: Array) -> Array:
+    """Each token through its experts, one token at a time."""
+    logits = w.linear("gate", h)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p = p / p.sum(-1, keepdims=True)
+    out = np.zeros_like(h)
+    for t, x in enumerate(h):
+        chosen = np.argsort(-p[t], kind="stable")[: config["num_experts_per_tok"]]
+        total = p[t, chosen].sum() if config.get("norm_topk_prob", True) else 1
+        for e in chosen:
+            if "experts.gate_up_proj" in w:
+                gate, up = np.split(w["experts.gate_up_proj"][e] @ x, 2)
+                y = w["experts.down_proj"][e] @ (silu(gate) * up)
+            else:
+                y = swiglu(w, x, f"experts.{e}.")
+            out[t] += p[t, e] / total * y
+    if "shared_expert_gate.weight" in w:
+        out += sigmoid(w.linear("shared_expert_gate", h)) * swiglu(w, h, "shared_expert.")
+    return out
 
 
 def evaluate(
@@ -366,7 +447,7 @@ def evaluate(
     mixer_out, layer_out, states = [], [], []
     for i, kind in enumerate(config["hybrid_override_pattern"].split("-")):
         layer = w.under(f"model.layers.{i}.")
-        h = rms_norm(x, layer["input_layernorm.weight"], g.eps)
+        h = g.norm(x, layer["input_layernorm.weight"])
         if kind == "*":
             y, state = attention(g, layer.under("self_attn."), h, None)
         elif kind == "SWA":
@@ -378,12 +459,11 @@ def evaluate(
             name = {"GKA": "gka", "GDN": "gdn", "M2": "mamba"}[kind]
             y, state = linear_mixer(name, g, layer.under(f"{name}."), h, num_iter)
         x = x + y
-        h = rms_norm(x, layer["post_attention_layernorm.weight"], g.eps)
-        gate, up = layer.linear("mlp.gate_proj", h), layer.linear("mlp.up_proj", h)
-        x = x + layer.linear("mlp.down_proj", silu(gate) * up)
+        h, mlp = g.norm(x, layer["post_attention_layernorm.weight"]), layer.under("mlp.")
+        x = x + (experts(config, mlp, h) if "gate.weight" in mlp else swiglu(mlp, h))
         mixer_out.append(y)
         layer_out.append(x)
         states.append(state)
     head = "model.embed_tokens" if config.get("tie_word_embeddings") else "lm_head"
-    logits = w.linear(head, rms_norm(x, w["model.norm.weight"], g.eps))
+    logits = w.linear(head, g.norm(x, w["model.norm.weight"]))
     return Run(logits, mixer_out, layer_out, states)

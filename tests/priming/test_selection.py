@@ -254,6 +254,7 @@ def test_layers_that_are_not_attention_stay(tmp_path):
     assert best.layers == (1,) and [i for i, _ in best.ranking] == [1, 3]
     assert selection.pattern(best.layers, 4, "SWA", base=base) == "GDN-SWA*-GDN-*DA"
     assert selection.pattern(best.layers, 4, "SWA", base=base, fused=False) == "GDN-SWA-GDN-*"
+    assert selection.pattern([0, 3], 4, "GKA", base=base) == "GDN>GKA-*DA-GDN-GKA*"
     assert "pattern: GDN-SWA*-GDN-*DA" in selection.describe(best, 4, "SWA", base)
 
 

@@ -65,6 +65,6 @@ def test_split_sequences(family):
 
 
 def test_heads_of_linear_layers_that_do_not_divide():
-    config = tiny_family("qwen3_next", ("GDN",))
+    config = tiny_family("qwen3_next", ("GDN",), num_key_value_heads=4)
     with pytest.raises(ValueError, match="tp=4 does not divide linear_num_key_heads=2"):
         for_model(make_mesh(tp=4, devices=jax.devices()[:4]), config)

@@ -75,6 +75,7 @@ def collectives(kinds, mesh, T=1, **changes) -> tuple[collections.Counter, str]:
     step = jax.jit(lambda m, t, s: m(t, state=dataclasses.replace(s, fresh=T > 1)))
     args = model, jnp.zeros((4, T), jnp.int32), model.init_state(4, 32)
     text = step.lower(*args).compile().as_text()
+    assert text is not None
     return count_collectives(text), text
 
 
@@ -133,7 +134,7 @@ def test_experts_take_one_all_reduce():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", ["fsdp2 x tp4", "dp2 x fsdp2 x tp2"])
 def test_experts_on_every_mesh(name):
     """Four rows, padded, and one row, which the data axes do not split."""
     with jax.enable_x64(True):

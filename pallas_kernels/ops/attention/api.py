@@ -52,9 +52,9 @@ def attention(
       lengths: [B] integers, leading tokens that are valid, the rest being padding; not with
         `offset`. Unlike `segment_ids` they leave cuDNN possible.
       scale: factor of the scores; D ** -0.5 by default.
-      impl: "auto", "cudnn" (NVIDIA, 16-bit, D <= 256, own tokens, no segment_ids), "mosaic" (NVIDIA
-        Hopper, bfloat16, D 64 or 128, positive scale), "chunked" (any device, memory linear in T
-        and S) or "reference" (dense).
+      impl: "auto", "cudnn" (NVIDIA, 16-bit, D <= 128, on Hopper also 256, own tokens, no
+        segment_ids), "mosaic" (NVIDIA Hopper, bfloat16, D 64 or 128, positive scale), "chunked"
+        (any device, memory linear in T and S) or "reference" (dense).
       mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`) or None.
 
     Returns:
@@ -98,7 +98,7 @@ def decode_attention(
       k, v: [B, S, K, D] buffers (a cache, or a ring), the new token included; K divides H.
       lengths: [B] integers, entries in use.
       scale: factor of the scores; D ** -0.5 by default.
-      impl: "auto", "cudnn" (NVIDIA, 16-bit, D <= 256), "chunked" or "reference".
+      impl: "auto", "cudnn" (NVIDIA, 16-bit, D as in `attention`), "chunked" or "reference".
       mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`) or None.
 
     Returns:

@@ -39,9 +39,11 @@ def why_not(inputs: Inputs | Token) -> str | None:
         return f"cuDNN attention needs compute capability 8.0, this is {capability or 'unknown'}"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN needs bfloat16 or float16 throughout, got {q.dtype}, {k.dtype}, {v.dtype}"
-    most = 256 if float(capability) >= 9.0 else 128
-    if q.shape[-1] > most or q.shape[-1] % 8:
-        return f"cuDNN needs a head_dim of at most {most} that 8 divides, got {q.shape[-1]}"
+    dim = q.shape[-1]
+    if dim == 256 and float(capability) < 9.0:
+        return "cuDNN takes head_dim 256 since compute capability 9.0"
+    if dim != 256 and (dim > 128 or dim % 8):
+        return f"cuDNN takes head_dim 256 and multiples of 8 up to 128, got {dim}"
     return None
 
 

@@ -108,9 +108,9 @@ def shape_of(rows: int, groups: int, N: int) -> Shape:
     tile leaves room for other CTAs on the multiprocessor."""
     for low in (16, 32):
         if low * groups >= 2 * rows + ALIGN * groups:
-            return Shape(low, M, 1, 4)
+            return Shape(low, 2 * M if rows > groups and N % (2 * M) == 0 else M, 1, 4)
     if rows < 64 * groups:
-        return Shape(M, 2 * M if N % (2 * M) == 0 else M, 1, 4)
+        return Shape(M, 2 * M, 2, 4) if N % (4 * M) == 0 else Shape(M, M, 1, 4)
     return Shape(2 * M, widest(N), 1, 3)
 
 
@@ -142,7 +142,7 @@ def products(
         scratch["y_s"] = tile((tall * wide, 2, M, M))
     return kernel(
         _grouped_products,
-        out=jax.ShapeDtypeStruct((rows, N), bf16),
+        out=jax.ShapeDtypeStruct((rows + -rows % ALIGN, N), bf16),
         # Small tiles: a CTA for each, several on a multiprocessor.
         grid={"i": items if height < M else min(items, multiprocessors())},
         scratch=scratch,
@@ -152,7 +152,7 @@ def products(
         height=height,
         width=width,
         transpose=transpose,
-    )(_aligned(x, interpret), w, tiles)
+    )(_aligned(x, interpret), w, tiles)[:rows]
 
 
 def _aligned(x: jax.Array, interpret: bool) -> jax.Array:

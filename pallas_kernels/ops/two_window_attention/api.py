@@ -63,8 +63,9 @@ def two_window_attention(
       lengths: [B] integers, leading tokens that are valid; not with `offset`.
       scale: factor of the scores; D ** -0.5 by default.
       impl: "auto", "mosaic" (NVIDIA Hopper, bfloat16, D 64 or 128, positive scale; one kernel for
-        both windows), "cudnn" (NVIDIA, 16-bit, D <= 256, own tokens, no segment_ids: a pass per
-        window, merged), "chunked" (any device, memory linear in T) or "reference" (dense).
+        both windows), "cudnn" (NVIDIA, 16-bit, D <= 128, on Hopper also 256, own tokens, no
+        segment_ids: a pass per window, merged), "chunked" (any device, memory linear in T) or
+        "reference" (dense).
       mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`) or None.
 
     Returns:
@@ -122,7 +123,7 @@ def two_window_decode(
       lengths_in, lengths_fading: [B] integers, entries in use in each half.
       q_fading: [B, H, D] queries of the fading window; None if its weights are tied (q).
       scale: factor of the scores; D ** -0.5 by default.
-      impl: "auto", "cudnn" (NVIDIA, 16-bit, D <= 256), "chunked" or "reference".
+      impl: "auto", "cudnn" (NVIDIA, 16-bit, D as in `attention`), "chunked" or "reference".
       mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`) or None.
 
     Returns:
