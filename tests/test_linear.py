@@ -89,14 +89,15 @@ def test_low_rank_of_keys_and_values():
     c = GKAConfig(kv_proj_rank=3, kv_learnable_residual=True)
     config = tiny_config(("GKA",), linear=FEW, gka=c)
     mixer = nnx.eval_shape(lambda: made(config))
-    shapes = {path: x.shape for path, x in abstract_params(mixer, None).items() if "proj_" in path}
+    params = abstract_params(mixer, None)
+    shapes = {path: x.shape for path, x in params.items() if "proj_" in path}
     assert shapes == {
         "proj_k.linearA.kernel": (16, 3),
         "proj_k.linearB.kernel": (3, 32),
         "proj_v.linearA.kernel": (32, 3),
         "proj_v.linearB.kernel": (3, 32),
     }
-    assert mixer.k_rep[...].shape == (4, 2) and mixer.v_rep[...].shape == (4, 4)
+    assert params["k_rep"].shape == (4, 2) and params["v_rep"].shape == (4, 4)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, 16)), jnp.float32)
     heads = np.asarray(x).reshape(1, 2, 2, 8)[:, :, [0, 0, 1, 1]]
 

@@ -255,7 +255,7 @@ def test_a_step_on_any_mesh(sizes, remat):
 
 def test_parameters_are_gathered_again_for_the_gradient():
     """Under fsdp, what is kept for the backward pass holds no parameter as a whole."""
-    split = place(model(), CONFIG, mesh_of(dict(fsdp=4)))
+    split = place(model(), model().config, mesh_of(dict(fsdp=4)))
     x, ctx = split.embed(jnp.zeros((4, 2), jnp.int32))
     moe: Any = split.layers[1].mlp
     run = lambda moe, x: jax.vjp(lambda moe, x: moe(x, ctx)[0], moe, x)[1]  # noqa: E731
