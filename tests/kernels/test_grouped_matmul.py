@@ -81,23 +81,14 @@ def check_mosaic(rows, K, N, sizes, interpret: bool) -> None:
     rng, some = np.random.default_rng(0), sum(sizes)
     x, d_y = (rng.standard_normal((rows, n), np.float32) for n in (K, N))
     weights = rng.standard_normal((len(sizes), K, N), np.float32) / K**0.5
-<<<<<<< HEAD
-    low = [jnp.asarray(a, jnp.bfloat16) for a in (x, weights, d_y)]
-    counts = jnp.asarray(sizes, jnp.int32)
-    exact = value_and_gradients(grouped_matmul_chunked)
-    expected = exact(*(a.astype(jnp.float32) for a in low), counts)
-    low[0] = low[0].at[some:].set(jnp.nan)
-    low[2] = low[2].at[some:].set(jnp.nan)
-    op = functools.partial(mosaic.grouped_matmul_mosaic, interpret=interpret)
-    y, d_x, d_weights = (np.asarray(a, np.float32) for a in value_and_gradients(op)(*low, counts))
-=======
     x, weights, d_y = (jnp.asarray(a, jnp.bfloat16) for a in (x, weights, d_y))
+    counts = jnp.asarray(sizes, jnp.int32)
     wide = (a.astype(jnp.float32) for a in (x, weights, d_y))
-    expected = both(grouped_matmul_chunked, sizes, *wide)
+    expected = value_and_gradients(grouped_matmul_chunked)(*wide, counts)
     x, d_y = (a.at[some:].set(jnp.nan) for a in (x, d_y))
     op = functools.partial(mosaic.grouped_matmul_mosaic, interpret=interpret)
-    y, d_x, d_weights = (np.asarray(a, np.float32) for a in both(op, sizes, x, weights, d_y))
->>>>>>> main
+    got = value_and_gradients(op)(x, weights, d_y, counts)
+    y, d_x, d_weights = (np.asarray(a, np.float32) for a in got)
     assert rel(y[:some], expected[0][:some]) < 3e-3
     assert rel(d_x[:some], expected[1][:some]) < 3e-3
     assert rel(d_weights, expected[2]) < 3e-3
@@ -106,20 +97,6 @@ def check_mosaic(rows, K, N, sizes, interpret: bool) -> None:
         assert size or not d_weights[g].any()
 
 
-<<<<<<< HEAD
-=======
-def both(op, sizes, x, weights, d_y):
-    """y and the gradients of x and of weights."""
-
-    @jax.jit
-    def run(x, weights, d_y, sizes):
-        y, vjp = jax.vjp(lambda x, w: op(x, w, sizes), x, weights)
-        return y, *vjp(d_y)
-
-    return run(x, weights, d_y, jnp.asarray(sizes, jnp.int32))
-
-
->>>>>>> main
 @pytest.mark.parametrize(
     "name", [n if n == "low" else pytest.param(n, marks=pytest.mark.slow) for n in MOSAIC]
 )
