@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 import hmf_jax
-from benchmarks.models import Settings
+from benchmarks.models import PRESETS, Settings
 from benchmarks.rows import environment
 from hmf_jax import table
 from hmf_jax.config import HybridConfig
@@ -42,7 +42,7 @@ NEW_TOKENS = 128
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=["tiny", "8B", "32B"], default="8B")
+    parser.add_argument("--shape", choices=PRESETS, default="8B")
     parser.add_argument("--mixer", default="GKA", help="what replaces attention in half the layers")
     parser.add_argument("--layers", type=int, help="keep this many layers")
     parser.add_argument("--length", type=int, default=8192, help="tokens of the prompt")

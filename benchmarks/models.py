@@ -24,6 +24,7 @@ from hmf_jax.mixers import Context, Mixer
 from hmf_jax.model import HybridLM
 from hmf_jax.moe import MoE
 from hmf_jax.packed import PackedModel
+from hmf_jax.presets import PRESETS as _PRESETS
 from hmf_jax.sampling import SamplingParams
 from hmf_jax.sharding import make_mesh, named_sharding
 from hmf_jax.state import ModelState
@@ -32,6 +33,8 @@ Array = jax.Array
 MODELS = ("model", "ttft", "decode_throughput", "train_step", "mixer", "mixer_decode", "mlp")
 COMPILE = "compile"
 ON_A_MESH = ("model", "ttft", "decode_throughput")
+# As they are written here: the two that operators are measured on, too, with a capital B.
+PRESETS = [{"8b": "8B", "32b": "32B"}.get(name, name) for name in _PRESETS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,7 @@ class Settings:
     """What is measured, of which model.
 
     Attributes:
-      preset: a name of `HybridConfig.preset`, "8B" for "8b"; mixer: what replaces attention in the
-        converted half.
+      preset: one of `PRESETS`; mixer: what replaces attention in the converted half.
       batch, length: rows, and tokens per row of a prompt, of a training row, or already in the
         state when decoding starts.
       layers: keep the first `layers` layers only; None keeps all.

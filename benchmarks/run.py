@@ -18,7 +18,6 @@ from benchmarks.rows import Row, environment
 from benchmarks.timing import ceilings
 from hmf_jax.pallas_kernels.dispatch import IMPLS
 from hmf_jax.pallas_kernels.shapes import SHAPES, TP
-from hmf_jax.presets import PRESETS
 from hmf_jax.training.step import REMAT
 
 PASSES = ("fwd", "fwd_bwd", "decode")
@@ -163,8 +162,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
     many("--ops", ",".join(operators.OPERATORS), str, f"of {', '.join(OPS)}", OPS)
     many("--impls", None, str, "implementations; default: chunked, for models auto", IMPLS)
-    shapes = [*SHAPES, *(name for name in PRESETS if name.upper() not in map(str.upper, SHAPES))]
-    parser.add_argument("--shape", choices=shapes, default="8B" if on_gpu else "tiny")
+    parser.add_argument("--shape", choices=models.PRESETS, default="8B" if on_gpu else "tiny")
     many("--tp", "1", int, "operators: measure one device's part of this many", TP)
     parser.add_argument(
         "--mesh", type=_mesh,

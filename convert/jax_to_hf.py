@@ -95,7 +95,9 @@ def write_config(directory: Path, config: Mapping[str, Any], dtype: str) -> None
     """config.json, whose `dtype` is that of the embeddings ("BF16", ...)."""
     older = "torch_dtype" in config and "dtype" not in config
     data = {**config, "torch_dtype" if older else "dtype": DTYPES[dtype].name}
-    (directory / "config.json").write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (directory / "config.json").write_text(
+        json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def companions_of(source: str | Path) -> dict[str, Path]:

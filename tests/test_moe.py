@@ -18,7 +18,7 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.model import HybridLM
 from hmf_jax.moe import MoE, Routing, busiest_expert, load_balancing_loss
 from hmf_jax.options import MoEConfig
-from hmf_jax.parameters import abstract_params, flat_params
+from hmf_jax.parameters import flat_params
 from hmf_jax.training import TrainState, make_train_step, next_token_loss
 from hmf_jax.training.flops import training_flops
 from hmf_jax.training.lora import apply_lora
@@ -26,14 +26,12 @@ from hmf_jax.training.loss import aux_coef, balanced_loss
 from tests.util import mesh_of, place, random_model, rel, tiny_config
 
 MIXED = MoEConfig(8, 3, 12, shared_intermediate_size=20, every=2, dense_layers=(3,))
-CONFIG = tiny_config(("*",) * 4, moe=MIXED)  # layer 1 is sparse
-ABSTRACT = nnx.eval_shape(lambda: HybridLM(CONFIG, dtype=jnp.float32))
+CONFIG = tiny_config(("*",) * 2, moe=MIXED)  # layer 1 is sparse
 
 
 @functools.cache
 def model() -> HybridLM:
-    """Its first two layers."""
-    return random_model(dataclasses.replace(CONFIG, layer_kinds=("*",) * 2), jnp.float32)
+    return random_model(CONFIG, jnp.float32)
 
 
 def layer() -> MoE:
@@ -46,6 +44,7 @@ def swiglu(x, gate, up, down):
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 
+@jax.jit
 def plain(moe: MoE, x, chosen=None):
     """The formula, every expert for every token: y, and the experts of each token."""
     p = jax.nn.softmax(x @ moe.gate.kernel[...])
@@ -83,13 +82,14 @@ FULL = jnp.full(3, 7)
 
 
 def test_where_experts_are():
-    sparse = [isinstance(block.mlp, MoE) for block in ABSTRACT.layers]
-    assert sparse == [False, True, False, False]
-    assert sparse == [CONFIG.is_sparse(i) for i in range(4)]
+    six = tiny_config(("*",) * 6, moe=MIXED)
+    sparse = [isinstance(b.mlp, MoE) for b in nnx.eval_shape(lambda: HybridLM(six)).layers]
+    assert sparse == [False, True, False, False, False, True]
+    assert sparse == [six.is_sparse(i) for i in range(6)]
     assert layer().experts.gate_up_proj.shape == (8, 32, 24)
     assert layer().experts.down_proj.shape == (8, 12, 32)
     shapes = {e.path: e.parameter_shape for e in table.entries(CONFIG)}
-    assert shapes == {path: a.shape for path, a in abstract_params(ABSTRACT, None).items()}
+    assert shapes == {path: a.shape for path, a in flat_params(model()).items()}
 
 
 @pytest.mark.parametrize("renormalize", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -180,7 +180,7 @@ def test_load_balancing_loss():
 
 def test_active_parameters_and_flops():
     """Of the experts a token meets 3 of 8, and all of the rest."""
-    sizes = {path: a.size for path, a in abstract_params(ABSTRACT, None).items()}
+    sizes = {path: a.size for path, a in flat_params(model()).items()}
     stacked = sum(n for path, n in sizes.items() if ".experts." in path)
     assert table.num_parameters(CONFIG) == sum(sizes.values())
     assert table.num_active_parameters(CONFIG) == sum(sizes.values()) - stacked * 5 // 8
@@ -205,10 +205,14 @@ def batch() -> dict[str, Any]:
 
 def test_what_training_minimises():
     """The mean over targets of the cross-entropy, and the loss of the routers times 0.5."""
-    routings = [r for r in jax.jit(routings_of)(model(), **batch()) if r is not None]
-    aux = load_balancing_loss(routings)
-    both = jax.jit(lambda m, b: (balanced_loss(m, **b, **COEF), next_token_loss(m, **b)))
-    (total, count, metrics), (alone, targets) = both(model(), batch())
+    one = random_model(tiny_config(("*",), moe=MoEConfig(8, 3, 12)), jnp.float32)
+
+    @jax.jit
+    def all_of(model, batch):
+        aux = load_balancing_loss([r for r in routings_of(model, **batch) if r is not None])
+        return balanced_loss(model, **batch, **COEF), next_token_loss(model, **batch), aux
+
+    (total, count, metrics), (alone, targets), aux = all_of(one, batch())
     assert count == targets == 21
     np.testing.assert_allclose(metrics["loss"], alone, rtol=1e-6)
     np.testing.assert_allclose(metrics["aux_loss"], aux * count, rtol=1e-6)
@@ -255,7 +259,7 @@ def test_a_step_on_any_mesh(sizes, remat):
 
 def test_parameters_are_gathered_again_for_the_gradient():
     """Under fsdp, what is kept for the backward pass holds no parameter as a whole."""
-    split = place(model(), model().config, mesh_of(dict(fsdp=4)))
+    split = place(model(), CONFIG, mesh_of(dict(fsdp=4)))
     x, ctx = split.embed(jnp.zeros((4, 2), jnp.int32))
     moe: Any = split.layers[1].mlp
     run = lambda moe, x: jax.vjp(lambda moe, x: moe(x, ctx)[0], moe, x)[1]  # noqa: E731
@@ -282,6 +286,7 @@ def test_the_step_says_how_experts_are_used():
         make_train_step(optimizer, loss=next_token_loss, **COEF)
 
 
+@pytest.mark.slow
 def test_tabulate():
     """`nnx.tabulate` shows the parts of a layer with experts."""
     text = nnx.tabulate(model(), jnp.ones((1, 4), jnp.int32), console_kwargs={"width": 200})
