@@ -48,7 +48,7 @@ from hmf_jax.padding import (
 )
 from hmf_jax.parameters import abstract_params, cast, float_dtype, shardings, split
 from hmf_jax.sharding import constrain, for_model
-from hmf_jax.state import ModelState
+from hmf_jax.state import ModelState, advance
 
 Array = jax.Array
 
@@ -286,7 +286,7 @@ class HybridLM(nnx.Module):
         for layer in self.blocks(x, ctx, state):
             x = layer.x
             layers.append(layer.state)
-        new = _advance(state, layers, ctx, tokens.shape[1])
+        new = advance(state, layers, ctx, tokens.shape[1])
         if not last_only:
             return self._head(restore(x, ctx.place)), new
         last = tokens.shape[1] - 1 if ctx.lengths is None else jnp.maximum(ctx.lengths - 1, 0)
@@ -343,7 +343,7 @@ class HybridLM(nnx.Module):
             x = layer.x
             layers.append(layer.state)
             seen.append((layer.mixed, x))
-        return self._head(x), _advance(state, layers, ctx, tokens.shape[1]), seen
+        return self._head(x), advance(state, layers, ctx, tokens.shape[1]), seen
 
     @untabulated
     def embed(
@@ -441,11 +441,3 @@ def check_solver(solver: str, config: HybridConfig) -> None:
     check_choice("solver", solver, ("chebyshev", "cg"))
     if solver != "chebyshev" and not config.solves:
         raise ValueError(f"solver={solver!r}: the model has no layers with a solver (GKA).")
-
-
-def _advance(state: ModelState | None, layers, ctx: Context, T: int) -> ModelState | None:
-    if state is None:
-        return None
-    length = state.length + (T if ctx.lengths is None else ctx.lengths)
-    assert ctx.position is not None
-    return ModelState(tuple(layers), length, ctx.position, state.capacity)

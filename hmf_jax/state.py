@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from hmf_jax.moved import moved
+
+if TYPE_CHECKING:
+    from hmf_jax.mixers.base import Context
 
 Array = jax.Array
 
@@ -71,6 +75,20 @@ class ModelState:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+
+def advance(
+    state: ModelState | None, layers: Iterable[Any], ctx: Context, T: int
+) -> ModelState | None:
+    """The state after T more tokens of each row, of which padding does not count; None without one.
+
+    `layers`: the new states of the layers.
+    """
+    if state is None:
+        return None
+    length = state.length + (T if ctx.lengths is None else ctx.lengths)
+    assert ctx.position is not None
+    return ModelState(tuple(layers), length, ctx.position, state.capacity)
 
 
 __getattr__ = moved(

@@ -75,9 +75,9 @@ for name in ("Rada", "Make", "Buse", "Ruga"):
 # %% [markdown]
 # ## What was compiled, and when
 #
-# The first two answers took seconds, the others milliseconds: JAX compiles a program when it meets
-# new shapes of its arguments. A chat needs four: *prefill* of a new prompt, prefill of more text
-# (from the second turn on), the choice of the *first* token, and the *decode* loop. Lengths are
+# The first answer took seconds, the others milliseconds: JAX compiles a program when it meets
+# new shapes of its arguments. A chat needs four: *prefill* of a new prompt, prefill of more text,
+# the choice of the *first* token, and the *decode* loop. Lengths are
 # rounded up to powers of two, so there are few shapes. The next cell counts: another conversation
 # compiles nothing.
 #

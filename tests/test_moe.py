@@ -53,8 +53,8 @@ def plain(moe: MoE, x, chosen=None):
         weights = weights / weights.sum(-1, keepdims=True)
     both, down = moe.experts.gate_up_proj[...], moe.experts.down_proj[...]
     F = down.shape[1]
-    each = jnp.stack(
-        [swiglu(x, both[e, :, :F], both[e, :, F:], down[e]) for e in range(len(down))], -2
+    each = jnp.moveaxis(
+        jax.vmap(swiglu, (None, 0, 0, 0))(x, both[..., :F], both[..., F:], down), 0, -2
     )
     y = jnp.sum(weights[..., None] * jnp.take_along_axis(each, chosen[..., None], -2), -2)
     if moe.shared_expert is not None:
@@ -163,20 +163,18 @@ def test_load_balancing_loss():
 
     def routing(p, slots) -> Routing:
         chosen = np.stack([np.bincount(s, minlength=4) for s in slots.T])
-        return Routing(*map(jnp.asarray, (p, slots, chosen.astype(np.float32), p.sum(0))))
+        logits, chosen = p.astype(np.float32), chosen.astype(np.float32)
+        return Routing(logits, slots, chosen, logits.sum(0))  # pyright: ignore[reportArgumentType]
 
     routings = [routing(*pair) for pair in zip(p, slots, strict=True)]
     probability, ids = np.concatenate(p).mean(0), np.concatenate(slots)
     fractions = np.stack([np.bincount(s, minlength=4) / 16 for s in ids.T])
-    np.testing.assert_allclose(
-        load_balancing_loss(routings), 4 * (fractions * probability).sum(), rtol=1e-6
-    )
     loads = [np.bincount(s.ravel(), minlength=4) for s in slots]
-    np.testing.assert_allclose(
-        busiest_expert(routings), np.mean([x.max() / x.mean() for x in loads]), rtol=1e-6
-    )
-    nothing = jax.tree.map(jnp.zeros_like, routings[0])
-    assert load_balancing_loss([nothing]) == 0 and busiest_expert([nothing]) == 0
+    both = jax.jit(lambda routings: (load_balancing_loss(routings), busiest_expert(routings)))
+    loss, busiest = both(routings)
+    np.testing.assert_allclose(loss, 4 * (fractions * probability).sum(), rtol=1e-6)
+    np.testing.assert_allclose(busiest, np.mean([x.max() / x.mean() for x in loads]), rtol=1e-6)
+    assert both(jax.tree.map(np.zeros_like, routings)) == (0, 0)
 
 
 def test_active_parameters_and_flops():

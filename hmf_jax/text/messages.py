@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hmf_jax.convert.directories import printable
+from hmf_jax.convert.reading import strict_json
 from hmf_jax.text.template import one_line
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -53,17 +54,17 @@ def said(message: Said) -> list[Message]:
 
 def _check(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
-        raise ValueError(f"{where} must be a dict with role and content, not {_shown(message)}")
+        raise ValueError(f"{where} must be a dict with role and content, not {shown(message)}")
     found = {key: value for key, value in message.items() if value is not None}
     unknown = [key for key in found if key not in _KEYS]
     if unknown:
         hint = " (what it thinks is reasoning_content)" if "reasoning" in unknown else ""
         raise ValueError(
-            f"{where} has the key {_shown(unknown[0])}; known are {', '.join(_KEYS)}{hint}"
+            f"{where} has the key {shown(unknown[0])}; known are {', '.join(_KEYS)}{hint}"
         )
     role = found.get("role")
     if role not in ROLES:
-        raise ValueError(f"{where}: role={_shown(role)} is unknown; use {', '.join(ROLES)}")
+        raise ValueError(f"{where}: role={shown(role)} is unknown; use {', '.join(ROLES)}")
     own = {"tool_calls": "assistant", "reasoning_content": "assistant", "tool_call_id": "tool"}
     for key, whose in own.items():
         if key in found and role != whose:
@@ -90,15 +91,16 @@ def _content(content: Any, where: str) -> str:
 def _part(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind != "text":
-        what = _shown(part) if kind is None else f"a part of type {_shown(kind)}"
+        what = shown(part) if kind is None else f"a part of type {shown(kind)}"
         raise ValueError(f'{where} is {what}; only {{"type": "text", "text": ...}} is supported')
     check_text(part.get("text"), f"{where}.text")
     if extra := set(part) - {"type", "text"}:
-        raise ValueError(f"{where} has the key {_shown(min(map(str, extra)))}; known: type, text")
+        raise ValueError(f"{where} has the key {shown(min(map(str, extra)))}; known: type, text")
     return part["text"]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in an error: one line, at most 60 characters of it."""
     return printable(repr(value), 60)
 
 
@@ -106,16 +108,18 @@ def check_text(text: Any, where: str, what: str = "a string") -> None:
     """Raises ValueError, which names the place, unless it is a string of whole characters."""
     if not isinstance(text, str):
         hint = "; write values as JSON text" if isinstance(text, Mapping) else ""
-        raise ValueError(f"{where} must be {what}, not {_shown(text)}{hint}")
+        raise ValueError(f"{where} must be {what}, not {shown(text)}{hint}")
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"{where} has half of a surrogate pair at {e.start}: no Unicode") from None
+        raise ValueError(
+            f"{where} holds half of a surrogate pair at {e.start}: no Unicode"
+        ) from None
 
 
 def _check_calls(calls: Any, where: str) -> list[Message]:
     if not isinstance(calls, list | tuple):
-        raise ValueError(f"{where} must be a list of calls, not {_shown(calls)}")
+        raise ValueError(f"{where} must be a list of calls, not {shown(calls)}")
     return [_check_call(call, f"{where}[{i}]") for i, call in enumerate(calls)]
 
 
@@ -126,12 +130,12 @@ def _check_call(call: Any, where: str) -> Message:
             f'{where} must be {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}'
         )
     if not isinstance(function.get("name"), str) or not function["name"]:
-        raise ValueError(f"{where}: name={_shown(function.get('name'))} must be a string")
+        raise ValueError(f"{where}: name={shown(function.get('name'))} must be a string")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # as OpenAI's interface has it
         try:
-            arguments = json.loads(arguments)
-        except ValueError:
+            arguments = strict_json(arguments)
+        except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, Mapping):
         raise ValueError(f"{where}: arguments must be an object, or the JSON text of one")
@@ -149,7 +153,7 @@ def check_tools(tools: Any) -> list[Message]:
     if tools is None:
         return []
     if not isinstance(tools, list | tuple):
-        raise ValueError(f"tools must be a list of JSON schemas or functions, not {_shown(tools)}")
+        raise ValueError(f"tools must be a list of JSON schemas or functions, not {shown(tools)}")
     return [_check_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
 
 
@@ -165,7 +169,7 @@ def _check_tool(tool: Any, where: str) -> Message:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(
             f'{where} must be a function, or {{"type": "function", "function": {{"name": ..., '
-            f'"description": ..., "parameters": ...}}}}, not {_shown(tool)}'
+            f'"description": ..., "parameters": ...}}}}, not {shown(tool)}'
         )
     try:
         return json.loads(json.dumps(tool, allow_nan=False))

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hmf_jax.convert.reading import strict_json
+from hmf_jax.text.messages import ROLES, check_text, shown
 from hmf_jax.text.thinking import END_THINK, THINK
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 # Names of roles in "conversations" (ShareGPT), and the older name of "tool" in OpenAI's messages.
 _OTHER_ROLES = {
     "human": "user",
@@ -247,7 +247,7 @@ def _message(given: Any) -> dict[str, Any]:
     role = m.get("role")
     m["role"] = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if m["role"] not in ROLES:
-        raise ValueError(f"unknown role: {_short(role)}; there are {', '.join(ROLES)}")
+        raise ValueError(f"unknown role: {shown(role)}; there are {', '.join(ROLES)}")
     for name in ("refusal", "audio"):
         if m.pop(name, None):
             raise RefusedRow(f"a message with {name!r}, which is not trained here")
@@ -281,11 +281,9 @@ def _content(content: Any) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind is None:
-            raise ValueError(
-                f"a content part must be an object with a type: this is {_short(part)}"
-            )
+            raise ValueError(f"a content part must be an object with a type: this is {shown(part)}")
         if kind != "text":
-            raise RefusedRow(f"content part of type {_short(kind)}: {_MEDIA}")
+            raise RefusedRow(f"content part of type {shown(kind)}: {_MEDIA}")
         texts.append(_text(part.get("text"), "content"))
     return "".join(texts)
 
@@ -297,7 +295,7 @@ def _weight(m: dict[str, Any]) -> int | None:
         flag = isinstance(value, bool)
         if flag != (name != "weight") or value not in (0, 1):
             wanted = "0 or 1" if name == "weight" else "true or false"
-            raise ValueError(f"{name} of a message must be {wanted}: this is {_short(value)}")
+            raise ValueError(f"{name} of a message must be {wanted}: this is {shown(value)}")
     if len(set(said.values())) > 1:
         raise ValueError(f"{_names(said)} of a message contradict each other")
     return int(next(iter(said.values()))) if said else None
@@ -317,7 +315,7 @@ def _tool_calls(m: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"a tool call must be an object: this is {_type(call)}")
         call = {k: v for k, v in call.items() if v is not None}
         if call.get("type", "function") != "function":
-            raise ValueError(f"tool call of type {_short(call['type'])}: only functions are known")
+            raise ValueError(f"tool call of type {shown(call['type'])}: only functions are known")
         function = call.pop("function", None)
         if function is None:
             function = {k: call.pop(k) for k in ("name", "arguments") if k in call}
@@ -404,10 +402,7 @@ def _text(value: Any, name: str) -> str:
         raise ValueError(f"{name} must be a text: this is {_type(value)}")
     if "\0" in value:
         raise ValueError(f"{name} holds a NUL character")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} holds half of a surrogate pair, which is no text") from None
+    check_text(value, name)
     return value
 
 
@@ -417,12 +412,7 @@ def _type(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _short(value: Any) -> str:
-    """A value from a file in an error: ASCII without control characters, not too long."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _names(names: Any) -> str:
-    shown = [_short(name) for name in names]
-    return ", ".join(shown[:10]) + (f" and {len(shown) - 10} more" if len(shown) > 10 else "")
+    each = [shown(name) for name in names]
+    more = f" and {len(each) - 10} more" if len(each) > 10 else ""
+    return ", ".join(each[:10]) + more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace as Namespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from hmf_jax.moe import Routing
-from hmf_jax.verify import rel, run_case, verify_dir
+from hmf_jax.verify import Report, rel, run_case, verify_dir
 
 B, L, V, D, W = 2, 9, 5, 4, 6
 RNG = np.random.default_rng(0)
@@ -70,7 +71,7 @@ class Lookup:
         experts = np.argsort(-logits, axis=-1)[..., :2]
         chosen = (experts[..., None] == np.arange(3)).sum((0, 1))
         p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        routing = Routing(logits, experts, chosen, p.sum((0, 1)))
+        routing = Routing(*map(jnp.asarray, (logits, experts, chosen, p.sum((0, 1)))))
         return [Namespace(routing=None)] * 3 + [Namespace(routing=routing)]
 
 
@@ -185,6 +186,8 @@ def test_bfloat16_is_judged_by_the_originals_own_error():
     assert {c.name for c in judged} == {"logits", "logits (prefill)"} and all(c.ok for c in judged)
     checks = run_case(model, case(checks={"bf16": 7e-3}), recorded())
     assert errors(checks) == {"logits", "logits (prefill)"}
+    unknown = Report(Path("here"), "bfloat16", run_case(model, case(), recorded()))
+    assert unknown.ok and str(unknown).endswith("own error in this dtype is not recorded")
 
 
 def test_unknown_tensors_and_shapes():

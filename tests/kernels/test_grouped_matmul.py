@@ -17,19 +17,28 @@ from tests.util import rel
 SIZES = [5, 0, 9, 1], [0, 0, 17, 3], [0, 0, 0, 0], [20, 0, 0, 0]
 
 
+@functools.cache
+def value_and_gradients(op):
+    """One program for all sizes of groups: y and the gradients of x and of weights."""
+
+    @jax.jit
+    def both(x, weights, d_y, sizes):
+        y, vjp = jax.vjp(lambda x, w: op(x, w, sizes), x, weights)
+        return y, *vjp(d_y)
+
+    return both
+
+
+OPS = {n: functools.partial(grouped_matmul, impl=n) for n in ("reference", "chunked", "xla")}
+
+
 def run(impl: str, dtype, sizes: list[int]):
     """y and its gradients for 20 rows; those of no group are NaN."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (20, 8), dtype).at[sum(sizes) :].set(jnp.nan)
     weights = jax.random.normal(keys[1], (4, 8, 6), dtype)
     d_y = jax.random.normal(keys[2], (20, 6), dtype)
-
-    @jax.jit
-    def both(x, weights, sizes, d_y):
-        y, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, impl=impl), x, weights)
-        return y, *vjp(d_y)
-
-    return both(x, weights, jnp.asarray(sizes), d_y)
+    return value_and_gradients(OPS[impl])(x, weights, d_y, jnp.asarray(sizes))
 
 
 @pytest.mark.parametrize(
@@ -72,28 +81,19 @@ def check_mosaic(rows, K, N, sizes, interpret: bool) -> None:
     x, d_y = (rng.standard_normal((rows, n), np.float32) for n in (K, N))
     weights = rng.standard_normal((len(sizes), K, N), np.float32) / K**0.5
     x, weights, d_y = (jnp.asarray(a, jnp.bfloat16) for a in (x, weights, d_y))
+    counts = jnp.asarray(sizes, jnp.int32)
     wide = (a.astype(jnp.float32) for a in (x, weights, d_y))
-    expected = both(grouped_matmul_chunked, sizes, *wide)
+    expected = value_and_gradients(grouped_matmul_chunked)(*wide, counts)
     x, d_y = (a.at[some:].set(jnp.nan) for a in (x, d_y))
     op = functools.partial(mosaic.grouped_matmul_mosaic, interpret=interpret)
-    y, d_x, d_weights = (np.asarray(a, np.float32) for a in both(op, sizes, x, weights, d_y))
+    got = value_and_gradients(op)(x, weights, d_y, counts)
+    y, d_x, d_weights = (np.asarray(a, np.float32) for a in got)
     assert rel(y[:some], expected[0][:some]) < 3e-3
     assert rel(d_x[:some], expected[1][:some]) < 3e-3
     assert rel(d_weights, expected[2]) < 3e-3
     assert not y[some:].any() and not d_x[some:].any()
     for g, size in enumerate(sizes):
         assert size or not d_weights[g].any()
-
-
-def both(op, sizes, x, weights, d_y):
-    """y and the gradients of x and of weights."""
-
-    @jax.jit
-    def run(x, weights, d_y, sizes):
-        y, vjp = jax.vjp(lambda x, w: op(x, w, sizes), x, weights)
-        return y, *vjp(d_y)
-
-    return run(x, weights, d_y, jnp.asarray(sizes, jnp.int32))
 
 
 def test_mosaic_forward_in_the_interpreter(monkeypatch):

@@ -348,7 +348,7 @@ def config_for(changes: dict[str, Any]) -> dict[str, Any]:
 
 def shapes_for(config: dict[str, Any]) -> Shapes:
     """Checkpoint name -> shape, as the original names its tensors."""
-    d, F, V = config["hidden_size"], config.get("intermediate_size"), config["vocab_size"]
+    d, F, V = config["hidden_size"], config.get("intermediate_size", 0), config["vocab_size"]
     E = config["num_attention_heads"]
     D = config.get("head_dim", d // E)
     K = config.get("num_key_value_heads", E)

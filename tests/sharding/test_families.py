@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hmf_jax.options import LinearHeads
 from hmf_jax.sharding import for_model, make_mesh
 from tests.families.tiny import FAMILIES, OPTIONS, SIX, tiny_family
 from tests.sharding.test_model import REDUCES, collectives, decode
@@ -16,17 +17,19 @@ from tests.util import mesh_of, place, random_model, rel
 
 # Heads that two devices can share, in the families whose tiny model has too few.
 EVEN: dict[str, dict[str, Any]] = {"qwen2": dict(num_attention_heads=14, num_key_value_heads=2)}
-MESHES = {"tp2": dict(tp=2), "dp2 x fsdp2 x tp2": dict(dp=2, fsdp=2, tp=2), "fsdp8": dict(fsdp=8)}
+MESHES = [dict(tp=2), dict(dp=2, fsdp=2, tp=2), dict(fsdp=8)]
 
 
 def even(family: str, kinds: tuple[str, ...] = SIX, **changes):
     return tiny_family(family, kinds, **{**EVEN.get(family, {}), **changes})
 
 
+@pytest.mark.slow  # test_model.py has experts and output gates in the default suite
 @pytest.mark.parametrize(
     ("family", "kinds", "meshes"),
-    [("qwen3_next", ("*",), ["tp2"])]
-    + [pytest.param(name, SIX, list(MESHES), marks=pytest.mark.slow) for name in FAMILIES],
+    [(name, SIX, MESHES) for name in FAMILIES]
+    # More devices than key heads of linear layers.
+    + [("qwen3_next", ("GKA", "GDN"), [dict(tp=4)])],
 )
 def test_every_mesh_gives_the_single_device_logits(family, kinds, meshes):
     with jax.enable_x64(True):
@@ -36,7 +39,7 @@ def test_every_mesh_gives_the_single_device_logits(family, kinds, meshes):
         cuts = (8, 9, 10) if kinds == SIX else (5, 6)
         wanted = decode(model, tokens, cuts)
         for mesh in meshes:
-            got = decode(place(model, config, mesh_of(MESHES[mesh])), tokens, cuts)
+            got = decode(place(model, config, mesh_of(mesh)), tokens, cuts)
             for a, b in zip(got, wanted, strict=True):
                 assert rel(a, b) < 1e-9, mesh
 
@@ -58,7 +61,7 @@ def test_collectives(family, T):
 def test_split_sequences(family):
     """Packed, padded rows whose tokens are split over sp."""
     with jax.enable_x64(True):
-        config = even(family, **dict(num_key_value_heads=2))
+        config = even(family, num_key_value_heads=2)
         model = random_model(config, jnp.float64, seed=1)
         split = place(model, config, make_mesh(dp=2, fsdp=2, sp=2))
         tokens = jax.random.randint(jax.random.key(0), (4, 24), 0, 64)
@@ -67,7 +70,14 @@ def test_split_sequences(family):
         np.testing.assert_allclose(call(split, tokens, ids), call(model, tokens, ids), atol=1e-9)
 
 
-def test_heads_of_linear_layers_that_do_not_divide():
-    config = tiny_family("qwen3_next", ("GDN",))
-    with pytest.raises(ValueError, match="tp=4 does not divide linear_num_key_heads=2"):
-        for_model(make_mesh(tp=4, devices=jax.devices()[:4]), config)
+@pytest.mark.parametrize(
+    ("linear", "tp", "message"),
+    [
+        (LinearHeads(2, 6, 8), 4, "tp=4 does not divide linear_num_value_heads=6"),
+        (LinearHeads(3, 6, 8), 2, "tp=2 does not divide linear_num_key_heads=3"),
+    ],
+)
+def test_heads_of_linear_layers_that_do_not_divide(linear, tp, message):
+    config = tiny_family("qwen3_next", ("GDN",), linear=linear, num_key_value_heads=2)
+    with pytest.raises(ValueError, match=message):
+        for_model(make_mesh(tp=tp, devices=jax.devices()[:tp]), config)

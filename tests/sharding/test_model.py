@@ -119,8 +119,9 @@ MOE = MoEConfig(8, 3, 12, shared_intermediate_size=16)
 
 
 def test_experts_take_one_all_reduce():
-    """Tensor parallel devices have other experts and all tokens; nothing is sent between them."""
-    config = tiny_config(("*",), **HEADS, moe=MOE)
+    """Tensor parallel devices have other experts and all tokens; nothing is sent between them. The
+    output gates of attention are where its heads are."""
+    config = tiny_config(("*",), **HEADS, moe=MOE, output_gate=True)
     model = random_model(config, jnp.float32)
     tokens = jax.random.randint(jax.random.key(0), (4, 3), 0, 64)
     call = jax.jit(lambda m, t: m(t)[0])

@@ -122,8 +122,8 @@ CASES = {
     "decode_attention": Case({"q": "bhd"} | CACHE, _decode_attention, "bhd"),
     "two_window_decode": Case({"q": "bhd", "q_fading": "bhd"} | CACHE, _two_window_decode, "bhd"),
 }
-# What is new in these is a mask before the operator; the convolution's is in it.
-SLOW = {"gated_delta_rule lengths", "gated_delta_rule_step", "ssd_step"}
+# What is new in these is a mask, before the operator or in it; the convolution's is in it.
+SLOW = {"attention window", "gated_delta_rule lengths", "gated_delta_rule_step", "ssd_step"}
 FORWARD_ONLY = {"gka_step", "gated_delta_rule_step", "ssd_step", "two_window_decode"}
 
 

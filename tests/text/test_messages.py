@@ -77,6 +77,10 @@ def test_messages_as_templates_take_them():
             "arguments must be an object",
         ),
         (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]},
+            "arguments must be an object",
+        ),
+        (
             {"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]},
             "arguments must be an object",
         ),
