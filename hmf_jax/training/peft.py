@@ -177,7 +177,7 @@ class AdapterConfig:
             )
         for name in ("rank_pattern", "alpha_pattern"):
             keys = getattr(self, name)
-            used = {_key(keys, name) for name in (*modules, *parameters)}
+            used = {_key(keys, meant) for meant in (*modules, *parameters)}
             if vain := [printable(key) for key in keys if key not in used]:
                 warnings.warn(f"{self.file}: {name} {', '.join(vain)} match nothing", stacklevel=3)
 
