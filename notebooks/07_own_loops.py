@@ -138,7 +138,7 @@ def steered(model, tokens, direction, layer, strength):
     """Probabilities of the next token if `strength * direction` is added after `layer`."""
     x, ctx = model.embed(tokens)
     for i, block in enumerate(model.layers):
-        x, _, _ = run_block(block, x, ctx, None)
+        x, *_ = run_block(block, x, ctx, None)
         x = x.at[:, -1].add(jnp.where(i == layer, strength, 0.0) * direction)
     return jax.nn.softmax(model.norm(x[:, -1]) @ model.head_kernel())[0]
 
