@@ -121,7 +121,6 @@ OVERLAPPING = (
     "test_laws.py::test_decoding_continues_a_prefill[GDN]",
     "test_laws.py::test_decoding_continues_a_prefill[M2]",
     "test_laws.py::test_decoding_continues_a_prefill[SWA]",
-    "test_laws.py::test_decoding_continues_a_prefill[all six]",
     "test_laws.py::test_packed_is_separate[BMF]",
     "test_laws.py::test_padding_leaves_no_trace[*]",
     "test_laws.py::test_padding_leaves_no_trace[BMF]",
