@@ -24,8 +24,14 @@ from tests.util import random_model, rel
 T, PIECE = 24, 6
 # The family that differs most; all families with all six kinds are slow.
 QUICK = {"qwen3_next": ("*",)}
-TOL = 1e-8
+# The scale of queries (ministral3) is float32 in any model. Programs of other shapes round its
+# logarithm in other ways, and GKA layers enlarge that.
+TOL = {"ministral3": 1e-6}
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, T))
+
+
+def tolerance(model: HybridLM) -> float:
+    return TOL.get(model.config.family, 1e-8)
 
 
 @jax.jit
@@ -73,7 +79,7 @@ def padding_leaves_no_trace(model: HybridLM, whole: np.ndarray) -> None:
         tokens[row, mask[row]] = TOKENS[row, : mask[row].sum()]
     padded = forward(model, tokens, mask.astype(np.int32))
     for row in range(2):
-        assert rel(padded[row, mask[row]], whole[row, : mask[row].sum()]) < TOL
+        assert rel(padded[row, mask[row]], whole[row, : mask[row].sum()]) < tolerance(model)
 
 
 def packed_is_separate(model: HybridLM, whole: np.ndarray) -> None:
@@ -82,15 +88,15 @@ def packed_is_separate(model: HybridLM, whole: np.ndarray) -> None:
     tokens = TOKENS.copy()
     tokens[:, cut + pad :] = TOKENS[:, : T - cut - pad]
     packed = forward(model, tokens, ids)
-    assert rel(packed[:, :cut], whole[:, :cut]) < TOL
-    assert rel(packed[:, cut + pad :], whole[:, : T - cut - pad]) < TOL
+    assert rel(packed[:, :cut], whole[:, :cut]) < tolerance(model)
+    assert rel(packed[:, cut + pad :], whole[:, : T - cut - pad]) < tolerance(model)
 
 
 def rows_do_not_know_each_other(model: HybridLM, whole: np.ndarray) -> None:
-    assert rel(forward(model, TOKENS[::-1]), whole[::-1]) < TOL
+    assert rel(forward(model, TOKENS[::-1]), whole[::-1]) < tolerance(model)
     other = TOKENS.copy()
     other[1] = (other[1] + 1) % 64
-    assert rel(forward(model, other)[0], whole[0]) < TOL
+    assert rel(forward(model, other)[0], whole[0]) < tolerance(model)
 
 
 def pieces_are_the_whole(model: HybridLM, whole: np.ndarray) -> None:
@@ -106,7 +112,9 @@ def pieces_are_the_whole(model: HybridLM, whole: np.ndarray) -> None:
         logits, state = next_tokens(model, tokens, counts.astype(np.int32), state)
         logits = np.asarray(logits)
         for row, count in enumerate(counts):
-            assert rel(logits[row, :count], whole[row, at[row] : at[row] + count]) < TOL
+            assert rel(logits[row, :count], whole[row, at[row] : at[row] + count]) < tolerance(
+                model
+            )
         at = at + counts
 
     if model.config.layer_kinds == SIX:
