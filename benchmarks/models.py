@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -364,25 +365,24 @@ class Bench:
             empty = jnp.zeros(self.s.batch, jnp.int32)
             return mixer(x, self._context(empty, self.s.length, True))[0]
 
-        mixer, sets = self._first_mixer(), self._hidden(self.s.length)
-        program = jax.jit(run).lower(mixer, sets[0]).compile()
-        ms = milliseconds(lambda x: program(mixer, x), sets)
-        extra: dict[str, Any] = {"weight_bytes": device_bytes(mixer)}
-        if profile := device_time(lambda: program(mixer, sets[0])):
-            extra |= profile.per(1)
-        return "fwd", ms, program, extra
+        return self._part(self._first_mixer(), run)
 
     def _mlp(self):
         def run(mlp: Any, x: Array) -> Array:
             empty = jnp.zeros(self.s.batch, jnp.int32)
             return mlp(x, self._context(empty, self.s.length, True))[0] if sparse else mlp(x)
 
-        mlp, sets = self.model.layers[-1].mlp, self._hidden(self.s.length)
+        mlp = self.model.layers[-1].mlp
         sparse = isinstance(mlp, MoE)
-        program = jax.jit(run).lower(mlp, sets[0]).compile()
-        ms = milliseconds(lambda x: program(mlp, x), sets)
-        extra: dict[str, Any] = {"weight_bytes": device_bytes(mlp)}
-        if profile := device_time(lambda: program(mlp, sets[0])):
+        return self._part(mlp, run)
+
+    def _part(self, part: Any, run: Callable[[Any, Array], Array]):
+        """A forward pass of a part of a layer."""
+        sets = self._hidden(self.s.length)
+        program = jax.jit(run).lower(part, sets[0]).compile()
+        ms = milliseconds(lambda x: program(part, x), sets)
+        extra: dict[str, Any] = {"weight_bytes": device_bytes(part)}
+        if profile := device_time(lambda: program(part, sets[0])):
             extra |= profile.per(1)
         return "fwd", ms, program, extra
 
