@@ -36,14 +36,17 @@ from hmf_jax.engine.request import (
     check_room,
     requests,
 )
-from hmf_jax.engine.scheduler import Event, Finished, New, Scheduler, Started
+from hmf_jax.engine.scheduler import Scheduler
 from hmf_jax.engine.scores import score
 from hmf_jax.engine.settings import Context, Processor
+from hmf_jax.engine.thread import EngineThread
+from hmf_jax.engine.turn import Event, Finished, New, Scored, Started
 
 __all__ = [
     "GREEDY",
     "Context",
     "Engine",
+    "EngineThread",
     "Event",
     "Finished",
     "New",
@@ -51,6 +54,7 @@ __all__ = [
     "Processor",
     "Request",
     "Scheduler",
+    "Scored",
     "Started",
     "Tokens",
     "capacity_for",

@@ -27,9 +27,9 @@ from hmf_jax.engine.request import (
     requests,
     tell_errors,
 )
-from hmf_jax.engine.scheduler import Finished, New
 from hmf_jax.engine.scores import score_prompts
 from hmf_jax.engine.settings import Processor
+from hmf_jax.engine.turn import Finished, New
 from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingSettings

@@ -11,8 +11,9 @@ from hmf_jax.engine.buffers import Buffers
 from hmf_jax.engine.failure import first_bad_layer, first_bad_state
 from hmf_jax.engine.programs import ERROR, MOST_STEPS
 from hmf_jax.engine.request import Request, check_prompts, check_request, check_room, check_whole
-from hmf_jax.engine.scheduler import Event, New, Result, Scheduler, Started
+from hmf_jax.engine.scheduler import Result, Scheduler
 from hmf_jax.engine.settings import Processor
+from hmf_jax.engine.turn import Event, New, Started
 from hmf_jax.model import HybridLM, check_solver
 from hmf_jax.padding import check_state
 from hmf_jax.state import ModelState
@@ -122,21 +123,41 @@ class Engine:
             raise ValueError(f"request {id} has no row: it waits, or has ended and was not kept")
         return list(self._rows[id].tokens)
 
-    def add(self, request: Request) -> int:
+    def new_id(self) -> int:
+        """A number for a request, see `add`. Any thread may ask for one."""
+        return next(self._ids)
+
+    def check(self, request: Request) -> Request:
+        """The request with its prompt as a list. Any thread may call it.
+
+        Raises:
+          ValueError: a prompt that is empty, not made of token ids or too long; num_iter without
+            GKA layers; a bias of a token that there is not.
+        """
+        check_request(self.model.config, request)
+        (prompt,) = check_prompts([request.prompt], self.model.config.vocab_size)
+        if request.after is None:
+            check_room(self.model.config, [prompt], [0], self.capacity)
+        return dataclasses.replace(request, prompt=prompt)
+
+    def add(self, request: Request, id: int | None = None) -> int:
         """Queues a request.
+
+        Args:
+          request: the request.
+          id: from `new_id`; None: a new one.
 
         Returns:
           Its id, which its events carry.
 
         Raises:
-          ValueError: a prompt that is empty, not made of token ids or too long; `after` a request
-            that is not held; `back_to` or `marks` that its row does not have; num_iter without GKA
-            layers.
+          ValueError: what `check` finds wrong; `after` a request that is not held; `back_to` or
+            `marks` that its row does not have.
           RuntimeError: an earlier `step` raised an exception.
         """
         self._check_intact()
-        check_request(self.model.config, request)
-        (prompt,) = check_prompts([request.prompt], self.model.config.vocab_size)
+        request = self.check(request)
+        prompt = request.prompt
         before = (None if request.after is None else self._rows.get(request.after)) or _Row()
         held = before.held if request.back_to is None else request.back_to
         if request.back_to is not None and held not in before.marks:
@@ -149,10 +170,10 @@ class Engine:
                     f"{held + len(prompt)} tokens."
                 )
         check_room(self.model.config, [prompt], [held], self.capacity)
-        id = next(self._ids)
+        id = next(self._ids) if id is None else id
         self._scheduler.submit(id, after=request.after, keep=request.keep)
         self._starts[id] = held
-        self._requests[id] = dataclasses.replace(request, prompt=prompt)
+        self._requests[id] = request
         return id
 
     def abort(self, id: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence, Sized
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -23,6 +23,17 @@ Whole = int | Sequence[int] | np.ndarray | jax.Array  # one number, or one per p
 Prompts = Sequence[Tokens] | np.ndarray | jax.Array  # an array: [B, T]
 # None: what holds where nothing is said.
 Sampling = SamplingParams | Mapping[str, Any] | Sequence[SamplingParams | Mapping[str, Any]] | None
+
+
+class Constraint(Protocol):
+    """Decides on the host which tokens may come next; belongs to one request."""
+
+    def mask(self) -> np.ndarray | None:
+        """Allowed tokens as bits, uint32 [ceil(V / 32)], token t in bit t % 32 of word t // 32;
+        None: all are."""
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """These tokens were chosen, in this order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +56,13 @@ class Request:
       back_to: with `after`, a mark of that row: what it holds beyond is forgotten.
       min_new_tokens: no end token before that many new tokens.
       top_logprobs: how many of the most likely tokens to tell at each place, see `New.top`.
+      prompt_logprobs: also tell the log-probability of each token of the prompt, and so many of the
+        most likely tokens there, see `Scored`; None: do not. With it max_new_tokens may be 0.
+      priority: of those that wait, the lowest number gets a row first.
+      cuts: places in the prompt, as numbers of tokens, up to which other prompts are likely to be
+        the same: where the system message ends, where the reply begins.
+      namespace: prompts share what was read only with those of the same namespace.
+      constraint: which tokens are allowed next, see `Constraint`.
 
     Raises ValueError for limits that are not whole numbers, or too small.
     """
@@ -60,9 +78,18 @@ class Request:
     back_to: int | None = None
     min_new_tokens: int = 0
     top_logprobs: int = 0
+    prompt_logprobs: int | None = None
+    priority: int = 0
+    cuts: Sequence[int] = ()
+    namespace: str = ""
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
-        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        if self.prompt_logprobs is not None:
+            check_whole("prompt_logprobs", self.prompt_logprobs, 0)
+        for place in self.cuts:
+            check_whole("cuts", place, 1)
+        check_whole("max_new_tokens", self.max_new_tokens, 1 if self.prompt_logprobs is None else 0)
         check_whole("min_new_tokens", self.min_new_tokens, 0)
         check_whole("top_logprobs", self.top_logprobs, 0)
         if self.min_new_tokens > self.max_new_tokens:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-REASONS = ("", "eos", "length", "capacity", "stop", "error")  # by the device's number; 0: not ended
+from hmf_jax.engine.turn import REASONS, Event, Finished, New, Started
 
 
 class Feed(NamedTuple):
@@ -51,41 +51,6 @@ class Result(NamedTuple):
     logprobs: Sequence[Sequence[float]]
     reasons: Sequence[int]
     top: Sequence[Sequence[dict[int, float]]] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Started:
-    """A request has got its row, after this many seconds in the queue."""
-
-    id: int
-    waited: float
-
-
-@dataclasses.dataclass(frozen=True)
-class New:
-    """New tokens of a request, the log-probability of each, and, if it asked for them, the most
-    likely tokens at each place, {token: logprob}."""
-
-    id: int
-    tokens: list[int]
-    logprobs: list[float]
-    top: list[dict[int, float]] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """A request has ended: "eos", "length", "capacity", "stop" or "error".
-
-    With "error" the logits of its row were not finite: `error` says at which new token, and where
-    that began. Its row is not kept.
-    """
-
-    id: int
-    reason: str
-    error: str | None = None
-
-
-Event = Started | New | Finished
 
 
 @dataclasses.dataclass

@@ -149,4 +149,5 @@ def test_it_is_plain_python():
         "time",
         "collections.abc",
         "typing",
+        "hmf_jax.engine.turn",  # plain Python, too
     }
