@@ -43,7 +43,7 @@ class ServeConfig:
     slots: int = 8
     prefill_chunk: int = 2048
     prefix_cache: str = "exact"
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)  # never in a log
     cors_origins: tuple[str, ...] = ()
     max_body: int = 32 << 20
     max_queue: int | None = None
