@@ -6,6 +6,9 @@
     settings   what the rows were asked for, as arrays
     buffers    the rows on the device: the only part that knows how their memory is laid out
     engine     add, abort, step -> events
+    thread     an engine in a thread of its own
+    batch      prompts that begin and decode together, without an engine
+    sizes      what shapes are rounded up to
     failure    where logits that are not finite come from
     api        generate, stream, warmup
     pure       sample, for programs of one's own
@@ -18,10 +21,8 @@ tokens, limits) is a run-time value; so is num_iter once it differs from the con
 """
 
 from hmf_jax.engine.api import (
-    capacity_for,
     enable_compilation_cache,
     generate,
-    start,
     stream,
     warmup,
 )
@@ -39,6 +40,7 @@ from hmf_jax.engine.request import (
 from hmf_jax.engine.scheduler import Scheduler
 from hmf_jax.engine.scores import score
 from hmf_jax.engine.settings import Context, Processor
+from hmf_jax.engine.sizes import capacity_for
 from hmf_jax.engine.thread import EngineThread
 from hmf_jax.engine.turn import Event, Finished, New, Scored, Started
 
@@ -65,7 +67,6 @@ __all__ = [
     "requests",
     "sample",
     "score",
-    "start",
     "stream",
     "warmup",
 ]

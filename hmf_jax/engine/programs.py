@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hmf_jax.engine.settings import Context, Processor, Settings
@@ -67,6 +68,12 @@ class Top(NamedTuple):
 
     ids: jax.Array
     logprobs: jax.Array
+
+
+def as_dicts(ids: np.ndarray, logprobs: np.ndarray) -> list[dict[int, float]]:
+    """The most likely tokens of each place, [n, k] each: {token: logprob}, the first one first."""
+    pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
+    return [dict(zip(*pair, strict=True)) for pair in pairs]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

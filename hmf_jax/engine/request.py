@@ -310,6 +310,23 @@ def check_room(
             )
 
 
+def check_capacity(config: HybridConfig, capacity: int, ahead: int = 0) -> None:
+    """Raises ValueError if rows of `capacity` tokens, whose positions are up to `ahead` more than
+    the tokens they hold, go beyond what RoPE covers."""
+    longest = config.max_position_embeddings
+    if capacity + ahead > longest:
+        raise ValueError(
+            f"capacity={capacity} is more than max_position_embeddings={longest} allows; "
+            "choose a smaller one, or raise max_position_embeddings in the model's config."
+        )
+
+
+def check_processor(processor: Any) -> None:
+    """Raises ValueError unless it is None or can be called."""
+    if processor is not None and not callable(processor):
+        raise ValueError(f"processor={processor!r} must be a function of logits and context.")
+
+
 def _end_ids(config: HybridConfig, eos_ids: Any, count: int) -> list[list[int]]:
     if eos_ids is None:
         stored = config.eos_token_id
