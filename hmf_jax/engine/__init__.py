@@ -8,7 +8,6 @@
     engine     add, abort, step -> events
     thread     an engine in a thread of its own
     batch      prompts that begin and decode together, without an engine
-    sizes      what shapes are rounded up to
     failure    where logits that are not finite come from
     api        generate, stream, warmup
     pure       sample, for programs of one's own
@@ -33,6 +32,7 @@ from hmf_jax.engine.request import (
     Output,
     Request,
     Tokens,
+    capacity_for,
     check_prompts,
     check_room,
     requests,
@@ -40,7 +40,6 @@ from hmf_jax.engine.request import (
 from hmf_jax.engine.scheduler import Scheduler
 from hmf_jax.engine.scores import score
 from hmf_jax.engine.settings import Context, Processor
-from hmf_jax.engine.sizes import capacity_for
 from hmf_jax.engine.thread import EngineThread
 from hmf_jax.engine.turn import Event, Finished, New, Scored, Started
 

@@ -14,12 +14,14 @@ import jax
 
 from hmf_jax.engine.batch import Batch
 from hmf_jax.engine.engine import Engine
+from hmf_jax.engine.programs import SMALLEST_CHUNK, power_of_two
 from hmf_jax.engine.request import (
     Output,
     Prompts,
     Request,
     Sampling,
     Whole,
+    capacity_for,
     check_room,
     check_top,
     check_whole,
@@ -28,7 +30,6 @@ from hmf_jax.engine.request import (
 )
 from hmf_jax.engine.scores import score_prompts
 from hmf_jax.engine.settings import Processor
-from hmf_jax.engine.sizes import SMALLEST_CHUNK, capacity_for, power_of_two
 from hmf_jax.engine.turn import Finished, New
 from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM

@@ -12,17 +12,17 @@ import numpy as np
 
 from hmf_jax.engine import programs
 from hmf_jax.engine.failure import why_not_finite
-from hmf_jax.engine.programs import MOST_STEPS, Layout, as_dicts
+from hmf_jax.engine.programs import MOST_STEPS, SMALLEST_CHUNK, Layout, as_dicts, power_of_two
 from hmf_jax.engine.request import (
     GREEDY,
     Request,
+    capacity_for,
     check_capacity,
     check_processor,
     check_room,
     check_whole,
 )
 from hmf_jax.engine.settings import Processor, Settings, stack_settings
-from hmf_jax.engine.sizes import SMALLEST_CHUNK, capacity_for, power_of_two
 from hmf_jax.engine.turn import REASONS, Event, Finished, New
 from hmf_jax.model import HybridLM, check_solver
 from hmf_jax.packed import PackedModel

@@ -15,11 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from hmf_jax.engine import programs
-from hmf_jax.engine.programs import MOST_STEPS, Layout, Rows, Top, as_dicts
+from hmf_jax.engine.programs import (
+    MOST_STEPS,
+    SMALLEST_CHUNK,
+    Layout,
+    Rows,
+    Top,
+    as_dicts,
+    power_of_two,
+)
+from hmf_jax.engine.programs import SMALLEST_CAPACITY as SMALLEST_CAPACITY
 from hmf_jax.engine.request import GREEDY, Request
 from hmf_jax.engine.scheduler import Feed, Result, Turn
 from hmf_jax.engine.settings import Processor, Settings, stack_settings
-from hmf_jax.engine.sizes import SMALLEST_CHUNK, power_of_two
 from hmf_jax.mixers import KINDS
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel

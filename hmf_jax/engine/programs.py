@@ -31,6 +31,8 @@ from hmf_jax.sampling import adjust, choose, logprob
 from hmf_jax.state import ModelState
 
 SMALLEST_HALF = 8192  # tokens; what has been found to gain, see docs/performance.md
+SMALLEST_CHUNK = 64  # tokens; the last chunk of a prompt is padded to this times a power of two
+SMALLEST_CAPACITY = 256  # tokens
 MOST_STEPS = 64  # tokens per row and dispatch; one compiled program serves every smaller number
 
 Appends = tuple[tuple[str, ...], ...]  # `Kind.appends` of each layer
@@ -68,12 +70,6 @@ class Top(NamedTuple):
 
     ids: jax.Array
     logprobs: jax.Array
-
-
-def as_dicts(ids: np.ndarray, logprobs: np.ndarray) -> list[dict[int, float]]:
-    """The most likely tokens of each place, [n, k] each: {token: logprob}, the first one first."""
-    pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
-    return [dict(zip(*pair, strict=True)) for pair in pairs]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -420,3 +416,14 @@ def _processed(processor: Processor, scores: jax.Array, rows: Rows) -> jax.Array
             f"The processor made {new.shape} of logits {scores.shape}; it must keep their shape."
         )
     return new.astype(scores.dtype)
+
+
+def as_dicts(ids: np.ndarray, logprobs: np.ndarray) -> list[dict[int, float]]:
+    """The most likely tokens of each place, [n, k] each: {token: logprob}, the first one first."""
+    pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
+    return [dict(zip(*pair, strict=True)) for pair in pairs]
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n, or `least` if that is larger."""
+    return max(least, 1 << max(n - 1, 0).bit_length())

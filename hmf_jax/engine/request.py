@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from hmf_jax.config import HybridConfig
+from hmf_jax.engine.programs import SMALLEST_CAPACITY, power_of_two
 from hmf_jax.generation_config import GenerationDefaults
 from hmf_jax.options import shown
 from hmf_jax.sampling import SamplingParams
@@ -308,6 +309,13 @@ def check_room(
                 f"of {capacity}; shorten it or pass a larger capacity (at most "
                 f"max_position_embeddings={config.max_position_embeddings})."
             )
+
+
+def capacity_for(config: HybridConfig, needed: int, capacity: int | None = None) -> int:
+    """`capacity`, or the bucket for `needed` tokens: a power of two, at most what RoPE covers."""
+    if capacity is not None:
+        return capacity
+    return min(power_of_two(needed, SMALLEST_CAPACITY), config.max_position_embeddings)
 
 
 def check_capacity(config: HybridConfig, capacity: int, ahead: int = 0) -> None:

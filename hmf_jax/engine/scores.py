@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hmf_jax.engine.programs import Top, as_dicts
+from hmf_jax.engine.programs import SMALLEST_CHUNK, Top, as_dicts, power_of_two
 from hmf_jax.engine.request import Request
-from hmf_jax.engine.sizes import SMALLEST_CHUNK, power_of_two
 from hmf_jax.layers import exact_dtype
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
