@@ -19,7 +19,7 @@ from hmf_jax.cli import app
 from hmf_jax.config import BMojoConfig, GDNConfig, GKAConfig, HybridConfig, Mamba2Config
 from hmf_jax.engine import programs, settings
 from hmf_jax.loading import from_pretrained, save_pretrained
-from hmf_jax.memory import plan_memory
+from hmf_jax.memory import plan_engine, plan_memory
 from hmf_jax.pallas_kernels.shapes import SHAPES
 from hmf_jax.priming import (
     distillation_loss,
@@ -81,6 +81,7 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
     hmf_jax.HybridLM.init: {"dtype": jnp.bfloat16, "seed": 0},
     from_pretrained: {"dtype": jnp.bfloat16, "num_iter": None, "mesh": None},
     save_pretrained: {"max_shard_size": "5GB", "overwrite": False, "source": None},
+    plan_engine: {"fraction": 0.9, "most_slots": 64, "fill": True, "prefixes": True},
     plan_memory: {"fraction": 0.9, "prefill_chunk": 2048, "dtype": None, "mesh": None},
     prime: {"seed": 0, "dtype": None, "repeat": "rows"},
     prime_directory: {"dtype": jnp.bfloat16, "copy_auxiliary_files": True, "overwrite": False},
