@@ -13,8 +13,8 @@ from typing import Unpack
 import jax
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.engine.buffers import SMALLEST_CAPACITY, SMALLEST_CHUNK, power_of_two
 from hmf_jax.engine.engine import Engine
+from hmf_jax.engine.programs import SMALLEST_CAPACITY, SMALLEST_CHUNK, power_of_two
 from hmf_jax.engine.request import (
     Output,
     Prompts,
