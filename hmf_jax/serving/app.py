@@ -20,7 +20,7 @@ from hmf_jax.serving.answers import Chunks, whole
 from hmf_jax.serving.asks import Ask
 from hmf_jax.serving.errors import ApiError, invalid
 from hmf_jax.serving.guard import Guard, told
-from hmf_jax.serving.pages import page
+from hmf_jax.serving.page import page_response
 from hmf_jax.serving.protocol import (
     Abort,
     Chat,
@@ -38,12 +38,11 @@ from hmf_jax.serving.stream import EventStream, while_connected
 log = logging.getLogger(__name__)
 
 
-def make_app(service: Service, lifespan: Any = None) -> Starlette:
+def make_app(service: Service) -> Starlette:
     """The server as an ASGI application.
 
     Args:
       service: what answers.
-      lifespan: of the application, see Starlette.
     """
     routes, settings = _Routes(service), service.settings
     middleware = [Middleware(Guard, keys=settings.api_keys)]
@@ -60,7 +59,6 @@ def make_app(service: Service, lifespan: Any = None) -> Starlette:
         routes=routes.table(),
         middleware=middleware,
         exception_handlers={ApiError: told, HTTPException: told},
-        lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     return app
@@ -75,7 +73,7 @@ class _Routes:
 
     def table(self) -> list[Route]:
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
-            "/": page,
+            "/": self.page,
             "/health": self.health,
             "/ready": self.ready,
             "/metrics": self.metrics,
@@ -179,6 +177,9 @@ class _Routes:
             "parent": None if name == own else own,
             "max_model_len": served.length,
         }
+
+    async def page(self, request: Request) -> Response:
+        return page_response()
 
     async def version(self, request: Request) -> Response:
         import jax

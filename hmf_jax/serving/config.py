@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CHUNKS = (4096, 2048, 1024, 512)  # tokens, to choose from by the time that they take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,8 @@ class ServeConfig:
       shutdown_timeout: how long running requests may go on after SIGTERM.
       trust_request_chat_template: requests may bring a chat template, which is a program.
       exclude_tools_when_none: with tool_choice "none" the model does not see the tools.
+      ssl_keyfile, ssl_certfile: for https; both or none.
+      seed: requests without a seed get random ones, which this decides; None: chance does.
     """
 
     host: str = "127.0.0.1"
@@ -53,8 +59,48 @@ class ServeConfig:
     shutdown_timeout: float = 30.0
     trust_request_chat_template: bool = False
     exclude_tools_when_none: bool = False
+    ssl_keyfile: Path | None = None
+    ssl_certfile: Path | None = None
+    seed: int | None = None
 
     @property
     def queue(self) -> int:
         """How many requests may wait."""
         return 4 * self.slots if self.max_queue is None else self.max_queue
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How the engines of a server are made; None leaves the choice to the device and its memory.
+
+    Attributes:
+      slots: requests that run at a time, in each engine.
+      max_model_len: most tokens of a prompt and its answer together.
+      prefill_chunk: prompts are read in pieces of this many tokens; None: 2048 on GPUs, else 512.
+      max_stall: seconds: take the largest of `CHUNKS` that is read in this time.
+      page_size: tokens of a page.
+      memory_fraction: the part of the host's memory to use where there is no GPU, whose part JAX
+        is told before it starts (XLA_PYTHON_CLIENT_MEM_FRACTION).
+      prefix_cache: "exact", "fast" or "off", see `hmf_jax.engine.Engine`.
+      snapshot_every: also keep prefixes of every so many tokens, a multiple of the chunk; 0: no.
+      host_bytes: memory of the host for prefixes; None: a quarter of it, without a GPU none.
+      tp: devices that share one model. dp: how many engines, with a copy of the model each.
+      dtype: of the model: "bfloat16", "float32" or "auto", that of its files.
+      num_iter: Chebyshev iterations of GKA layers in place of the config's.
+      overrides: other values for keys of config.json.
+    """
+
+    slots: int | None = None
+    max_model_len: int | None = None
+    prefill_chunk: int | None = None
+    max_stall: float | None = None
+    page_size: int | None = None
+    memory_fraction: float | None = None
+    prefix_cache: str = "exact"
+    snapshot_every: int = 0
+    host_bytes: int | None = None
+    tp: int = 1
+    dp: int = 1
+    dtype: str = "bfloat16"
+    num_iter: int | None = None
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,241 +1,333 @@
-"""Servers that run: in the foreground, or in a thread for notebooks and tests."""
+"""The life of a server: look at everything, listen, load, compile, be ready, drain, end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import logging
 import os
-import threading
+import signal
+import socket
+import ssl
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import uvicorn
 
-import hmf_jax
-from hmf_jax.engine import Engine
+from hmf_jax import __version__
+from hmf_jax.config import HybridConfig
+from hmf_jax.engine import Engine, EngineThread, Request, enable_compilation_cache
 from hmf_jax.generation_config import generation_defaults
+from hmf_jax.loading import from_pretrained, resolve
+from hmf_jax.memory import EnginePlan, size_text
 from hmf_jax.model import HybridLM
+from hmf_jax.serving import engines
 from hmf_jax.serving.app import make_app
 from hmf_jax.serving.asks import Served
-from hmf_jax.serving.config import ServeConfig
+from hmf_jax.serving.config import CHUNKS, EngineConfig, ServeConfig
+from hmf_jax.serving.router import Router
 from hmf_jax.serving.service import Service
-from hmf_jax.text.tokenizer import directory_of, stop_ids, tokenizer_of
+from hmf_jax.text import load_tokenizer, stop_ids
 
+Report = Callable[[str], None]
+_LINGER = 5.0  # seconds for connections to close once their answers are sent
 log = logging.getLogger(__name__)
-KEEP_ALIVE = 75  # seconds that a connection may be silent between two requests
-Model = HybridLM | Callable[[], HybridLM]
 
 
-def serve(model: Model, tokenizer: Any = None, config: ServeConfig | None = None) -> None:
-    """Serves a model until SIGTERM or Ctrl-C.
+def serve(
+    model: str | Path,
+    config: ServeConfig | None = None,
+    engine: EngineConfig | None = None,
+    *,
+    revision: str | None = None,
+    report: Report = log.info,
+    progress: bool = False,
+) -> None:
+    """Serves a model until SIGTERM or SIGINT, which a second one makes immediate.
 
-    Then requests that run go on for `config.shutdown_timeout` seconds; a second signal ends them.
-
-    Args:
-      model: the model, or a function that loads it; the server answers /health meanwhile.
-      tokenizer: its Hugging Face tokenizer; None: the one in the model's directory.
-      config: how the server is set up.
-
-    Raises:
-      OSError: the port is taken.
-      RuntimeError: the engine has died.
-      Whatever loading the model raises.
-    """
-    server = _Server(model, tokenizer, config or ServeConfig())
-    server.run()
-    if server.failure is not None:
-        raise server.failure
-
-
-@contextlib.contextmanager
-def running(
-    model: Model, tokenizer: Any = None, config: ServeConfig | None = None, **options: Any
-) -> Iterator[Running]:
-    """A server in a thread of its own, for notebooks and tests.
-
-        with running(model, port=0) as server:
-            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    Whatever can be wrong is looked at before the weights are loaded. From then on /health answers;
+    /ready does so once all programs are compiled.
 
     Args:
-      model, tokenizer, config: see `serve`.
-      options: fields of `ServeConfig`, instead of `config`.
+      model: a directory or a Hugging Face repository, see `hmf_jax.from_pretrained`.
+      config: of the HTTP side; engine: of the other. Default: as the device and its memory say.
+      revision: of a repository.
+      report: gets a line for every step.
+      progress: show bars while files are downloaded and read.
 
     Raises:
-      What `serve` raises, when the server starts.
+      ValueError, OSError: it cannot start.
+      RuntimeError: an engine has died.
     """
-    if config is not None and options:
-        raise ValueError("pass config, or its fields, not both")
-    config = config or ServeConfig(**options)
-    server = _Server(model, tokenizer, config)
-    thread = threading.Thread(target=server.run, name="server", daemon=True)
-    thread.start()
-    try:
-        server.wait(thread)
-        yield Running(server)
-    finally:
-        server.end()
-        thread.join()
+    config, options = config or ServeConfig(), engine or EngineConfig()
+    enable_compilation_cache()
+    directory = resolve(model, revision=revision, progress=progress)
+    hybrid = HybridConfig.from_json(directory).override(options.overrides)
+    options = engines.checked(hybrid, options)
+    for name, settings in config.aliases.items():
+        try:
+            hybrid.check_num_iter(settings.get("num_iter"))
+        except ValueError as e:
+            raise ValueError(f"alias {name}: {e}") from None
+    tokenizer = load_tokenizer(directory)
+    dtype = "bfloat16" if options.dtype == "auto" else options.dtype  # until the files are read
+    plan = engines.plan(hybrid, options, dtype)
+    if config.ssl_certfile is not None:
+        _check_ssl(config)
+    with listener(config.host, config.port) as place:
+        life = Life(directory, hybrid, tokenizer, config, options, plan, report, progress)
+        asyncio.run(life.run(place))
+        life.end()
 
 
-class Running:
-    """A server that runs in another thread.
+class Life:
+    """What `serve` does once everything has been looked at."""
 
-    Attributes:
-      url: where it is, "http://127.0.0.1:8000".
-      service: what answers.
-    """
+    def __init__(
+        self,
+        directory: Path,
+        hybrid: HybridConfig,
+        tokenizer: Any,
+        config: ServeConfig,
+        options: EngineConfig,
+        plan: EnginePlan,
+        report: Report,
+        progress: bool,
+    ) -> None:
+        self._directory, self._hybrid, self._tokenizer = directory, hybrid, tokenizer
+        self._options, self._plan, self._progress = options, plan, progress
+        self._say = report
+        self._config = self._resolved(config)
+        self._stop, self._died, self._loaded = asyncio.Event(), False, False
+        self._devices: list[Any] = jax.devices()[: options.tp * options.dp]
 
-    def __init__(self, server: _Server) -> None:
-        self.service = server.service
-        host, port = server.servers[0].sockets[0].getsockname()[:2]
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    async def run(self, place: socket.socket) -> None:
+        """From listening to the last answer."""
+        began = time.perf_counter()
+        service = Service(self._config, self._engine_died)
+        settings = uvicorn.Config(
+            make_app(service),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=int(_LINGER),
+            ssl_keyfile=self._config.ssl_keyfile,
+            ssl_certfile=self._config.ssl_certfile,
+        )
+        server = _Server(settings)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
+        listening = asyncio.create_task(server.serve(sockets=[place]))
+        self._say(f"listening at {self._address(place)}")
+        loading = asyncio.create_task(self._load(service, began))
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({listening, loading, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                await asyncio.wait({listening, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._died:
+                self._say("no new requests are taken; those that run may come to their end")
+            await service.drain()
+        finally:
+            server.should_exit = True
+            await listening
+            stop.cancel()
+            await service.stop()
+
+    def end(self) -> None:
+        """Ends the process if it cannot go on."""
+        if self._died:
+            raise RuntimeError("an engine has died, see above")
+        sys.stderr.flush()
+        if not self._loaded:  # a thread that loads or compiles cannot be interrupted
+            os._exit(0)
+
+    async def _load(self, service: Service, began: float) -> None:
+        """From the files to a server that is ready."""
+        model = await asyncio.to_thread(self._read)
+        made = await asyncio.to_thread(self._make, model)
+        await asyncio.to_thread(self._warm, made)
+        self._loaded = True
+        peak = engines.check_memory(self._plan, self._devices)
+        if peak is not None:
+            self._say(
+                f"memory: {size_text(peak)} at the peak, {size_text(self._plan.total)} planned"
+            )
+        threads = [functools.partial(EngineThread, engine) for engine in made]
+        service.start(functools.partial(Router, threads), self._served(model))
+        names = ", ".join(self._config.model_names)
+        self._say(f"ready: {names}, in {time.perf_counter() - began:.1f} s")
+
+    def _read(self) -> HybridLM:
+        options = self._options
+        with self._timed(f"loaded {self._directory}"):
+            model = from_pretrained(
+                self._directory,
+                mesh=engines.meshes(options)[0],
+                dtype=options.dtype,
+                num_iter=options.num_iter,
+                config_overrides=options.overrides,
+                progress=self._progress,
+            )
+            jax.block_until_ready(model)
+        return model
+
+    def _make(self, model: HybridLM) -> list[Engine]:
+        with self._timed("made the engine, with this memory of each device"):
+            if self._options.max_stall is not None:
+                self._options = self._quick_enough(model)
+            if self._options.dtype == "auto" or self._options.max_stall is not None:
+                self._plan = engines.plan(model.config, self._options, model.dtype)
+            made = [
+                engines.make(copy, self._options, self._plan)
+                for copy in engines.copies(model, self._options)
+            ]
+            jax.block_until_ready(model)
+        for line in self._plan.table().splitlines():
+            self._say(f"  {line}")
+        return made
+
+    def _warm(self, made: list[Engine]) -> None:
+        with self._timed("compiled all programs"):
+            for engine in made:
+                engine.warm()
+
+    def _quick_enough(self, model: HybridLM) -> EngineConfig:
+        """The options with the largest chunk that is read in `max_stall` seconds."""
+        for chunk in CHUNKS:
+            options = dataclasses.replace(self._options, prefill_chunk=chunk)
+            plan = engines.plan(model.config, options, model.dtype)
+            if 2 * chunk >= plan.capacity:
+                continue
+            seconds = _chunk_time(engines.make(model, options, plan), chunk)
+            self._say(f"a chunk of {chunk} tokens takes {1e3 * seconds:.0f} ms")
+            if seconds <= (self._options.max_stall or 0):
+                return options
+        raise ValueError(
+            f"even chunks of {CHUNKS[-1]} tokens take longer than max_stall="
+            f"{self._options.max_stall} s, or are too long for rows of {self._plan.capacity} tokens"
+        )
+
+    def _resolved(self, config: ServeConfig) -> ServeConfig:
+        """With what was left to the device and its memory."""
+        assert self._options.prefill_chunk is not None
+        return dataclasses.replace(
+            config,
+            model_names=config.model_names or (self._directory.resolve().name,),
+            slots=self._plan.slots * self._options.dp,
+            max_model_len=self._plan.capacity,
+            prefill_chunk=self._options.prefill_chunk,
+            prefix_cache=self._options.prefix_cache,
+        )
+
+    def _served(self, model: HybridLM) -> Served:
+        return Served(
+            config=model.config,
+            tokenizer=self._tokenizer,
+            settings=self._config,
+            defaults=generation_defaults(model.config, self._directory),
+            ends=stop_ids(model.config, self._tokenizer, self._directory),
+            names=self._config.model_names,
+            length=self._plan.capacity,
+            fingerprint=self._fingerprint(model),
+            since=int(time.time()),
+        )
+
+    def _fingerprint(self, model: HybridLM) -> str:
+        """Of everything that the bits of an answer depend on."""
+        told = hashlib.blake2b(digest_size=8)
+        for file in sorted(self._directory.rglob("*")):
+            if file.suffix in (".json", ".safetensors"):
+                told.update(f"{file.name} {file.stat().st_size}".encode())
+                with file.open("rb") as content:  # of weights, the list of tensors and some of them
+                    told.update(content.read(1 << 20))
+        plan, options = self._plan, self._options
+        told.update(repr((model.dtype, options.num_iter, dict(options.overrides))).encode())
+        told.update(repr((options.tp, options.prefill_chunk, options.prefix_cache)).encode())
+        told.update(repr((plan.slots, plan.capacity, plan.page_size, plan.pages)).encode())
+        told.update(f"{jax.devices()[0].device_kind} {jax.__version__} {__version__}".encode())
+        return f"hmf-{told.hexdigest()}"
+
+    def _address(self, place: socket.socket) -> str:
+        host, port = place.getsockname()[:2]
+        name = f"[{host}]" if ":" in host else host
+        return f"http{'s' * (self._config.ssl_certfile is not None)}://{name}:{port}"
+
+    def _signalled(self, number: int) -> None:
+        if self._stop.is_set():
+            os._exit(128 + number)
+        self._stop.set()
+
+    def _engine_died(self) -> None:
+        self._died = True
+        self._stop.set()
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._say(f"{what}, in {time.perf_counter() - began:.1f} s")
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, with the model: it is loaded when the server listens, and ends when it ends."""
+    """uvicorn's, but for signals: it goes on answering while requests come to their end."""
 
-    def __init__(self, model: Model, tokenizer: Any, settings: ServeConfig) -> None:
-        self.service = Service(settings, self._died)
-        self.failure: BaseException | None = None
-        self._model, self._tokenizer = model, tokenizer
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        config = uvicorn.Config(
-            make_app(self.service, self._lifespan),
-            host=settings.host,
-            port=settings.port,
-            log_level="warning",
-            access_log=False,
-            timeout_keep_alive=KEEP_ALIVE,
-            timeout_graceful_shutdown=5,
-            lifespan="on",
-        )
-        super().__init__(config)
-
-    def run(self, sockets: Any = None) -> None:
-        try:
-            super().run(sockets)
-        except SystemExit:  # uvicorn's way to say that it could not start; the log has the reason
-            if self.failure is None:
-                settings = self.service.settings
-                self.failure = OSError(f"cannot listen on {settings.host}:{settings.port}")
-
-    def wait(self, thread: threading.Thread) -> None:
-        """Until requests are taken. Raises what has gone wrong."""
-        while self.service.state == "starting" or not self.started:
-            if self.failure is not None:
-                raise self.failure
-            if not thread.is_alive():
-                raise RuntimeError("the server has ended before it was ready")
-            time.sleep(0.01)
-
-    def end(self) -> None:
-        """As a signal does."""
-        if self._loop is not None and not self._loop.is_closed():
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._drain)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal lets requests end, the second one does not wait."""
-        if self.service.state == "draining" or self._loop is None:
-            self.should_exit = self.force_exit = True
-        else:
-            self._loop.call_soon_threadsafe(self._drain)
-
-    def _drain(self) -> None:
-        async def drain() -> None:
-            await self.service.drain()
-            self.should_exit = True
-
-        self._spawn(drain())
-
-    def _died(self) -> None:
-        self.failure = RuntimeError("the engine has died, see the log")
-
-        async def leave() -> None:
-            await asyncio.sleep(1.0)  # so that clients hear of it
-            self.should_exit = True
-
-        self._spawn(leave())
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    @contextlib.asynccontextmanager
-    async def _lifespan(self, app: Any) -> Any:
-        self._loop = asyncio.get_running_loop()
-
-        async def load() -> None:
-            try:
-                engine, served = await asyncio.to_thread(
-                    prepare, self._model, self._tokenizer, self.service.settings
-                )
-            except BaseException as e:
-                self.failure, self.should_exit = e, True
-                return
-            if not self.should_exit:
-                self.service.start(engine, served)
-
-        self._spawn(load())
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # pyright: ignore
         yield
-        await self.service.stop()
 
 
-def prepare(model: Model, tokenizer: Any, settings: ServeConfig) -> tuple[Engine, Served]:
-    """The engine for a model, and what is served; raises what is wrong with either."""
-    if not isinstance(model, HybridLM):
-        model = model()
-    tokenizer = tokenizer_of(model, tokenizer)
-    directory = directory_of(model, tokenizer)
-    longest = model.config.max_position_embeddings
-    length = min(settings.max_model_len or longest, longest)
-    for name, values in settings.aliases.items():
-        for value in values.values():
-            try:
-                model.config.check_num_iter(value)
-            except ValueError as e:
-                raise ValueError(f"alias {name}: {e}") from None
-    engine = Engine(
-        model, settings.slots, capacity=length, prefill_chunk=min(settings.prefill_chunk, length)
-    )
-    source = Path(model.source).name if model.source else "model"
-    served = Served(
-        config=model.config,
-        tokenizer=tokenizer,
-        settings=settings,
-        defaults=generation_defaults(model, directory),
-        ends=stop_ids(model.config, tokenizer, directory),
-        names=settings.model_names or (source,),
-        length=length,
-        fingerprint=fingerprint(model, settings),
-        since=int(time.time()),
-    )
-    return engine, served
+@contextlib.contextmanager
+def listener(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at this address, not listening yet.
+
+    Raises:
+      OSError: somebody else has it, or there is no such address here.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as e:
+        raise OSError(f"there is no address {host}: {e.strerror}") from None
+    with socket.socket(family, kind, protocol) as place:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            place.bind(address)
+        except OSError as e:
+            raise OSError(f"cannot listen at {host}:{port}: {e.strerror}; see --port") from None
+        yield place
 
 
-def fingerprint(model: HybridLM, settings: ServeConfig) -> str:
-    """Of what decides about the bits of an answer: weights, precision, devices, programs."""
-    digest = hashlib.blake2b(digest_size=8)
-    said = (
-        model.config,
-        model.dtype,
-        [str(device.device_kind) for device in jax.devices()],
-        (jax.__version__, hmf_jax.__version__),
-        (settings.slots, settings.prefill_chunk, settings.prefix_cache),
-    )
-    digest.update(repr(said).encode())
-    if model.source:
-        for file in sorted(Path(model.source).glob("*.safetensors")):
-            with open(file, "rb") as f:  # the ends of large files stand for them
-                digest.update(f.read(1 << 16))
-                f.seek(max(os.path.getsize(file) - (1 << 16), 0))
-                digest.update(f.read())
-    return f"hmf-{digest.hexdigest()}"
+def _check_ssl(config: ServeConfig) -> None:
+    assert config.ssl_certfile is not None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            config.ssl_certfile, config.ssl_keyfile
+        )
+    except (OSError, ssl.SSLError) as e:
+        raise ValueError(
+            f"{config.ssl_certfile} and {config.ssl_keyfile} are no certificate and its key: {e}"
+        ) from None
+
+
+def _chunk_time(engine: Engine, chunk: int) -> float:
+    """Seconds that a chunk of a prompt takes, once compiled."""
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        engine.add(Request([0] * (2 * chunk), max_new_tokens=1))
+        while engine.busy:
+            engine.step(1)
+        seconds = (time.perf_counter() - began) / 2
+        engine.reset_prefixes()
+    return seconds

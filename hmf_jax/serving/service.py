@@ -8,16 +8,16 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any
 
-from hmf_jax.engine import Engine, EngineThread, Event, Finished, New, Started
+from hmf_jax.engine import Engine, Event, Finished, New, Started
 from hmf_jax.serving.asks import Ask, Served
 from hmf_jax.serving.choice import Choice
 from hmf_jax.serving.config import ServeConfig
 from hmf_jax.serving.errors import ApiError, busy, failed
 from hmf_jax.serving.metrics import Metrics
 from hmf_jax.serving.reply import Reply
+from hmf_jax.serving.router import Router
 
 log = logging.getLogger(__name__)
 SILENCE = 60.0  # seconds without a sign of life, after which an engine counts as dead
@@ -72,8 +72,15 @@ class Service:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def start(self, engine: Engine, served: Served) -> None:
-        """From now on requests are taken."""
+    def start(
+        self, make: Callable[[Callable[[list[Event]], None]], Router], served: Served
+    ) -> None:
+        """From now on requests are taken.
+
+        Args:
+          make: makes the engines' threads, given the function that they deliver events to.
+          served: the model.
+        """
         loop = asyncio.get_running_loop()
 
         def deliver(events: list[Event]) -> None:
@@ -81,14 +88,14 @@ class Service:
                 loop.call_soon_threadsafe(self._hear, events)
 
         self.served, self.metrics.model = served, served.names[0]
-        self._thread = EngineThread(engine, deliver)
-        self._thread.start()
+        self._router = make(deliver)
+        self._router.start()
         self.state = READY
 
     async def stop(self) -> None:
         """Ends the engine."""
         if self.served is not None:
-            await asyncio.to_thread(self._thread.stop, 10.0)
+            await asyncio.to_thread(self._router.stop, 10.0)
 
     @property
     def model(self) -> Served:
@@ -103,22 +110,24 @@ class Service:
         """Whether the engine works: it has given a sign of life within a minute, if it is there."""
         if self.served is None or self.state == DEAD:
             return self.state != DEAD
-        return self._thread.alive and time.monotonic() - self._thread.beat < SILENCE
+        return self._router.alive and time.monotonic() - self._router.beat < SILENCE
 
-    def call(self, function: Callable[[Engine], Any]) -> Future[Any]:
-        """Runs a function of the engine between two turns."""
+    async def call(self, function: Callable[[Engine], Any]) -> list[Any]:
+        """What a function of every engine returns, between two turns of it."""
+        _ = self.model  # it is there
         try:
-            return self._thread.call(function)
+            return await asyncio.gather(*map(asyncio.wrap_future, self._router.call(function)))
         except RuntimeError:
             raise self._dead() from None
 
     async def prefix_cache(self) -> dict[str, Any]:
         """What the engine tells about its prefix cache."""
-        return dict(await asyncio.wrap_future(self.call(_stats)))
+        return {"engines": await self.call(_stats)}
 
     async def reset_prefix_cache(self) -> None:
         """Drops what no running request uses."""
-        await asyncio.wrap_future(self.call(_reset))
+        await self.call(_reset)
+        self._router.forget()
 
     def check(self, tokens: int = 0) -> None:
         """Raises ApiError if a request cannot be taken now."""
@@ -206,7 +215,7 @@ class Service:
 
     def _submit(self, reply: Reply, choice: Choice) -> None:
         try:
-            number = self._thread.submit(choice.request)
+            number = self._router.submit(choice.request)
         except ValueError as e:
             raise ApiError(400, str(e)) from None
         except RuntimeError:
@@ -218,7 +227,7 @@ class Service:
     def _cancel(self, choice: Choice) -> None:
         number = self._numbers.get(choice)
         if number is not None:
-            self._thread.cancel(number)
+            self._router.cancel(number)
 
     def _dead(self) -> ApiError:
         return busy(_WHY[DEAD], DEAD, 10)
@@ -237,9 +246,9 @@ class Service:
                 row.reply.push(row.choice, event)
             if isinstance(event, Finished):
                 self._ended(row, event)
-        if self._thread.error is not None and self.state != DEAD:
+        if self._router.error is not None and self.state != DEAD:
             self.state = DEAD
-            log.error("the engine has stopped: %r", self._thread.error)
+            log.error("the engine has stopped: %r", self._router.error)
             self._on_end()
 
     def _count(self, *, waiting: int = 0, running: int = 0, tokens: int = 0) -> None:
@@ -273,7 +282,7 @@ class Service:
         reason = event.reason if event.reason == "error" else choice.finish_reason or "abort"
         self.metrics.ended(reason, length, choice.count, row.submitted, row.first, row.last)
         if event.reason == "error":
-            dead = self._thread.error is not None
+            dead = self._router.error is not None
             if not dead:
                 self.metrics.nonfinite()
                 log.error("request %s failed: %s", row.reply.ask.id, event.error)
