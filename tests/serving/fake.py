@@ -97,7 +97,9 @@ class FakeEngine:
             events.append(Started(id, 0.0, cached=len(request.prompt) // 2))
             if request.prompt_logprobs is not None:
                 events.append(Scored(id, *told(request.prompt[1:], request.prompt_logprobs)))
-            self._left[id] = self.script(request)
+            tokens = self.script(request)
+            end = next((i + 1 for i, t in enumerate(tokens) if t in request.eos_ids), None)
+            self._left[id] = tokens[:end]
         events, self._ended = events + self._ended, []
         return events
 
