@@ -324,7 +324,8 @@ def _body(kind: str, value: Any, strict: bool) -> dict[str, Any]:
         raise ValueError(f"{kind} must be a text that is not empty")
     if kind == "grammar":
         return {"lark_grammar": value}
-    return {"lark_grammar": llguidance.LLMatcher.grammar_from_regex(value)}
+    made = json.loads(llguidance.LLMatcher.grammar_from_regex(value))["grammars"][0]
+    return {"lark_grammar": made["lark_grammar"]}
 
 
 def _parameters(i: int, tool: Mapping[str, Any]) -> dict[str, Any]:
