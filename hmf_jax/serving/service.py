@@ -133,7 +133,7 @@ class Service:
         """Raises ApiError if a request cannot be taken now."""
         if self.state != READY:
             raise busy(_WHY[self.state], self.state, 5)
-        if self.waiting >= self.settings.queue:
+        if self.waiting + self.running >= self.settings.slots + self.settings.queue:
             raise busy(f"{self.waiting} requests are waiting already", "queue_full", 1, 429)
         if self.waiting_tokens and self.waiting_tokens + tokens > self._most_tokens:
             message = f"prompts of {self.waiting_tokens} tokens are waiting already"
