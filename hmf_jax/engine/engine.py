@@ -9,9 +9,17 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from hmf_jax.engine.device import PAGE_SIZE, Device, Ticket
-from hmf_jax.engine.failure import first_bad_layer
+from hmf_jax.engine.failure import why_not_finite
 from hmf_jax.engine.programs import MOST_STEPS
-from hmf_jax.engine.request import Request, check_prompts, check_request, check_room, check_whole
+from hmf_jax.engine.request import (
+    Request,
+    check_capacity,
+    check_processor,
+    check_prompts,
+    check_request,
+    check_room,
+    check_whole,
+)
 from hmf_jax.engine.scheduler import Ask, Limits, Scheduler, Stats
 from hmf_jax.engine.settings import Processor
 from hmf_jax.engine.turn import Event, Finished, New, Turn
@@ -87,12 +95,11 @@ class Engine:
             check_whole(name, value, 1)
         check_choice("prefixes", prefixes, ("off", "exact", "fast"))
         check_solver(solver, model.config)
-        if processor is not None and not callable(processor):
-            raise ValueError(f"processor={processor!r} must be a function of logits and context.")
+        check_processor(processor)
         if every % prefill_chunk:
             raise ValueError(f"every={every} must be a multiple of prefill_chunk={prefill_chunk}.")
         self.model, self.capacity, self.slots = model, capacity, slots
-        self._check_capacity(capacity)
+        check_capacity(model.config, capacity)
         size = min(PAGE_SIZE, capacity) if page_size is None else page_size
         check_whole("page_size", size, 1)
         if pages is None:
@@ -219,7 +226,7 @@ class Engine:
         """
         if capacity < self.capacity:
             raise ValueError(f"capacity={capacity} is less than the {self.capacity} there is.")
-        self._check_capacity(capacity)
+        check_capacity(self.model.config, capacity)
         if capacity > self.capacity:
             size = self._limits.page_size
             more = self.slots * (-(-capacity // size) - -(-self.capacity // size))
@@ -293,31 +300,14 @@ class Engine:
 
     def _why(self, request: Request, new: list[int]) -> str:
         """What to tell of a request whose logits are not finite after these new tokens."""
-        what = f"new token {len(new)}: the logits are NaN or infinite"
         if not self._explain:
-            return what
-        where = first_bad_layer(
-            self.model,
-            [*request.prompt, *new],
-            num_iter=request.num_iter,
-            solver=self._solver,
-            chunk=self._chunk,
-            capacity=self.capacity,
-        )
-        unknown = "the model's own are finite, so look at biases, penalties and the processor"
-        return f"{what}; {unknown if where is None else f'the first to be so is {where}'}"
+            return f"new token {len(new)}: the logits are NaN or infinite"
+        options: dict[str, Any] = dict(chunk=self._chunk, capacity=self.capacity)
+        return why_not_finite(self.model, request, new, solver=self._solver, **options)
 
     def _check_intact(self) -> None:
         if self._broken:
             raise RuntimeError(
                 f"This engine stopped in the middle of a step ({self._broken}), so its rows may be "
                 "incomplete; call recover(), or make a new one."
-            )
-
-    def _check_capacity(self, capacity: int) -> None:
-        longest = self.model.config.max_position_embeddings
-        if capacity > longest:
-            raise ValueError(
-                f"capacity={capacity} is more than max_position_embeddings={longest} allows; "
-                "choose a smaller one, or raise max_position_embeddings in the model's config."
             )
