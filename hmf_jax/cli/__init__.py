@@ -15,6 +15,7 @@ import typer
 
 import hmf_jax
 from hmf_jax.cli import bench, options
+from hmf_jax.cli.bench_serve import bench_serve
 from hmf_jax.cli.errors import Program, guarded, settings
 from hmf_jax.cli.models import convert, info, verify
 from hmf_jax.cli.prime import distill as prime_distill
@@ -27,6 +28,7 @@ from hmf_jax.moved import moved
 
 __all__ = [
     "app",
+    "bench_serve",
     "chat",
     "convert",
     "demo",
@@ -60,7 +62,7 @@ _bench = typer.Typer(
 app.add_typer(_prime, name="prime")
 app.add_typer(_bench, name="bench")
 
-for _command in (generate, chat, convert, verify, info, train, demo):
+for _command in (generate, chat, convert, verify, info, train, demo, bench_serve):
     app.command()(guarded(_command))
 for _command in (prime_init, prime_distill, prime_unfuse, prime_select):
     _prime.command()(guarded(_command))

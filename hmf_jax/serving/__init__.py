@@ -2,3 +2,8 @@
 
 Needs the extra `serve`: pip install "hmf-jax[serve]".
 """
+
+from hmf_jax.serving.config import EngineConfig, ServeConfig
+from hmf_jax.serving.server import serve
+
+__all__ = ["EngineConfig", "ServeConfig", "serve"]
