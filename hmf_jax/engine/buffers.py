@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hmf_jax.engine import programs
+from hmf_jax.engine.old_scheduler import Feed, Result, Turn
 from hmf_jax.engine.programs import MOST_STEPS, Layout, Rows, Top
 from hmf_jax.engine.request import GREEDY, Request
-from hmf_jax.engine.scheduler import Feed, Result, Turn
 from hmf_jax.engine.settings import Processor, Settings, stack_settings
 from hmf_jax.mixers import KINDS
 from hmf_jax.model import HybridLM

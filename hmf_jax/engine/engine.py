@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 
 from hmf_jax.engine.buffers import Buffers
 from hmf_jax.engine.failure import first_bad_layer, first_bad_state
+from hmf_jax.engine.old_scheduler import Result, Scheduler
 from hmf_jax.engine.programs import ERROR, MOST_STEPS
 from hmf_jax.engine.request import Request, check_prompts, check_request, check_room, check_whole
-from hmf_jax.engine.scheduler import Result, Scheduler
 from hmf_jax.engine.settings import Processor
 from hmf_jax.engine.turn import Event, New, Started
 from hmf_jax.model import HybridLM, check_solver

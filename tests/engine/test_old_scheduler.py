@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmf_jax.engine import scheduler as module
-from hmf_jax.engine.scheduler import Feed, Finished, New, Result, Scheduler, Started, Turn
+from hmf_jax.engine import old_scheduler as module
+from hmf_jax.engine.old_scheduler import Feed, Finished, New, Result, Scheduler, Started, Turn
 
 
 def result(rows: int, ended: dict[int, int], produced: dict[int, list[int]]) -> Result:
