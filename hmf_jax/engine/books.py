@@ -154,7 +154,7 @@ class Row:
         digest = hashlib.blake2b(self.prompt.tobytes(), digest_size=16).digest()
         self.key = (ask.namespace, len(self.prompt), digest)
         self.state: Literal["waiting", "prefill", "decode", "swapped", "ended"] = "waiting"
-        self.slot = -1
+        self.slot, self.started = -1, False
         self.pages: list[int] = []
         self.lent: set[int] = set()  # pages of an entry, which it never writes
         self.done = 0  # tokens of the prompt that the slot holds

@@ -268,6 +268,12 @@ class Scheduler:
 
     def _swap_out(self, row: Row) -> None:
         """Moves a row to host memory. To read it again instead would give other bits."""
+        if not row.done:  # nothing has been read: it waits as before
+            self._leave_slot(row, sound=True)
+            row.state = "waiting"
+            self._count(row, 1)
+            bisect.insort(self._waiting, row, key=_order)
+            return
         draft, self._preemptions = self._draft, self._preemptions + 1
         row.snapshot, row.saved, row.away = draft.snapshot(), draft.number, False
         draft.ends.append(row.slot)
@@ -394,9 +400,11 @@ class Scheduler:
             used = entry.used
             self._prefixes.use(entry)
             slot = self._place(row, lambda g: total - sum(self._prefixes.lendable(entry, g)))
+            if slot is None:
+                entry.used = used
             if slot is None and not self._running():
                 # Beside the entry there is not even room for this one row: do without.
-                entry.used, entry, found = used, None, dataclasses.replace(found, entry=None)
+                entry, found = None, dataclasses.replace(found, entry=None)
         if entry is None:
             slot = self._place(row, lambda _: total)
         if slot is None:
@@ -419,12 +427,18 @@ class Scheduler:
         if not row.ask.scored:
             row.cuts = self._prefixes.places(row.ask.cuts, row.prompt, found)
             row.whole = self.limits.mode == "exact" and found.shared == len(row.prompt)
+        if not row.started:
+            self._tell_started(row, found)
+        return True
+
+    def _tell_started(self, row: Row, found: Found) -> None:
+        row.started = True
+        if not row.ask.scored:
             self._queries += len(row.prompt)
             self._hits += found.length
             self._missed[found.missed] += len(row.prompt) - found.length
         waited = self._clock() - row.since
         self._events.append(Started(row.id, waited, found.length, found.missed))
-        return True
 
     def _place(self, row: Row, need: Callable[[int], int]) -> int | None:
         """A free slot of a group that has as many pages as are needed there; if there is none, less
