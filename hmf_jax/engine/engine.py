@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from hmf_jax.engine.device import PAGE_SIZE, Device, Ticket
+from hmf_jax.engine.books import Ask, Limits, Stats
+from hmf_jax.engine.device import Device, Ticket
 from hmf_jax.engine.failure import why_not_finite
 from hmf_jax.engine.programs import MOST_STEPS
 from hmf_jax.engine.request import (
@@ -20,8 +21,9 @@ from hmf_jax.engine.request import (
     check_room,
     check_whole,
 )
-from hmf_jax.engine.scheduler import Ask, Limits, Scheduler, Stats
+from hmf_jax.engine.scheduler import Scheduler
 from hmf_jax.engine.settings import Processor
+from hmf_jax.engine.storage import PAGE_SIZE
 from hmf_jax.engine.turn import Event, Finished, New, Turn
 from hmf_jax.model import HybridLM, check_solver
 from hmf_jax.options import check_choice
@@ -60,6 +62,7 @@ class Engine:
         as many snapshots as there are slots, at least 4.
       host_bytes: most bytes of the host's memory for prefixes.
       every: also keep a snapshot after every so many tokens, a multiple of prefill_chunk; 0: no.
+      spacing: fewest tokens between two snapshots of one prompt.
       processor, solver: see `hmf_jax.generate`; for all requests.
       fixed: one program decodes whatever requests ask for. Otherwise settings that nobody uses cost
         nothing, and the first request that does may wait for a compiler.
@@ -84,6 +87,7 @@ class Engine:
         prefix_bytes: int | None = None,
         host_bytes: int = 0,
         every: int = 0,
+        spacing: int = 512,
         processor: Processor | None = None,
         solver: str = "chebyshev",
         fixed: bool = False,
@@ -133,6 +137,7 @@ class Engine:
             host_bytes=host_bytes,
             groups=1 if model.mesh is None else row_parts(model.mesh),
             every=every,
+            spacing=spacing,
         )
         self._scheduler = Scheduler(self._limits, clock=clock)
         self._requests: dict[int, Request] = {}  # that have not ended

@@ -20,6 +20,7 @@ from hmf_jax.sharding import row_parts
 
 SMALLEST_CHUNK = programs.SMALLEST_CHUNK
 STEP = 4  # from one width of chunks to the next, and of what the attention of a chunk reads
+PAGE_SIZE = 512  # tokens of a page, unless told otherwise
 MOST_PAGES = 64  # that one call copies, or fills with zeros
 
 
