@@ -163,7 +163,7 @@ def test_unknown_options_are_wrong_usage():
         ("--num-iter 100000", "num_iter"),
         ("--alias much=num_iter:100000", "alias much"),
         ("--host 256.0.0.1", "256.0.0.1"),
-        ("--hf-overrides {\"no_such_key\":1}", "no_such_key"),
+        ('--hf-overrides {"no_such_key":1}', "no_such_key"),
     ],
 )
 def test_what_does_not_fit_is_found_before_the_weights_are_loaded(options, message, monkeypatch):
