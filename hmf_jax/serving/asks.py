@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
+import random
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +41,7 @@ class Served:
       length: most tokens of a prompt and its answer together.
       fingerprint: of all that decides about the bits of an answer, but for the request's num_iter.
       since: when it was loaded, in unix seconds.
+      seeds: where requests without one get theirs.
     """
 
     config: HybridConfig
@@ -52,6 +53,7 @@ class Served:
     length: int
     fingerprint: str
     since: int
+    seeds: random.Random = dataclasses.field(default_factory=random.SystemRandom)
 
     def alias(self, name: str | None) -> Mapping[str, int]:
         """The settings that come with a name of the model.
@@ -198,7 +200,7 @@ def ask(
     check(fields, served)
     num_iter = _num_iter(fields, served, alias)
     prompts = [_truncated(prompt, fields, served) for prompt in prompts]
-    seed = secrets.randbits(32) if fields.seed is None else fields.seed
+    seed = served.seeds.getrandbits(32) if fields.seed is None else fields.seed
     sampling = _sampling(fields, served)
     ends = [] if fields.ignore_eos else [*served.ends]
     ends = list(dict.fromkeys([*ends, *fields.stop_token_ids]))[:END_IDS]

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import logging
 import os
+import random
 import signal
 import socket
 import ssl
@@ -182,18 +183,16 @@ class Life:
         return model
 
     def _make(self, model: HybridLM) -> list[Engine]:
-        with self._timed("made the engine, with this memory of each device"):
+        with self._timed("made room for requests"):
             if self._options.max_stall is not None:
                 self._options = self._quick_enough(model)
             if self._options.dtype == "auto" or self._options.max_stall is not None:
                 self._plan = engines.plan(model.config, self._options, model.dtype)
-            made = [
-                engines.make(copy, self._options, self._plan)
-                for copy in engines.copies(model, self._options)
-            ]
-            jax.block_until_ready(model)
-        for line in self._plan.table().splitlines():
-            self._say(f"  {line}")
+            self._say("memory of each device:")
+            for line in self._plan.table().splitlines():
+                self._say(line)
+            copies = engines.copies(model, self._options)
+            made = [engines.make(copy, self._options, self._plan) for copy in copies]
         return made
 
     def _warm(self, made: list[Engine]) -> None:
@@ -240,6 +239,9 @@ class Life:
             length=self._plan.capacity,
             fingerprint=self._fingerprint(model),
             since=int(time.time()),
+            seeds=random.SystemRandom()
+            if self._config.seed is None
+            else random.Random(self._config.seed),
         )
 
     def _fingerprint(self, model: HybridLM) -> str:

@@ -4,6 +4,7 @@
 """
 
 from hmf_jax.text.chat import ChatSession, ConversationFull
+from hmf_jax.text.deltas import CallArguments, CallStart, Content, Reasoning, ReplyDeltas
 from hmf_jax.text.detokenizer import TextStream, check_stop
 from hmf_jax.text.generate import Reply, generate_text, stream_text
 from hmf_jax.text.messages import api_messages, check_messages
@@ -16,11 +17,16 @@ from hmf_jax.text.tokenizer import default_sampling, load_tokenizer, stop_ids
 __all__ = [
     "END_THINK",
     "THINK",
+    "CallArguments",
+    "CallStart",
     "ChatSession",
+    "Content",
     "ConversationFull",
     "Piece",
+    "Reasoning",
     "Rendered",
     "Reply",
+    "ReplyDeltas",
     "TextStream",
     "api_messages",
     "check_messages",

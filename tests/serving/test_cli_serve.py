@@ -163,7 +163,7 @@ def test_unknown_options_are_wrong_usage():
         ("--num-iter 100000", "num_iter"),
         ("--alias much=num_iter:100000", "alias much"),
         ("--host 256.0.0.1", "256.0.0.1"),
-        ("--hf-overrides {\"no_such_key\":1}", "no_such_key"),
+        ('--hf-overrides {"no_such_key":1}', "no_such_key"),
     ],
 )
 def test_what_does_not_fit_is_found_before_the_weights_are_loaded(options, message, monkeypatch):
@@ -186,7 +186,7 @@ def test_a_port_in_use_and_certificates(monkeypatch, tmp_path):
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "hmf_jax.serving.server")
-    assert 'uvicorn is missing: pip install "hmf-jax[serve]"' in error("M")
+    assert 'serving needs uvicorn: pip install "hmf-jax[serve]"' in error("M")
 
 
 def _json(url: str, **body) -> dict:
