@@ -363,7 +363,7 @@ def test_page_of_a_server_with_a_model(browser: Chromium):
         names = "[...at('model').options].map((option) => option.value)"
         assert browser.evaluate(names) == ["gka", "quick"]
         facts = "Rada has 71. Ruga has 55. Buse has 84. the moon takes a red bird."
-        browser.evaluate(f"at('system').value = {json.dumps(facts)}")
+        browser.evaluate(f"at('system').value = {json.dumps(facts)}; at('temperature').value = 0")
         ask(browser, "Rada?")
         assert last(browser, "reply .words") == "Rada has 71."
         ask(browser, "Buse?")
