@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hmf_jax.serving.asks import Ask, Served, alternatives
+from hmf_jax.serving.asks import Ask, alternatives
 from hmf_jax.serving.choice import Choice, Piece, Token
 from hmf_jax.serving.protocol import Chat, Completion
 from hmf_jax.serving.reply import Reply
+from hmf_jax.serving.served import Served
 from hmf_jax.text.deltas import CallStart, Content, Reasoning
 from hmf_jax.text.tokenizer import token_bytes, token_text
 

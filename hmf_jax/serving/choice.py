@@ -6,8 +6,9 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from hmf_jax.engine import Finished, New, Scored
-from hmf_jax.serving.asks import Ask, Served, alternatives
+from hmf_jax.serving.asks import Ask, alternatives
 from hmf_jax.serving.protocol import Chat, Completion
+from hmf_jax.serving.served import Served
 from hmf_jax.text import TextStream
 from hmf_jax.text.deltas import Delta, ReplyDeltas
 from hmf_jax.text.parts import TAGS

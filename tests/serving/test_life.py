@@ -117,8 +117,8 @@ def test_a_queue_can_be_full_of_tokens():
         with background(fake, 5):
             wait(lambda: fake.running.service.waiting == 1)
             assert fake.error("/v1/completions", 429, prompt="x" * 120)["code"] == "queue_full"
+        at_rest(fake)
         fake.says("ok")
-        fake.engine.turn = 0
         assert fake.text("x" * 120)  # whatever is alone may come
 
 
@@ -205,12 +205,26 @@ def test_a_row_that_fails_is_a_fault_of_that_request_only(fake):
     at_rest(fake)
 
 
+def test_an_engine_that_starts_over_goes_on(fake):
+    endless(fake)
+    with background(fake, 2) as answers:
+        fake.engine.fault = MemoryError("no memory")
+        wait(lambda: len(answers) == 2)
+        for answer in answers:
+            assert error(answer, 500)["code"] == "engine_error"
+            assert "x-should-retry" not in answer.headers  # it may well work the next time
+    fake.says("ok")
+    assert fake.text()["choices"][0]["text"] == "ok"
+    assert "hmf:nonfinite_total{" not in fake.http.get("/metrics").text
+    at_rest(fake)
+
+
 def test_an_engine_that_dies_ends_everything(fake):
     endless(fake)
     died = []
     fake.running.service._on_end = lambda: died.append(True)
     with background(fake, 5) as answers:
-        fake.engine.fault = MemoryError("no memory")
+        fake.engine.fault = RuntimeError("CUDA error")
         wait(lambda: len(answers) == 5)
         assert {error(answer, 503)["code"] for answer in answers} == {"engine_dead"}
         assert died == [True]
