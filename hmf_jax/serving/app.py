@@ -205,7 +205,7 @@ class _Routes:
         return Response(status_code=200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
-        body, kind = self._service.metrics.text()
+        body, kind = await self._service.numbers()
         return Response(body, media_type=kind)
 
     # Text and tokens.
@@ -259,8 +259,7 @@ class _Routes:
         return JSONResponse({"aborted": self._service.abort(name)})
 
     async def prefix_cache(self, request: Request) -> Response:
-        return JSONResponse(await self._service.prefix_cache())
+        return JSONResponse({"engines": await self._service.prefix_cache()})
 
     async def reset_prefix_cache(self, request: Request) -> Response:
-        await self._service.reset_prefix_cache()
-        return JSONResponse({"reset": True})
+        return JSONResponse({"dropped": await self._service.reset_prefix_cache()})

@@ -14,6 +14,7 @@ import httpx
 
 from hmf_jax import HybridConfig
 from hmf_jax.engine import Finished, New, Request, Scored, Started
+from hmf_jax.engine.books import Stats
 from hmf_jax.generation_config import GenerationDefaults
 from hmf_jax.serving.background import Running
 from hmf_jax.serving.config import ServeConfig
@@ -69,11 +70,21 @@ class FakeEngine:
         if id in self._requests:
             self._end(id, "stop")
 
-    def stats(self) -> dict[str, Any]:
-        return {"entries": 3}
+    def stats(self) -> Stats:
+        return Stats(
+            slots={"free": 3, "decode": 1},
+            pages={"free": 6, "held": 2},
+            prefix_bytes={("device", "kv"): 7},
+            entries={"device": 3},
+            preemptions=5,
+        )
 
-    def reset_prefixes(self) -> None:
+    def compiled(self) -> int:
+        return 2
+
+    def reset_prefixes(self) -> int:
         self.resets += 1
+        return 3
 
     def recover(self) -> list[Any]:
         ended = [Finished(id, "error", "it was the fault of nobody") for id in self._requests]
