@@ -1,7 +1,8 @@
 """Generation: requests share the rows of a batch; everything but the programs is plain Python.
 
     request    what is asked, what comes back
-    scheduler  which request gets which row, and what the device does next
+    scheduler  which request runs where, and what the device does next
+    books, pages, prefixes  what the scheduler keeps: requests and limits, pages, the prefix cache
     programs   everything that is compiled, as pure functions
     settings   what the rows were asked for, as arrays
     buffers    the rows on the device: the only part that knows how their memory is laid out
@@ -25,6 +26,7 @@ from hmf_jax.engine.api import (
     stream,
     warmup,
 )
+from hmf_jax.engine.books import Ask, Limits, Stats
 from hmf_jax.engine.engine import Engine
 from hmf_jax.engine.pure import sample
 from hmf_jax.engine.request import (
@@ -45,11 +47,13 @@ from hmf_jax.engine.turn import Event, Finished, New, Scored, Started
 
 __all__ = [
     "GREEDY",
+    "Ask",
     "Context",
     "Engine",
     "EngineThread",
     "Event",
     "Finished",
+    "Limits",
     "New",
     "Output",
     "Processor",
@@ -57,6 +61,7 @@ __all__ = [
     "Scheduler",
     "Scored",
     "Started",
+    "Stats",
     "Tokens",
     "capacity_for",
     "check_prompts",
