@@ -368,8 +368,8 @@ class Device:
             for resume in (False, True):
                 yield all.load(held, 0, token, seen, resume)
         for width in all.widths():
-            hidden = jnp.zeros((1, width, self._config.hidden_size), all.logits.dtype)
-            hidden = jax.device_put(hidden, all.logits.sharding)
+            shape, dtype = (1, width, self._config.hidden_size), all.logits.dtype
+            hidden: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=all.logits.sharding)
             yield all.score(hidden, np.zeros((1, width), np.int32), self._most([0]))
         if all.pool is not None:
             yield all.copy([])
