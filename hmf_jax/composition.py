@@ -27,7 +27,7 @@ from jax import Array
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine import Tokens, check_prompts
-from hmf_jax.engine.buffers import SMALLEST_CHUNK, power_of_two
+from hmf_jax.engine.programs import SMALLEST_CHUNK, power_of_two
 from hmf_jax.mixers import KINDS, Parts, kinds_within
 from hmf_jax.model import HybridLM, PackedModel
 from hmf_jax.options import check_int

@@ -16,8 +16,7 @@ from hmf_jax.engine import (
     warmup,
 )
 from hmf_jax.engine import Output as Generation
-from hmf_jax.engine.buffers import SMALLEST_CAPACITY, SMALLEST_CHUNK
-from hmf_jax.engine.programs import MOST_STEPS, SMALLEST_HALF
+from hmf_jax.engine.programs import MOST_STEPS, SMALLEST_CAPACITY, SMALLEST_CHUNK, SMALLEST_HALF
 
 __all__ = [
     "GREEDY",

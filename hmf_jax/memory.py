@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,10 +144,7 @@ def plan_memory(
     state = device_bytes(abstract_state(model, parts, context).layers)  # a sequence per device
     sequence = state + config.vocab_size * (dtype.itemsize + 8)  # logits and float32 copies of them
     weights = device_bytes(abstract_params(model, model.mesh))
-    workspace = 64 * prefill_chunk * config.hidden_size * dtype.itemsize
-    if (moe := config.moe) is not None:
-        width = 2 * config.hidden_size + 3 * moe.intermediate_size
-        workspace += prefill_chunk * moe.experts_per_token * width * dtype.itemsize
+    workspace = _workspace(config, prefill_chunk, dtype)
     sequences = parts * int((fraction * memory - weights - workspace) // sequence)
     if sequences < 1:
         raise ValueError(
@@ -158,6 +155,208 @@ def plan_memory(
             "context or smaller prefill chunks"
         )
     return MemoryPlan(weights, sequence, workspace, sequences)
+
+
+@dataclasses.dataclass(frozen=True)
+class EnginePlan:
+    """What the memory of a device is for while an `Engine` runs; bytes of one device.
+
+    Attributes:
+      budget: bytes that may be used.
+      weights: the parameters.
+      workspace: activations of one chunk of a prompt, and a row's keys and values of one layer.
+      slots: requests that run at a time.
+      slot_bytes: what one of them takes outside of pages: recurrent states, windows, its books.
+      capacity: most tokens of a row.
+      page_size: tokens of a page.
+      page_bytes: keys and values of one page, in all full attention layers.
+      pages: how many there are, for rows and prefixes together.
+      snapshot_bytes: a copy of what a row has outside of pages.
+      prefix_bytes: for such copies.
+      parts: how many parts the mesh splits slots and pages into; slots and pages count all.
+    """
+
+    budget: int
+    weights: int
+    workspace: int
+    slots: int
+    slot_bytes: int
+    capacity: int
+    page_size: int
+    page_bytes: int
+    pages: int
+    snapshot_bytes: int
+    prefix_bytes: int
+    parts: int = 1
+
+    @property
+    def total(self) -> int:
+        """All of it together: what the device will have in use at its peak."""
+        return self.weights + self.workspace + self.allocated + self.prefix_bytes
+
+    @property
+    def allocated(self) -> int:
+        """What is allocated when the engine is made: slots and pages."""
+        pages, slots = self.pages * self.page_bytes, self.slots * self.slot_bytes
+        return (pages + slots) // self.parts
+
+    def table(self) -> str:
+        """A text table, one line for each use."""
+        parts = self.parts
+        uses = {
+            "weights": self.weights,
+            f"workspace of a chunk, rows of {self.capacity} tokens": self.workspace,
+            f"{self.slots} slots of {size_text(self.slot_bytes)}": (
+                self.slots * self.slot_bytes // parts
+            ),
+            f"{self.pages} pages of {self.page_size} tokens, {size_text(self.page_bytes)}": (
+                self.pages * self.page_bytes // parts
+            ),
+            f"snapshots of {size_text(self.snapshot_bytes)}": self.prefix_bytes,
+        }
+        uses[f"together, of {size_text(self.budget)}"] = self.total
+        width = max(map(len, uses))
+        return "\n".join(f"{name:{width}}  {size_text(n):>12}" for name, n in uses.items())
+
+
+_SHARED = 4096  # tokens of a prefix, to divide memory between its pages and its snapshot
+
+
+def plan_engine(
+    config: HybridConfig,
+    *,
+    memory: float,
+    page_size: int,
+    slots: int | None = None,
+    capacity: int | None = None,
+    most_slots: int = 64,
+    fill: bool = True,
+    prefixes: bool = True,
+    fraction: float = 0.9,
+    prefill_chunk: int = 2048,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+) -> EnginePlan:
+    """Divides the memory of a device among the slots, pages and snapshots of an `Engine`.
+
+    The workspace is that of `plan_memory`, and three times the keys and values of one layer and
+    row, which a chunk gathers. The rest is exact, but for a few small arrays.
+
+    Args:
+      config: architecture.
+      memory: bytes of one device; fraction: the part of them to use, at most 1.
+      page_size: tokens of a page.
+      slots: requests that run at a time; None: the largest power of two, at most `most_slots`, that
+        leaves half of the memory beside the weights to pages and snapshots.
+      capacity: most tokens of a row; None: max_position_embeddings, or the tokens of all pages if
+        these are fewer.
+      fill: use all of the memory. Otherwise no more than twice what the rows take at their longest.
+      prefixes: whether snapshots of prefixes are kept.
+      prefill_chunk: tokens per chunk of a prompt.
+      dtype: dtype of the model, default bfloat16.
+      mesh: the devices, see `hmf_jax.make_mesh`; None: one.
+
+    Raises:
+      ValueError: not even one row of `capacity` tokens fits beside the others; says what is needed.
+        An argument out of range.
+    """
+    check_number("memory", memory, 0, 1e18, above=True)
+    check_number("fraction", fraction, 0, 1, above=True)
+    check_int("page_size", page_size, 1, MOST_POSITIONS)
+    check_int("prefill_chunk", prefill_chunk, 1, MOST_POSITIONS)
+    longest, asked = config.max_position_embeddings, capacity is not None
+    capacity = check_int("capacity", capacity, 1, longest) if asked else longest
+    sizes = _engine_sizes(config, page_size, prefill_chunk, capacity, dtype, mesh)
+    budget, parts = int(fraction * memory), sizes.parts
+    room = budget - sizes.weights - sizes.workspace
+    if slots is None:
+        slots = most_slots
+        while slots > parts and slots * sizes.slot > parts * room // 2:
+            slots //= 2
+    check_int("slots", slots, 1, MOST_POSITIONS)
+    if slots % parts:
+        raise ValueError(f"slots={slots} must be a multiple of {parts}, the parts of the mesh.")
+    room -= slots // parts * sizes.slot
+    per_row = -(-capacity // page_size)
+    at_most = MOST_POSITIONS if fill else 2 * -(-slots * (per_row + 1) // parts)
+    few = 4 * sizes.snapshot  # equal prompts that wait for each other use some, too
+    prefix_bytes = few
+    if prefixes:
+        together = sizes.snapshot + _SHARED * sizes.page // page_size
+        share = min(sizes.snapshot / together, 0.5)
+        one_row = per_row * sizes.page if asked else 0  # has to fit in any case
+        prefix_bytes = max(few, int(min(share * room, room - one_row)))
+        if not fill:
+            prefix_bytes = min(prefix_bytes, 4 * max(slots, 4) * sizes.snapshot)
+    if sizes.page:
+        pages = parts * max(0, min((room - prefix_bytes) // sizes.page, at_most))
+    else:  # no layer has any: they are but numbers
+        pages = 4 * slots * (per_row + 1)
+    if not asked:
+        capacity = max(1, min(longest, pages // parts * page_size))
+    plan = EnginePlan(
+        budget, sizes.weights, sizes.workspace, slots, sizes.slot, capacity, page_size, sizes.page,
+        pages, sizes.snapshot, prefix_bytes, parts,
+    )  # fmt: skip
+    _check_fits(plan, few, prefill_chunk, fraction)
+    return plan
+
+
+def _check_fits(plan: EnginePlan, snapshots: int, chunk: int, fraction: float) -> None:
+    """Raises ValueError if there are not even the pages of one row."""
+    per_row = -(-plan.capacity // plan.page_size)
+    if plan.pages // plan.parts >= per_row and plan.total <= plan.budget:
+        return
+    least = plan.weights + plan.workspace + plan.slots // plan.parts * plan.slot_bytes
+    least += per_row * plan.page_bytes + snapshots
+    raise ValueError(
+        f"{plan.slots} slots and a row of {plan.capacity} tokens need {size_text(least)} (weights "
+        f"{size_text(plan.weights)}, a chunk of {chunk} tokens {size_text(plan.workspace)}, a slot "
+        f"{size_text(plan.slot_bytes)}, a page of {plan.page_size} tokens "
+        f"{size_text(plan.page_bytes)}); {fraction:.0%} of the memory are "
+        f"{size_text(plan.budget)}: use larger or more devices, fewer slots or shorter rows"
+    )
+
+
+class _EngineSizes(NamedTuple):
+    """Bytes of one device, of one slot, page or snapshot of it."""
+
+    weights: int
+    workspace: int
+    slot: int
+    page: int
+    snapshot: int
+    parts: int
+
+
+def _engine_sizes(
+    config: HybridConfig, page_size: int, chunk: int, capacity: int, dtype: Any, mesh: Mesh | None
+) -> _EngineSizes:
+    dtype = jnp.dtype(dtype or jnp.bfloat16)
+    model = nnx.eval_shape(lambda: HybridLM(config, dtype=dtype, mesh=mesh))
+    parts = 1 if model.mesh is None else row_parts(model.mesh)
+    layers = abstract_state(model, parts, page_size).layers
+    grows = [KINDS[symbol].grows for symbol in config.student_kinds]
+    pages = [device_bytes(layer) for layer, yes in zip(layers, grows, strict=True) if yes]
+    fixed = device_bytes([layer for layer, yes in zip(layers, grows, strict=True) if not yes])
+    V = config.vocab_size
+    snapshot = fixed + V * (dtype.itemsize + 1)  # with logits, and which tokens have been seen
+    # Logits and float32 copies of them, tokens seen, how often each was generated, biases.
+    slot = fixed + V * (dtype.itemsize + 8 + 1 + 4 + 4)
+    workspace = _workspace(config, chunk, dtype)
+    if pages:
+        workspace += 3 * max(pages) * -(-capacity // page_size)
+    weights = device_bytes(abstract_params(model, model.mesh))
+    return _EngineSizes(weights, workspace, slot, sum(pages), snapshot, parts)
+
+
+def _workspace(config: HybridConfig, chunk: int, dtype: Any) -> int:
+    """An upper bound of the bytes that reading a chunk of a prompt takes beside what it keeps."""
+    size = 64 * chunk * config.hidden_size * dtype.itemsize
+    if (moe := config.moe) is not None:
+        width = 2 * config.hidden_size + 3 * moe.intermediate_size
+        size += chunk * moe.experts_per_token * width * dtype.itemsize
+    return size
 
 
 def memory_table(config: HybridConfig, contexts: tuple[int, ...] = CONTEXTS) -> str:

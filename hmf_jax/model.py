@@ -29,16 +29,17 @@ from hmf_jax.layers import (
     untabulated,
     without_dtype,
 )
-from hmf_jax.mixers import Context
+from hmf_jax.mixers import KINDS, Context
 from hmf_jax.mixers.base import abstract_zeros, zeros
 from hmf_jax.moe import Routing
 from hmf_jax.moved import TORCH_METHODS
-from hmf_jax.options import MOST_POSITIONS, check_choice, check_int
+from hmf_jax.options import MOST_POSITIONS, check_int
 from hmf_jax.packed import Origin
 from hmf_jax.packed import PackedModel as PackedModel  # it has a name here, too
 from hmf_jax.padding import (
     arrange,
     check_room,
+    check_solver,
     check_state,
     check_tokens,
     default_positions,
@@ -209,7 +210,9 @@ class HybridLM(nnx.Module):
         """A pytree like the model with the sharding of each parameter (None without a mesh)."""
         return None if self.mesh is None else shardings(self, self.mesh)
 
-    def init_state(self, batch: int, capacity: int) -> ModelState:
+    def init_state(
+        self, batch: int, capacity: int, *, pages: tuple[int, int] | None = None
+    ) -> ModelState:
         """An empty state for `batch` rows of at most `capacity` tokens each.
 
         It can be the carry of `jax.lax.scan`, `fori_loop` and `while_loop`. A first prefill is
@@ -217,7 +220,9 @@ class HybridLM(nnx.Module):
         `ModelState.fresh`.
 
         Memory: full attention layers take capacity entries per row, all other kinds a size that
-        does not depend on capacity.
+        does not depend on capacity. With `pages` (P, page), those layers have pools of P pages of
+        `page` tokens each instead, see `ModelState.pages`; no row has a page yet. A mesh that
+        splits the rows must split the pages, too.
         """
         if self.mesh is not None and self.mesh.shape["sp"] > 1:
             raise ValueError(
@@ -226,16 +231,29 @@ class HybridLM(nnx.Module):
             )
         for name, value in (("batch", batch), ("capacity", capacity)):
             check_int(name, value, 1, MOST_POSITIONS)
-        layers = tuple(
-            block.mixer.init_state(batch, capacity, self.dtype, self.mesh) for block in self.layers
-        )
+
+        def empty(block: Block, names: Sequence[str]) -> Any:
+            state = block.mixer.init_state(batch, capacity, self.dtype, self.mesh)
+            if pages is None or not names:
+                return state
+            pool = block.mixer.init_state(*pages, self.dtype, self.mesh)
+            return dataclasses.replace(state, **{name: getattr(pool, name) for name in names})
+
+        layers = tuple(map(empty, self.layers, self.appends))
         length, position = (zeros((batch,), (None,), jnp.int32, self.mesh) for _ in range(2))
         return ModelState(layers, length, position, capacity, fresh=True)
 
-    def abstract_state(self, batch: int, capacity: int) -> ModelState:
+    @property
+    def appends(self) -> tuple[tuple[str, ...], ...]:
+        """For each layer, the arrays of its state with an entry per token, see `Kind.appends`."""
+        return tuple(KINDS[symbol].appends for symbol in self.config.student_kinds)
+
+    def abstract_state(
+        self, batch: int, capacity: int, *, pages: tuple[int, int] | None = None
+    ) -> ModelState:
         """`init_state` as `jax.ShapeDtypeStruct`s with shardings (without a mesh: None)."""
         with abstract_zeros():
-            return self.init_state(batch, capacity)
+            return self.init_state(batch, capacity, pages=pages)
 
     def __call__(
         self,
@@ -396,6 +414,7 @@ class HybridLM(nnx.Module):
             fresh=state is not None and state.fresh,
             position=after,
             query_scale=query_scale(positions, self.config),
+            pages=None if state is None else state.pages,
             impl=impl, mesh=self.mesh, solver=solver,
         )  # fmt: skip
         # The table is split along d over sp x fsdp; the compiler moves one axis at a time well.
@@ -434,10 +453,3 @@ class HybridLM(nnx.Module):
         else:
             logits = self.lm_head(x)
         return constrain(logits, self.mesh, "batch", "tokens", "vocab")
-
-
-def check_solver(solver: str, config: HybridConfig) -> None:
-    """Raises ValueError for an unknown solver, or another one where no layer has any."""
-    check_choice("solver", solver, ("chebyshev", "cg"))
-    if solver != "chebyshev" and not config.solves:
-        raise ValueError(f"solver={solver!r}: the model has no layers with a solver (GKA).")

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hmf_jax.mixers import KINDS
+from hmf_jax.options import check_choice
 from hmf_jax.pallas_kernels.compat import is_traced
 from hmf_jax.state import ModelState
 
 if TYPE_CHECKING:
+    from hmf_jax.config import HybridConfig
     from hmf_jax.model import HybridLM
 
 Array = jax.Array
@@ -103,10 +104,11 @@ def check_state(model: HybridLM, state: Any, batch: int) -> None:
             f"The state holds {state.length.shape[0]} rows, but tokens have {batch}; "
             f"make one with init_state({batch}, capacity)."
         )
+    pages = None if state.pages is None else state.pool_size(model.appends)
     # Looked up, because a model may be called again and again outside of jit.
-    key = model.config, model.dtype, batch, state.capacity
+    key = model.config, model.dtype, batch, state.capacity, pages
     if key not in _layers:
-        wanted = model.abstract_state(batch, state.capacity)
+        wanted = model.abstract_state(batch, state.capacity, pages=pages)
         _layers[key] = [_described(layer) for layer in wanted.layers]
     found = [_described(layer) for layer in state.layers]
     if found == _layers[key]:
@@ -126,7 +128,7 @@ def check_room(model: HybridLM, state: ModelState, new: Array | int) -> None:
 
     Only layers that keep every token lose some; what is traced cannot be looked at.
     """
-    if not any(KINDS[symbol].grows for symbol in model.config.student_kinds):
+    if not any(model.appends):
         return
     held = state.length
     if isinstance(new, int) and new > state.capacity:
@@ -140,6 +142,13 @@ def check_room(model: HybridLM, state: ModelState, new: Array | int) -> None:
             f"Row {row} would hold {total[row]} tokens, but the state's capacity is "
             f"{state.capacity}; make a larger one with init_state(batch, capacity)."
         )
+
+
+def check_solver(solver: str, config: HybridConfig) -> None:
+    """Raises ValueError for an unknown solver, or another one where no layer has any."""
+    check_choice("solver", solver, ("chebyshev", "cg"))
+    if solver != "chebyshev" and not config.solves:
+        raise ValueError(f"solver={solver!r}: the model has no layers with a solver (GKA).")
 
 
 _layers: dict[Any, list[str]] = {}

@@ -175,10 +175,11 @@ class SamplingArrays(NamedTuple):
 
 _DTYPES = {"top_k": np.int32, "seed": np.uint32}
 _FEWEST_BIASES = 16  # entries of the smallest table; a larger one is another program
+MOST_BIASES = 1024  # entries of the table that is there whatever rows ask for
 
 
-def stack_params(params: Sequence[SamplingParams]) -> SamplingArrays:
-    """The settings of `params` (one per row) as arrays for `sample`."""
+def stack_params(params: Sequence[SamplingParams], whole: bool = False) -> SamplingArrays:
+    """The settings of `params` (one per row) as arrays for `sample`; `whole`: none is None."""
 
     def column(name: str) -> np.ndarray:
         values = [getattr(p, name) for p in params]
@@ -188,13 +189,15 @@ def stack_params(params: Sequence[SamplingParams]) -> SamplingArrays:
 
     names = [f.name for f in fields(SamplingParams) if f.name != "logit_bias"]
     arrays: dict[str, Any] = {name: column(name) for name in names}
-    if not (arrays["presence_penalty"].any() or arrays["frequency_penalty"].any()):
+    if not (whole or arrays["presence_penalty"].any() or arrays["frequency_penalty"].any()):
         arrays["presence_penalty"] = arrays["frequency_penalty"] = None
-    return SamplingArrays(**arrays, logit_bias=_table([dict(p.logit_bias) for p in params]))
+    least = MOST_BIASES if whole else 0
+    table = _table([dict(p.logit_bias) for p in params], least)
+    return SamplingArrays(**arrays, logit_bias=table)
 
 
-def _table(rows: Sequence[Mapping[int, float]]) -> tuple[np.ndarray, np.ndarray] | None:
-    most = max(map(len, rows), default=0)
+def _table(rows: Sequence[Mapping[int, float]], least: int) -> tuple[np.ndarray, np.ndarray] | None:
+    most = max(least, *map(len, rows))
     if not most:
         return None
     width = max(_FEWEST_BIASES, 1 << (most - 1).bit_length())
@@ -233,20 +236,31 @@ def sample(
 
 
 def adjust(raw: Array, params: SamplingArrays, seen: Array, generated: Array | None) -> Array:
-    """Logits [B, V] float32 after biases and penalties; arguments as in `sample`."""
-    scores = raw
+    """Logits [B, V] float32 after biases and penalties; arguments as in `sample`.
+
+    Where no row asks for any, nothing is read but the settings.
+    """
+    asked = jnp.any(jnp.asarray(params.repetition_penalty) != 1)
     if params.logit_bias is not None:
-        tokens, values = params.logit_bias
-        rows = jnp.arange(len(scores))[:, None]
-        scores = scores.at[rows, tokens].add(values, mode="drop")
-    penalty = params.repetition_penalty[:, None]
-    scores = jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
+        asked |= jnp.any(params.logit_bias[0] < raw.shape[1])
     if params.presence_penalty is not None and params.frequency_penalty is not None:
         if generated is None:
             raise ValueError("presence and frequency penalties need to know what was generated.")
-        scores -= params.presence_penalty[:, None] * (generated > 0)
-        scores -= params.frequency_penalty[:, None] * generated
-    return scores
+        asked |= jnp.any((params.presence_penalty != 0) | (params.frequency_penalty != 0))
+
+    def adjusted(scores: Array) -> Array:
+        if params.logit_bias is not None:
+            tokens, values = params.logit_bias
+            rows = jnp.arange(len(scores))[:, None]
+            scores = scores.at[rows, tokens].add(values, mode="drop")
+        penalty = params.repetition_penalty[:, None]
+        scores = jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
+        if params.presence_penalty is not None and params.frequency_penalty is not None:
+            scores -= params.presence_penalty[:, None] * (generated > 0)
+            scores -= params.frequency_penalty[:, None] * generated
+        return scores
+
+    return jax.lax.cond(asked, adjusted, lambda scores: scores, raw)
 
 
 def choose(scores: Array, params: SamplingArrays, positions: Array) -> tuple[Array, Array]:

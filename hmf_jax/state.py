@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from hmf_jax.moved import moved
+from hmf_jax.pallas_kernels import PageTable
 
 if TYPE_CHECKING:
     from hmf_jax.mixers.base import Context
@@ -25,7 +26,7 @@ Array = jax.Array
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("layers", "length", "position"),
+    data_fields=("layers", "length", "position", "pages"),
     meta_fields=("capacity",),
     drop_fields=("fresh",),
 )
@@ -44,6 +45,9 @@ class ModelState:
         of a jitted function, a loop's carry) is not fresh, which is always right. So a state has
         one type from `init_state` on. Programs that know better say
         `dataclasses.replace(state, fresh=True)`.
+      pages: where the keys and values of full attention layers lie, if these are pools of pages
+        [P, page, K, D] instead of a buffer per row; None: they are buffers. Pages are lent to rows
+        and taken back by whoever made the state, see `hmf_jax.engine.device`.
     """
 
     layers: tuple[Any, ...]
@@ -51,9 +55,11 @@ class ModelState:
     position: Array
     capacity: int
     fresh: bool = False
+    pages: PageTable | None = None
 
     def reset(self, rows: Array) -> Self:
         """Empty the rows where the [B] bool `rows` is True."""
+        self._check_buffers()
 
         def clear(x: Array) -> Array:
             return jnp.where(rows.reshape(-1, *([1] * (x.ndim - 1))), jnp.zeros((), x.dtype), x)
@@ -62,7 +68,18 @@ class ModelState:
 
     def gather(self, rows: Array) -> Self:
         """Rows [N] of this state, in this order, as a new state of batch N."""
+        self._check_buffers()
         return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
+
+    def pool_size(self, appends: Sequence[Sequence[str]]) -> tuple[int, int] | None:
+        """(P, page) of the pools, if full attention layers have them; `HybridLM.appends`."""
+        named = zip(self.layers, appends, strict=False)
+        pools = (getattr(layer, name, None) for layer, names in named for name in names)
+        return next((pool.shape[:2] for pool in pools if hasattr(pool, "shape")), None)
+
+    def _check_buffers(self) -> None:
+        if self.pages is not None:
+            raise ValueError("the rows of this state have their keys and values in pages.")
 
     def __repr__(self) -> str:
         """Sizes in one line; the layers' arrays are in `layers`."""
@@ -88,7 +105,7 @@ def advance(
         return None
     length = state.length + (T if ctx.lengths is None else ctx.lengths)
     assert ctx.position is not None
-    return ModelState(tuple(layers), length, ctx.position, state.capacity)
+    return ModelState(tuple(layers), length, ctx.position, state.capacity, pages=state.pages)
 
 
 __getattr__ = moved(

@@ -4,7 +4,12 @@ Every operator takes `impl` ("auto" or a name, see `dispatch`) and `mesh` (see `
 float32 states in and out, and isolates packed documents by `segment_ids`.
 """
 
-from hmf_jax.pallas_kernels.ops.attention.api import attention, decode_attention
+from hmf_jax.pallas_kernels.ops.attention.api import (
+    attention,
+    decode_attention,
+    paged_decode_attention,
+)
+from hmf_jax.pallas_kernels.ops.attention.pages import PageTable
 from hmf_jax.pallas_kernels.ops.causal_conv1d.api import causal_conv1d
 from hmf_jax.pallas_kernels.ops.gated_delta_rule.api import gated_delta_rule, gated_delta_rule_step
 from hmf_jax.pallas_kernels.ops.gka.api import gka, gka_step
@@ -16,6 +21,7 @@ from hmf_jax.pallas_kernels.ops.two_window_attention.api import (
 )
 
 __all__ = [
+    "PageTable",
     "attention",
     "causal_conv1d",
     "decode_attention",
@@ -24,6 +30,7 @@ __all__ = [
     "gka",
     "gka_step",
     "grouped_matmul",
+    "paged_decode_attention",
     "ssd",
     "ssd_step",
     "two_window_attention",

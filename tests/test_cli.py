@@ -35,7 +35,18 @@ from hmf_jax.sharding import make_mesh
 from hmf_jax.text import ChatSession, generate_text, load_tokenizer
 from tests.goldens import golden
 
-COMMANDS = ("generate", "chat", "convert", "verify", "info", "train", "prime", "demo", "bench")
+COMMANDS = (
+    "generate",
+    "chat",
+    "convert",
+    "verify",
+    "info",
+    "train",
+    "prime",
+    "demo",
+    "bench",
+    "bench-serve",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -322,6 +333,12 @@ def _text_of(message) -> str:
         (["verify", "x", "--dtype", "bfloat16", "--rtol", "0.1"], "--rtol is for float32"),
         (["verify", "x", "--rtol", "nan"], "--rtol must be a finite number"),
         (["verify", "x", "--rtol", "-1"], "--rtol must be a finite number >= 0"),
+        (["bench-serve", "x", "--faults", "0.5"], "--faults is for --mixture"),
+        (["bench-serve", "x", "--users", "2", "--prefix-len", "3"], "--prefix-len is for single"),
+        (
+            ["bench-serve", "x", "--goodput", "speed:1"],
+            "--goodput speed:1 is not NAME:MILLISECONDS",
+        ),
         (["info", "x", "--mixer", "GKA"], "--mixer is for the built-in shapes"),
         (["info", "tiny", "--mixer", "gka"], "did you mean 'GKA'"),
     ],

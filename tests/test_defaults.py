@@ -17,9 +17,9 @@ import hmf_jax
 from hmf_jax import composition, pallas_kernels, sampling, verify
 from hmf_jax.cli import app
 from hmf_jax.config import BMojoConfig, GDNConfig, GKAConfig, HybridConfig, Mamba2Config
-from hmf_jax.engine import buffers, programs, settings
+from hmf_jax.engine import programs, settings
 from hmf_jax.loading import from_pretrained, save_pretrained
-from hmf_jax.memory import plan_memory
+from hmf_jax.memory import plan_engine, plan_memory
 from hmf_jax.pallas_kernels.shapes import SHAPES
 from hmf_jax.priming import (
     distillation_loss,
@@ -81,6 +81,7 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
     hmf_jax.HybridLM.init: {"dtype": jnp.bfloat16, "seed": 0},
     from_pretrained: {"dtype": jnp.bfloat16, "num_iter": None, "mesh": None},
     save_pretrained: {"max_shard_size": "5GB", "overwrite": False, "source": None},
+    plan_engine: {"fraction": 0.9, "most_slots": 64, "fill": True, "prefixes": True},
     plan_memory: {"fraction": 0.9, "prefill_chunk": 2048, "dtype": None, "mesh": None},
     prime: {"seed": 0, "dtype": None, "repeat": "rows"},
     prime_directory: {"dtype": jnp.bfloat16, "copy_auxiliary_files": True, "overwrite": False},
@@ -270,11 +271,11 @@ def test_peak_flops(device: str, teraflops: int | None, monkeypatch) -> None:
 
 def test_sizes_of_programs() -> None:
     """Lengths and capacities are rounded up to these, so that few programs serve all prompts."""
-    sizes = (0, 1, 2, 3, 64, 65, 127, 128, 129, 2048)
-    found = [buffers.power_of_two(n, buffers.SMALLEST_CHUNK) for n in sizes]
+    lengths = (0, 1, 2, 3, 64, 65, 127, 128, 129, 2048)
+    found = [programs.power_of_two(n, programs.SMALLEST_CHUNK) for n in lengths]
     assert found == [64, 64, 64, 64, 64, 128, 128, 128, 256, 2048]
-    assert [buffers.power_of_two(n) for n in (0, 1, 2, 3, 5, 8, 9)] == [1, 1, 2, 4, 8, 8, 16]
-    assert (buffers.SMALLEST_CHUNK, buffers.SMALLEST_CAPACITY) == (64, 256)
+    assert [programs.power_of_two(n) for n in (0, 1, 2, 3, 5, 8, 9)] == [1, 1, 2, 4, 8, 8, 16]
+    assert (programs.SMALLEST_CHUNK, programs.SMALLEST_CAPACITY) == (64, 256)
     assert (programs.MOST_STEPS, settings.END_IDS, composition.ROOM) == (64, 16, 512)
 
 

@@ -14,6 +14,7 @@ from hmf_jax.memory import (
     describe,
     device_bytes,
     memory_table,
+    plan_engine,
     plan_memory,
     size_text,
     state_memory,
@@ -106,3 +107,52 @@ def test_released_models():
     assert gka.attention == 18 * 4096 * 131072
     matrices, taps = 2 * 32 * 128 * 128 * 4, 3 * (32 + 8 + 8) * 128 * 2
     assert gka.fixed == 18 * (matrices + taps)
+
+
+def engine_plan(kinds=("*DA", "GKA*"), **options):
+    return plan_engine(tiny_config(kinds), **{"memory": 40e6, "page_size": 32, **options})
+
+
+def test_engine_plan_by_hand():
+    """Weights, a chunk, slots; what is left is divided as a prefix of 4096 tokens divides it."""
+    config = tiny_config(("*DA", "GKA*"))
+    plan = engine_plan(prefill_chunk=64)
+    assert plan.weights == device_bytes(jax.eval_shape(lambda: HybridLM(config)))
+    page = 2 * 32 * 2 * 16 * 2  # keys and values of 32 tokens, 2 heads of 16, bfloat16
+    assert plan.page_bytes == page and plan.capacity == config.max_position_embeddings
+    fixed = state_memory(config, (32,))[32].fixed
+    assert plan.snapshot_bytes == fixed + 64 * 3 and plan.slot_bytes == fixed + 64 * 19
+    rows = -(-plan.capacity // 32)
+    assert plan.workspace == 64 * 64 * 32 * 2 + 3 * page * rows
+    assert (plan.budget, plan.slots) == (36_000_000, 64)
+    assert plan.budget - page - 1 <= plan.total <= plan.budget
+    of_prefixes, of_pages = plan.prefix_bytes, plan.pages * page
+    whole = 4096 // 32 * page + plan.snapshot_bytes
+    assert of_prefixes / (of_prefixes + of_pages) == pytest.approx(
+        plan.snapshot_bytes / whole, rel=0.01
+    )
+    assert plan.table().splitlines()[-1].split()[-2:] == size_text(plan.total).split()
+
+
+def test_engine_plan_on_request():
+    small = engine_plan(slots=2, capacity=100, fill=False)
+    assert (small.slots, small.capacity, small.pages) == (2, 100, 2 * 2 * (4 + 1))
+    assert small.prefix_bytes <= 16 * small.snapshot_bytes
+    off = engine_plan(prefixes=False)
+    assert off.prefix_bytes == 4 * off.snapshot_bytes and off.pages > engine_plan().pages
+    recurrent = engine_plan(("GKA*", "M2*"), slots=2, capacity=100)
+    assert recurrent.page_bytes == 0 and recurrent.pages >= 2 * 4
+    least = off.weights + off.workspace + 3 * off.slot_bytes + 8 * off.page_bytes
+    tight = engine_plan(memory=least, fraction=1.0)
+    assert tight.slots < 64 and tight.capacity < off.capacity and tight.total <= least
+
+
+def test_engine_plan_that_does_not_fit():
+    fits = engine_plan(slots=4, capacity=128, fraction=1.0, fill=False)
+    least = fits.total - (fits.pages - 4) * fits.page_bytes - fits.prefix_bytes
+    least += 4 * fits.snapshot_bytes
+    assert engine_plan(slots=4, capacity=128, fraction=1.0, memory=least + fits.page_bytes)
+    with pytest.raises(ValueError, match="4 slots and a row of 128 tokens need .*fewer slots"):
+        engine_plan(slots=4, capacity=128, fraction=1.0, memory=least - 1)
+    with pytest.raises(ValueError, match="capacity"):
+        engine_plan(capacity=10**7)

@@ -7,6 +7,8 @@
     settings   what the rows were asked for, as arrays
     buffers    the rows on the device: the only part that knows how their memory is laid out
     engine     add, abort, step -> events
+    thread     an engine in a thread of its own
+    batch      prompts that begin and decode together, without an engine
     failure    where logits that are not finite come from
     api        generate, stream, warmup
     pure       sample, for programs of one's own
@@ -19,10 +21,8 @@ tokens, limits) is a run-time value; so is num_iter once it differs from the con
 """
 
 from hmf_jax.engine.api import (
-    capacity_for,
     enable_compilation_cache,
     generate,
-    start,
     stream,
     warmup,
 )
@@ -34,6 +34,7 @@ from hmf_jax.engine.request import (
     Output,
     Request,
     Tokens,
+    capacity_for,
     check_prompts,
     check_room,
     requests,
@@ -70,7 +71,6 @@ __all__ = [
     "requests",
     "sample",
     "score",
-    "start",
     "stream",
     "warmup",
 ]

@@ -8,19 +8,20 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 
-from hmf_jax.config import HybridConfig
-from hmf_jax.engine.buffers import SMALLEST_CAPACITY, SMALLEST_CHUNK, power_of_two
+from hmf_jax.engine.batch import Batch
 from hmf_jax.engine.engine import Engine
+from hmf_jax.engine.programs import SMALLEST_CHUNK, power_of_two
 from hmf_jax.engine.request import (
     Output,
     Prompts,
     Request,
     Sampling,
     Whole,
+    capacity_for,
     check_room,
     check_top,
     check_whole,
@@ -118,22 +119,28 @@ def generate(
         defaults=generation_defaults(model),
     )  # fmt: skip
     check_top(model.config, of_prompt)
-    engine, ids = start(
-        model, asked, capacity=capacity, prefill_chunk=prefill_chunk, slots=slots, state=state,
-        processor=processor, solver=solver,
-    )  # fmt: skip
-    outputs: dict[int, Output] = {id: Output([], "", [], top_logprobs=[]) for id in ids}
+    options: dict[str, Any] = dict(
+        capacity=capacity, prefill_chunk=prefill_chunk, processor=processor, solver=solver
+    )
+    if slots is None:
+        driver, ids = Batch(model, asked, state=state, **options), list(range(len(asked)))
+    elif state is not None:
+        raise ValueError("Prompts in slots start from nothing: leave out slots or state.")
+    else:
+        check_whole("slots", slots, 1)
+        driver, ids = _in_slots(model, asked, slots, **options)
+    outputs = {id: Output([], "", [], top_logprobs=[]) for id in ids}
     errors: dict[int, str] = {}
     if prompt_logprobs:
         found = score_prompts(
-            model, asked, top=of_prompt, capacity=engine.capacity, chunk=prefill_chunk, state=state,
+            model, asked, top=of_prompt, capacity=driver.capacity, chunk=prefill_chunk, state=state,
             solver=solver,
         )  # fmt: skip
         for id, (scores, top) in zip(ids, found, strict=True):
             more = {"prompt_logprobs": scores, "prompt_top_logprobs": top if of_prompt else None}
             outputs[id] = dataclasses.replace(outputs[id], **more)
-    while engine.busy:
-        for event in engine.step():
+    while driver.busy:
+        for event in driver.step():
             if isinstance(event, New):
                 _append(outputs[event.id], event)
             elif isinstance(event, Finished):
@@ -178,16 +185,17 @@ def stream(
         num_iter=num_iter, min_new_tokens=min_new_tokens, settings=settings,
         defaults=generation_defaults(model),
     )  # fmt: skip
-    engine, ids = start(
+    batch = Batch(
         model, asked, capacity=capacity, prefill_chunk=prefill_chunk, processor=processor,
         solver=solver,
     )  # fmt: skip
+    ids = range(len(asked))
 
     def tokens() -> Iterator[list[list[int]]]:
         errors: dict[int, str] = {}
-        while engine.busy:
+        while batch.busy:
             new: dict[int, list[int]] = {}
-            for event in engine.step(tokens_per_dispatch):
+            for event in batch.step(tokens_per_dispatch):
                 if isinstance(event, New):
                     new[event.id] = event.tokens
                 elif isinstance(event, Finished):
@@ -224,52 +232,27 @@ def _how_many(name: str, value: bool | int) -> int:
     return value
 
 
-def start(
+def _in_slots(
     model: HybridLM,
     asked: Sequence[Request],
+    slots: int,
     *,
-    capacity: int | None = None,
-    prefill_chunk: int = 2048,
-    slots: int | None = None,
-    state: ModelState | None = None,
-    processor: Processor | None = None,
-    solver: str = "chebyshev",
+    capacity: int | None,
+    prefill_chunk: int,
+    processor: Processor | None,
+    solver: str,
 ) -> tuple[Engine, list[int]]:
-    """An engine that fits these requests, with all of them in its queue, and their ids.
-
-    Arguments and errors as in `generate`.
-    """
-    if slots is not None and state is not None:
-        raise ValueError("Prompts in slots start from nothing: leave out slots or state.")
-    for name, value in (("slots", slots), ("capacity", capacity)):
-        if value is not None:
-            check_whole(name, value, 1)
-    if state is None:
-        needed = max(len(request.prompt) + request.max_new_tokens for request in asked)
-        capacity = capacity_for(model.config, needed, capacity)
-        # To a power of two rows, so that batches of similar sizes share programs.
-        rows = power_of_two(len(asked)) if slots is None else min(slots, len(asked))
-        held = [0] * len(asked)
-    else:
-        capacity = state.capacity if capacity is None else capacity
-        rows, held = len(asked), state.length.tolist()
+    """An engine with all of these requests in its queue, and their ids."""
+    if capacity is not None:
+        check_whole("capacity", capacity, 1)
+    needed = max(len(request.prompt) + request.max_new_tokens for request in asked)
+    capacity = capacity_for(model.config, needed, capacity)
     engine = Engine(
-        model,
-        rows,
-        capacity=capacity,
-        prefill_chunk=prefill_chunk,
-        together=slots is None,
-        state=state,
-        processor=processor,
+        model, slots, capacity=capacity, prefill_chunk=prefill_chunk, processor=processor,
         solver=solver,
-    )
-    check_room(model.config, [request.prompt for request in asked], held, capacity)
-    after = engine.held if state is not None else [None] * len(asked)
-    ids = [
-        engine.add(dataclasses.replace(request, after=row))
-        for request, row in zip(asked, after, strict=True)
-    ]
-    return engine, ids
+    )  # fmt: skip
+    check_room(model.config, [request.prompt for request in asked], [0] * len(asked), capacity)
+    return engine, [engine.add(request) for request in asked]
 
 
 def warmup(
@@ -288,31 +271,18 @@ def warmup(
     named = {"capacity": capacity, "batch": batch, "prefill_chunk": prefill_chunk}
     for name, value in named.items():
         check_whole(name, value, 3 if name == "capacity" else 1)
-    longest = min(prefill_chunk, capacity - 2)
-    sizes = {longest}
-    while longest > SMALLEST_CHUNK:
-        longest = power_of_two(longest) // 2
-        sizes.add(longest)
-    for size in sorted(sizes):
-        engine = Engine(
-            model,
-            power_of_two(batch),
-            capacity=capacity,
-            prefill_chunk=prefill_chunk,
-            together=True,
-            solver=solver,
-        )
-        ids = [engine.add(Request([0] * size, 2, keep=True)) for _ in range(batch)]
-        _drain(engine)
-        room = capacity - len(engine.context(ids[0])) - 1
-        for id in ids if room > 0 else ():
-            engine.add(Request([0] * min(size, room), 1, after=id))
-        _drain(engine)
-
-
-def _drain(engine: Engine) -> None:
-    while engine.busy:
-        engine.step()
+    room = capacity - 2  # of a prompt, with two tokens to generate
+    size = min(prefill_chunk, room)
+    sizes = [size]
+    while size > SMALLEST_CHUNK:
+        size = power_of_two(size) // 2
+        sizes.append(size)
+    later = [min(prefill_chunk + size, room) for size in sizes if prefill_chunk < room]
+    for length in sorted({*sizes, *later}):
+        asked = [Request([0] * length, 2)] * batch
+        running = Batch(model, asked, capacity=capacity, prefill_chunk=prefill_chunk, solver=solver)
+        while running.busy:
+            running.step()
 
 
 def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path | None:
@@ -344,10 +314,3 @@ def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) ->
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return path
-
-
-def capacity_for(config: HybridConfig, needed: int, capacity: int | None = None) -> int:
-    """`capacity`, or the bucket for `needed` tokens: a power of two, at most what RoPE covers."""
-    if capacity is not None:
-        return capacity
-    return min(power_of_two(needed, SMALLEST_CAPACITY), config.max_position_embeddings)

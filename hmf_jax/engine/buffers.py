@@ -16,7 +16,16 @@ import numpy as np
 
 from hmf_jax.engine import programs
 from hmf_jax.engine.old_scheduler import Feed, Result, Turn
-from hmf_jax.engine.programs import MOST_STEPS, Layout, Rows, Top
+from hmf_jax.engine.programs import (
+    MOST_STEPS,
+    SMALLEST_CHUNK,
+    Layout,
+    Rows,
+    Top,
+    as_dicts,
+    power_of_two,
+)
+from hmf_jax.engine.programs import SMALLEST_CAPACITY as SMALLEST_CAPACITY
 from hmf_jax.engine.request import GREEDY, Request
 from hmf_jax.engine.settings import Processor, Settings, stack_settings
 from hmf_jax.mixers import KINDS
@@ -24,8 +33,6 @@ from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
 from hmf_jax.state import ModelState
 
-SMALLEST_CHUNK = 64  # tokens; the last chunk of a prompt is padded to this times a power of two
-SMALLEST_CAPACITY = 256  # tokens
 _NOBODY = Request((), 1, GREEDY)
 
 
@@ -284,14 +291,3 @@ class Buffers:
             [request.num_iter for request in asked],
             [request.min_new_tokens for request in asked],
         )
-
-
-def as_dicts(ids: np.ndarray, logprobs: np.ndarray) -> list[dict[int, float]]:
-    """The most likely tokens of each place, [n, k] each: {token: logprob}, the first one first."""
-    pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
-    return [dict(zip(*pair, strict=True)) for pair in pairs]
-
-
-def power_of_two(n: int, least: int = 1) -> int:
-    """The smallest power of two that is at least n, or `least` if that is larger."""
-    return max(least, 1 << max(n - 1, 0).bit_length())

@@ -7,9 +7,42 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from hmf_jax.engine.request import Request
 from hmf_jax.mixers import KINDS
 from hmf_jax.model import HybridLM
 from hmf_jax.state import ModelState
+
+
+def why_not_finite(
+    model: HybridLM,
+    request: Request,
+    made: Sequence[int],
+    *,
+    chunk: int,
+    capacity: int,
+    solver: str = "chebyshev",
+    state: ModelState | None = None,
+) -> str:
+    """What to tell of a row whose logits are NaN or infinite: at which token, and since where.
+
+    Args:
+      model: the model.
+      request: of the row.
+      made: the new tokens before that one.
+      chunk, capacity, solver: of the engine.
+      state: of the row, if it began with tokens that are not known, which cannot be read again.
+    """
+    what = f"new token {len(made)}: the logits are NaN or infinite"
+    if state is not None:
+        where = first_bad_state(model, state)
+        unknown = "the states of all layers are finite, so look at the last layer and the head"
+    else:
+        where = first_bad_layer(
+            model, [*request.prompt, *made], num_iter=request.num_iter, chunk=chunk,
+            capacity=capacity, solver=solver,
+        )  # fmt: skip
+        unknown = "the model's own are finite, so look at biases, penalties and the processor"
+    return f"{what}; {unknown if where is None else f'the first to be so is {where}'}"
 
 
 def first_bad_layer(

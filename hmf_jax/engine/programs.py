@@ -14,136 +14,46 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from hmf_jax.engine.rows import (
+    CAPACITY,
+    EOS,
+    ERROR,
+    LENGTH,
+    RUNNING,
+    STOPPED,
+    Appends,
+    Rows,
+    Top,
+    map_appended,
+    program,
+)
+from hmf_jax.engine.rows import Layout as Layout  # they have names here, too
+from hmf_jax.engine.rows import as_dicts as as_dicts
 from hmf_jax.engine.settings import Context, Processor, Settings
 from hmf_jax.engine.settings import stack_settings as stack_settings  # it has a name here, too
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
+from hmf_jax.pallas_kernels import PageTable
 from hmf_jax.pallas_kernels.dispatch import why_no_hopper
 from hmf_jax.sampling import adjust, choose, logprob
 from hmf_jax.state import ModelState
 
 SMALLEST_HALF = 8192  # tokens; what has been found to gain, see docs/performance.md
+SMALLEST_CHUNK = 64  # tokens; the last chunk of a prompt is padded to this times a power of two
+SMALLEST_CAPACITY = 256  # tokens
 MOST_STEPS = 64  # tokens per row and dispatch; one compiled program serves every smaller number
 
-Appends = tuple[tuple[str, ...], ...]  # `Kind.appends` of each layer
 
-# Why a row has ended; RUNNING: it has not. ERROR: its logits are not finite.
-RUNNING, EOS, LENGTH, CAPACITY, STOPPED, ERROR = range(6)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """What a batch carries from program to program; donated to each of them.
-
-    Attributes:
-      state: of the model.
-      seen: [B, V] bool, tokens in the row, for the repetition penalty.
-      token: [B] int32, the newest token; one that was generated is not yet in the state.
-      reason: [B] int32, why the row has ended (`EOS`, ...), 0 while it runs.
-      left: [B] int32, tokens that the row may still produce.
-      made: [B] int32, tokens that the request has produced.
-      generated: [B, V] int32, how often it has produced each; None where nobody asks.
-    """
-
-    state: ModelState
-    seen: jax.Array
-    token: jax.Array
-    reason: jax.Array
-    left: jax.Array
-    made: jax.Array
-    generated: jax.Array | None = None
-
-
-class Top(NamedTuple):
-    """The most likely tokens, the first one first: ids and logprobs [..., n]."""
-
-    ids: jax.Array
-    logprobs: jax.Array
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Layout:
-    """How the results of a program lie on a mesh. Equal ones are one object.
-
-    Attributes:
-      rows: `Rows` of shardings.
-      other: sharding of everything else: whole on every device.
-    """
-
-    rows: Rows
-    other: NamedSharding
-
-    @classmethod
-    def of(cls, packed: PackedModel, size: int, capacity: int) -> Layout | None:
-        """For so many rows of this model; None without a mesh."""
-        key = packed.structure, size, capacity
-        if key not in _layouts:
-            model = packed.model()
-            _layouts[key] = None if model.mesh is None else cls._of(model, size, capacity)
-        return _layouts[key]
-
-    @classmethod
-    def _of(cls, model: HybridLM, size: int, capacity: int) -> Layout:
-        assert model.mesh is not None
-        whole: Any = NamedSharding(model.mesh, PartitionSpec())
-        state = jax.tree.map(lambda x: x.sharding, model.abstract_state(size, capacity))
-        return cls(Rows(state, *[whole] * 5), whole)
-
-
-_layouts: dict[Any, Layout | None] = {}
-
-
-class Program:
-    """A pure function of and to `Rows`, and what it was compiled to: a program for each layout.
-
-    Args:
-      function: returns `Rows` first.
-      others: how many arrays, or trees of them, it returns after them.
-      options: of `jax.jit`.
-    """
-
-    def __init__(self, function: Callable[..., Any], others: int, **options: Any):
-        self._function, self._options, self._others = function, options, others
-        self._compiled: dict[tuple[Layout | None, bool], Any] = {}
-        functools.update_wrapper(self, function)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The function, as part of whatever is being traced."""
-        return self._function(*args, **kwargs)
-
-    def on(self, layout: Layout | None, generated: bool = False) -> Any:
-        """The function compiled for this layout, of `Rows` with or without `generated`."""
-        key = layout, generated
-        if key not in self._compiled:
-            options = dict(self._options)
-            if layout is not None:
-                counts = layout.other if generated else None
-                rows = dataclasses.replace(layout.rows, generated=counts)
-                others = (layout.other,) * self._others
-                options["out_shardings"] = (rows, *others) if others else rows
-            self._compiled[key] = jax.jit(self._function, **options)
-        return self._compiled[key]
-
-    def _cache_size(self) -> int:
-        """How many programs there are."""
-        return sum(program._cache_size() for program in self._compiled.values())
-
-
-def program(others: int, **options: Any) -> Callable[..., Program]:
-    """Makes a `Program` of a function."""
-    return functools.partial(Program, others=others, **options)
-
-
-@program(others=1, static_argnames=("size", "capacity"))
-def empty(packed: PackedModel, size: int, capacity: int) -> tuple[Rows, jax.Array]:
+@program(others=1, static_argnames=("size", "capacity", "pages"))
+def empty(
+    packed: PackedModel, size: int, capacity: int, pages: tuple[int, int] | None = None
+) -> tuple[Rows, jax.Array]:
     """Rows that hold nothing, and room for their logits [B, V].
 
     One program: made one by one, the arrays of 36 layers take 5 ms on one device, 70 on eight.
@@ -151,7 +61,7 @@ def empty(packed: PackedModel, size: int, capacity: int) -> tuple[Rows, jax.Arra
     model = packed.model()
     logits = jnp.zeros((size, model.config.vocab_size), model.dtype)
     rows = Rows(
-        state=model.init_state(size, capacity),
+        state=model.init_state(size, capacity, pages=pages),
         seen=jnp.zeros(logits.shape, bool),
         token=jnp.zeros(size, jnp.int32),
         reason=jnp.full(size, STOPPED, jnp.int32),
@@ -218,7 +128,7 @@ def mark(rows: Rows, row: jax.Array, appends: Appends) -> Rows:
 
     Nothing is copied of the arrays that tokens are only appended to: no entry of theirs is left.
     """
-    return _map_appended(lambda x: x[:, :0], take(rows, row), appends)
+    return map_appended(lambda x: x[:, :0], take(rows, row), appends)
 
 
 @program(others=0, static_argnames=("capacity", "appends"))
@@ -228,7 +138,7 @@ def grow(rows: Rows, capacity: int, appends: Appends) -> Rows:
     def pad(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, 0), (0, capacity - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
 
-    rows = _map_appended(pad, rows, appends)
+    rows = map_appended(pad, rows, appends)
     return dataclasses.replace(rows, state=dataclasses.replace(rows.state, capacity=capacity))
 
 
@@ -248,10 +158,11 @@ def first(
     settings: Settings,
     top: int = 0,
     processor: Processor | None = None,
+    allowed: jax.Array | None = None,
 ) -> tuple[Rows, jax.Array, jax.Array, jax.Array, Top | None]:
     """The token after the prompt, in the rows that start [B] bool, which may produce `left` [B].
 
-    Returns what `decode` does, for one step.
+    Returns what `decode` does, for one step. `allowed`: see `next_token`.
     """
     before, begin = rows, jnp.where(starts, 0, rows.made)
     only = jnp.where(starts, RUNNING, STOPPED)
@@ -259,7 +170,7 @@ def first(
     rows = dataclasses.replace(rows, reason=only, left=left, made=begin)
     if rows.generated is not None:
         rows = dataclasses.replace(rows, generated=jnp.where(starts[:, None], 0, rows.generated))
-    rows, token, logprob, found = next_token(rows, logits, settings, top, processor)
+    rows, token, logprob, found = next_token(rows, logits, settings, top, processor, allowed)
     rows = dataclasses.replace(rows, reason=jnp.where(starts, rows.reason, before.reason))
     found = jax.tree.map(lambda x: x[:, None], found)
     return rows, token[:, None], logprob[:, None], rows.reason, found
@@ -278,16 +189,31 @@ def decode(
     processor: Processor | None = None,
     impl: str = "auto",
     solver: str = "chebyshev",
+    table: jax.Array | None = None,
+    waits: jax.Array | None = None,
+    allowed: jax.Array | None = None,
 ) -> tuple[Rows, jax.Array, jax.Array, jax.Array, Top | None]:
     """Up to `steps` tokens for each row that runs and is not to end now, `ends` [B] bool.
+
+    Args:
+      table: [B, M] int32, the pages of each row, if rows have pages (`PageTable`).
+      waits: [B] bool, rows that get no token this time; None: none.
+      allowed: see `next_token`.
 
     Returns the rows, tokens [B, MOST_STEPS] (-1 where there is none), their logprobs, the reason
     [B] of each row, and the `top` most likely tokens of each step (None: 0).
     """
+    model = packed.model()
     stopped = ends & (rows.reason == RUNNING)
-    rows = dataclasses.replace(rows, reason=jnp.where(stopped, STOPPED, rows.reason))
-    options: dict[str, Any] = dict(top=top, processor=processor, impl=impl, solver=solver)
-    step = functools.partial(one_step, packed.model(), settings=settings, **options)
+    reason = jnp.where(stopped, STOPPED, rows.reason)
+    waits = jnp.zeros_like(ends) if waits is None else waits & (reason == RUNNING)
+    rows = dataclasses.replace(rows, reason=jnp.where(waits, STOPPED, reason))
+    if table is not None:
+        rows = dataclasses.replace(rows, state=with_pages(model, rows.state, table))
+    options: dict[str, Any] = dict(
+        top=top, processor=processor, impl=impl, solver=solver, allowed=allowed
+    )
+    step = functools.partial(one_step, model, settings=settings, **options)
     shape = (len(ends), MOST_STEPS)
     found: tuple[Any, ...] = (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     if top:
@@ -303,6 +229,9 @@ def decode(
         return (carry[0] < steps) & jnp.any(carry[1].reason == RUNNING)
 
     _, rows, found = jax.lax.while_loop(more, body, (jnp.int32(0), rows, found))
+    reason = jnp.where(waits, RUNNING, rows.reason)
+    state = dataclasses.replace(rows.state, pages=None)
+    rows = dataclasses.replace(rows, reason=reason, state=state)
     return rows, found[0], found[1], rows.reason, found[2] if top else None
 
 
@@ -314,6 +243,7 @@ def one_step(
     processor: Processor | None = None,
     impl: str = "auto",
     solver: str = "chebyshev",
+    allowed: jax.Array | None = None,
 ) -> tuple[Rows, jax.Array, jax.Array, Top | None]:
     """Feeds the newest token of each row that runs, and chooses the next one."""
     logits, state = model(
@@ -327,16 +257,14 @@ def one_step(
     )
     assert state is not None
     rows = dataclasses.replace(rows, state=state)
-    return next_token(rows, logits[:, 0], settings, top, processor)
+    return next_token(rows, logits[:, 0], settings, top, processor, allowed)
 
 
-def _map_appended(do: Callable[[jax.Array], jax.Array], rows: Rows, appends: Appends) -> Rows:
-    """`do` to the arrays of each layer that `appends` names."""
-    layers = tuple(
-        dataclasses.replace(layer, **{name: do(getattr(layer, name)) for name in names})
-        for layer, names in zip(rows.state.layers, appends, strict=True)
-    )
-    return dataclasses.replace(rows, state=dataclasses.replace(rows.state, layers=layers))
+def with_pages(model: HybridLM, state: ModelState, table: jax.Array) -> ModelState:
+    """The state with the pages of its rows, table [B, M]; as it is if no layer has any."""
+    if (size := state.pool_size(model.appends)) is None:
+        return state
+    return dataclasses.replace(state, pages=PageTable.of(table, *size))
 
 
 def piece_size(mesh: Mesh | None, tokens: int) -> int:
@@ -358,11 +286,15 @@ def next_token(
     settings: Settings,
     top: int = 0,
     processor: Processor | None = None,
+    allowed: jax.Array | None = None,
 ) -> tuple[Rows, jax.Array, jax.Array, Top | None]:
     """Sample a token for each row that runs from logits [B, V]; say which rows end with it.
 
     This is the only place that decides whether a row has ended. That logits are not finite is read
     off their maximum and their normaliser, which are needed anyway.
+
+    allowed: [B, ceil(V / 32)] uint32, the tokens that may be chosen, token t in bit t % 32 of
+    word t // 32; None: all.
 
     Returns the rows, tokens [B] (-1 in rows that do not run, or have none to choose), their
     logprobs [B] and the most likely tokens.
@@ -370,11 +302,16 @@ def next_token(
     runs, raw = rows.reason == RUNNING, logits.astype(jnp.float32)
     scores = adjust(raw, settings.sampling, rows.seen, rows.generated)
     if settings.least is not None:
-        early = (rows.made < settings.least)[:, None]
-        ends = jnp.where(early & (settings.eos >= 0), settings.eos, raw.shape[1])
-        scores = scores.at[jnp.arange(len(raw))[:, None], ends].set(-jnp.inf, mode="drop")
+        early = rows.made < settings.least
+        scores = jax.lax.cond(
+            jnp.any(early), lambda s: _without_ends(s, settings.eos, early), lambda s: s, scores
+        )
     if processor is not None:
         scores = _processed(processor, scores, rows)
+    if allowed is not None:
+        bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        bits = bits.reshape(len(raw), -1)[:, : raw.shape[1]]
+        scores = jnp.where(bits == 1, scores, -jnp.inf)
     token, ok = choose(scores, settings.sampling, rows.state.length)
     score, total = logprob(raw, token)
     makes = runs & ok & jnp.isfinite(total)
@@ -397,11 +334,28 @@ def next_token(
         made=rows.made + makes,
         generated=None if counts is None else counts.at[at].add(makes),
     )
-    found = None
-    if top:
-        values, ids = jax.lax.top_k(raw, top)
-        found = Top(ids, values - total[:, None])
+    found = _most_likely(raw, total, top, settings.top) if top else None
     return rows, jnp.where(makes, token, -1), score, found
+
+
+def _without_ends(scores: jax.Array, eos: jax.Array, rows: jax.Array) -> jax.Array:
+    """Scores with -inf at the end tokens of these rows."""
+    ends = jnp.where(rows[:, None] & (eos >= 0), eos, scores.shape[1])
+    return scores.at[jnp.arange(len(scores))[:, None], ends].set(-jnp.inf, mode="drop")
+
+
+def _most_likely(raw: jax.Array, total: jax.Array, top: int, asked: jax.Array | None) -> Top:
+    """The `top` most likely tokens of logits; zeros if no row has `asked`."""
+
+    def find(raw: jax.Array) -> Top:
+        values, ids = jax.lax.top_k(raw, top)
+        return Top(ids, values - total[:, None])
+
+    if asked is None:
+        return find(raw)
+    shape = (len(raw), top)
+    none = Top(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, raw.dtype))
+    return jax.lax.cond(jnp.any(asked > 0), find, lambda _: none, raw)
 
 
 def _processed(processor: Processor, scores: jax.Array, rows: Rows) -> jax.Array:
@@ -413,3 +367,8 @@ def _processed(processor: Processor, scores: jax.Array, rows: Rows) -> jax.Array
             f"The processor made {new.shape} of logits {scores.shape}; it must keep their shape."
         )
     return new.astype(scores.dtype)
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n, or `least` if that is larger."""
+    return max(least, 1 << max(n - 1, 0).bit_length())

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from hmf_jax.config import HybridConfig
+from hmf_jax.engine.programs import SMALLEST_CAPACITY, power_of_two
 from hmf_jax.generation_config import GenerationDefaults
 from hmf_jax.options import shown
 from hmf_jax.sampling import SamplingParams
@@ -308,6 +309,30 @@ def check_room(
                 f"of {capacity}; shorten it or pass a larger capacity (at most "
                 f"max_position_embeddings={config.max_position_embeddings})."
             )
+
+
+def capacity_for(config: HybridConfig, needed: int, capacity: int | None = None) -> int:
+    """`capacity`, or the bucket for `needed` tokens: a power of two, at most what RoPE covers."""
+    if capacity is not None:
+        return capacity
+    return min(power_of_two(needed, SMALLEST_CAPACITY), config.max_position_embeddings)
+
+
+def check_capacity(config: HybridConfig, capacity: int, ahead: int = 0) -> None:
+    """Raises ValueError if rows of `capacity` tokens, whose positions are up to `ahead` more than
+    the tokens they hold, go beyond what RoPE covers."""
+    longest = config.max_position_embeddings
+    if capacity + ahead > longest:
+        raise ValueError(
+            f"capacity={capacity} is more than max_position_embeddings={longest} allows; "
+            "choose a smaller one, or raise max_position_embeddings in the model's config."
+        )
+
+
+def check_processor(processor: Any) -> None:
+    """Raises ValueError unless it is None or can be called."""
+    if processor is not None and not callable(processor):
+        raise ValueError(f"processor={processor!r} must be a function of logits and context.")
 
 
 def _end_ids(config: HybridConfig, eos_ids: Any, count: int) -> list[list[int]]:

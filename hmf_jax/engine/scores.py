@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hmf_jax.engine.buffers import SMALLEST_CHUNK, as_dicts, power_of_two
-from hmf_jax.engine.programs import Top
+from hmf_jax.engine.programs import SMALLEST_CHUNK, Top, as_dicts, power_of_two
 from hmf_jax.engine.request import Request
 from hmf_jax.layers import exact_dtype
 from hmf_jax.model import HybridLM

@@ -12,6 +12,7 @@ import numpy as np
 from hmf_jax.sampling import SamplingArrays, SamplingParams, stack_params
 
 END_IDS = 16  # end tokens that fit into the smallest table; a larger one is another program
+MOST_LIKELY = 20  # log-probabilities per place that are there whatever rows ask for
 
 
 class Context(NamedTuple):
@@ -46,12 +47,15 @@ class Settings:
       eos: [B, E] int32 end tokens, padded with -1.
       num_iter: [B] int32; None = the config's.
       least: [B] int32, no end token before that many new tokens; None: nobody asks.
+      top: [B] int32, how many of the most likely tokens to tell; None: as many as the program
+        tells of every row.
     """
 
     sampling: SamplingArrays
     eos: Any
     num_iter: Any
     least: Any = None
+    top: Any = None
 
     @property
     def counts(self) -> bool:
@@ -65,8 +69,12 @@ def stack_settings(
     eos: Sequence[Sequence[int]],
     num_iter: Sequence[int | None],
     least: Sequence[int] = (),
+    top: Sequence[int] | None = None,
 ) -> Settings:
-    """Settings of all rows as arrays. `own_num_iter`: the config's, None without GKA layers."""
+    """Settings of all rows as arrays. `own_num_iter`: the config's, None without GKA layers.
+
+    With `top`, all arrays are there whatever is asked for, in one shape: so there is one program.
+    """
     width = max([END_IDS, *map(len, eos)])
     table = np.full((len(eos), 1 << (width - 1).bit_length()), -1, np.int32)
     for row, ids in enumerate(eos):
@@ -77,7 +85,8 @@ def stack_settings(
     iterations = None
     if own_num_iter is not None:
         chosen = [own_num_iter if n is None else n for n in num_iter]
-        if set(chosen) != {own_num_iter}:
+        if top is not None or set(chosen) != {own_num_iter}:
             iterations = np.array(chosen, np.int32)
-    fewest = np.array(least, np.int32) if any(least) else None
-    return Settings(stack_params(sampling), table, iterations, fewest)
+    fewest = np.array(least, np.int32) if top is not None or any(least) else None
+    most = None if top is None else np.array(top, np.int32)
+    return Settings(stack_params(sampling, top is not None), table, iterations, fewest, most)

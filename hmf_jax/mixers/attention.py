@@ -35,7 +35,7 @@ from hmf_jax.options import (
     check_int,
     check_object,
 )
-from hmf_jax.pallas_kernels import attention, decode_attention
+from hmf_jax.pallas_kernels import attention, decode_attention, paged_decode_attention
 
 KV_DIMS = ("batch", None, "kv_heads", None)
 
@@ -53,7 +53,10 @@ class SWAConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionState:
-    """Keys (after norm and RoPE) and values by token index: [B, capacity, K, D]."""
+    """Keys (after norm and RoPE) and values by token index: [B, capacity, K, D].
+
+    In a state with pages (`ModelState.pages`): pools [P, page, K, D] of the pages of all rows.
+    """
 
     k: Array
     v: Array
@@ -167,6 +170,8 @@ class Attention(Mixer):
     def _full(self, q, k, v, ctx: Context, state):
         if state is None:
             return self._own_tokens(q, k, v, ctx), None
+        if ctx.pages is not None:
+            return self._paged(q, k, v, ctx, state)
         T, capacity = q.shape[1], state.k.shape[1]
         lengths = ctx.counts(T)
         step = jnp.arange(T)
@@ -181,6 +186,23 @@ class Attention(Mixer):
             o = attention(q, state.k, state.v, offset=ctx.offset, **ctx.options)
         return o, state
 
+    def _paged(self, q, k, v, ctx: Context, state):
+        pages, T = ctx.pages, q.shape[1]
+        assert pages is not None
+        lengths = ctx.counts(T)
+        step = jnp.arange(T)
+        slots = jnp.where(step < lengths[:, None], ctx.offset[:, None] + step, -1)
+        state = AttentionState(pages.write(state.k, slots, k), pages.write(state.v, slots, v))
+        held = ctx.offset + lengths
+        if T == 1:
+            held = jnp.where(lengths > 0, held, 0)  # a row without a token takes no time
+            o = paged_decode_attention(q[:, 0], state.k, state.v, pages, held, **ctx.options)
+            return o[:, None], state
+        if ctx.fresh:
+            return self._own_tokens(q, k, v, ctx), state
+        keys, values = pages.read(state.k, held), pages.read(state.v, held)
+        return attention(q, keys, values, offset=ctx.offset, **ctx.options), state
+
     def _windowed(self, q, k, v, ctx: Context, state):
         if state is None:
             return self._own_tokens(q, k, v, ctx), None
@@ -189,7 +211,8 @@ class Attention(Mixer):
         if T == 1:
             slots = jnp.where(lengths > 0, ctx.offset % W, W)[:, None]
             state = WindowState(write(state.k, slots, k), write(state.v, slots, v))
-            keys = jnp.minimum(ctx.offset + lengths, W)
+            # A row without a token takes no time.
+            keys = jnp.where(lengths > 0, jnp.minimum(ctx.offset + lengths, W), 0)
             return decode_attention(q[:, 0], state.k, state.v, keys, **ctx.options)[:, None], state
         keys = jnp.concatenate([chronological(state.k, ctx.offset), k], axis=1)
         values = jnp.concatenate([chronological(state.v, ctx.offset), v], axis=1)

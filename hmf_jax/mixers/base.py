@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hmf_jax.pallas_kernels import PageTable
 from hmf_jax.sharding import constrain, named_sharding, spec
 
 Array = jax.Array
@@ -37,6 +38,7 @@ class Context:
       solver: static; whose steps num_iter counts, see `hmf_jax.pallas_kernels.gka`.
       mesh: static; the device mesh, or None.
       position: [B] int32, what the state's `position` is after this call; None without a state.
+      pages: where full attention layers keep keys and values; None: in a buffer per row.
       query_scale: float32 [B, T, 1, 1], what attention multiplies its rotated queries by; None: 1.
     """
 
@@ -52,6 +54,7 @@ class Context:
     solver: str = dataclasses.field(default="chebyshev", metadata={"static": True})
     position: Array | None = None
     query_scale: Array | None = None
+    pages: PageTable | None = None
 
     @property
     def options(self) -> dict:
@@ -64,6 +67,11 @@ class Context:
         if self.segment_ids is not None:
             return {"segment_ids": self.segment_ids}
         return {"lengths": self.lengths}
+
+    @property
+    def active(self) -> Array | None:
+        """[B] bool: the rows that have a token, in calls of one token each; None: all."""
+        return None if self.lengths is None else self.lengths > 0
 
     def counts(self, T: int) -> Array:
         """[B] int32: how many of the T tokens of each row are valid."""

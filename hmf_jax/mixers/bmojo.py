@@ -182,12 +182,13 @@ class TwoWindowAttention(nnx.Module):
 
         k_ring, k_pending = push(state.k, state.k_pending, k, k_fading)
         v_ring, v_pending = push(state.v, state.v_pending, v, v_fading)
+        used = jnp.where(active[:, 0], offset + 1, 0)  # a row without a token takes no time
         o = two_window_decode(
             q[:, 0],
             k_ring,
             v_ring,
-            jnp.minimum(offset + 1, W),
-            jnp.clip(offset - W + 1, 0, W),
+            jnp.minimum(used, W),
+            jnp.clip(used - W, 0, W),
             q_fading=None if q_fading is None else q_fading[:, 0],
             **ctx.options,
         )

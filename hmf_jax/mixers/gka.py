@@ -127,9 +127,11 @@ class GatedKalmaNet(GatedLinearMixer):
             **ctx.options,
         }
         if state is not None and x.shape[1] == 1:
-            alpha, g, beta = (None if a is None else ctx.mask(a)[:, 0] for a in (alpha, g, beta))
-            k, v = ctx.mask(k)[:, 0], ctx.mask(v)[:, 0]
-            o, h = gka_step(q[:, 0], k, v, alpha, g, beta, (state.h_kk, state.h_kv), **options)
+            alpha, g, beta = (None if a is None else a[:, 0] for a in (alpha, g, beta))
+            h = state.h_kk, state.h_kv
+            o, h = gka_step(
+                q[:, 0], k[:, 0], v[:, 0], alpha, g, beta, h, active=ctx.active, **options
+            )
             o = o[:, None]
         else:
             o, h = gka(

@@ -25,9 +25,10 @@ class TextStream:
     """Turns the tokens of one row into text, piece by piece.
 
     The pieces do not depend on how the tokens were grouped. Together they are `text`, which is what
-    `tokenizer.decode(tokens, skip_special_tokens=True)` makes of all tokens at once, cut at the
-    stop string. A character whose bytes are spread over several tokens appears once it is complete,
-    and text that may be the beginning of a stop string is held back until that is decided.
+    `tokenizer.decode(tokens, skip_special_tokens=not special)` makes of all tokens at once, cut at
+    the stop string. A character whose bytes are spread over several tokens appears once it is
+    complete, and text that may be the beginning of a stop string is held back until that is
+    decided.
 
     Args:
       tokenizer: a Hugging Face tokenizer.
@@ -35,11 +36,13 @@ class TextStream:
         special tokens, which have no text otherwise.
       end_ids: tokens that have no text.
       watch: tokens whose places in the text are wanted, and their text.
+      special: special tokens have a text, too.
+      keep_stop: the text ends with the stop string instead of before it.
 
     Attributes:
       text: all pieces so far.
       tokens, logprobs: all that was pushed, up to the token that completed a stop string.
-      stopped: whether a stop string was completed.
+      stop: the stop string that was completed, else None.
       places: of the tokens that were watched for, in order; they may lie beyond `text` as yet.
     """
 
@@ -49,20 +52,33 @@ class TextStream:
         stop: str | Sequence[str] | None = (),
         end_ids: Sequence[int] = (),
         watch: Mapping[int, str] | None = None,
+        *,
+        special: bool = False,
+        keep_stop: bool = False,
     ):
         self.text = ""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-        self.stopped = False
+        self.stop: str | None = None
         self.places: list[Place] = []
         self._tokenizer, self._watch = tokenizer, dict(watch or {})
-        self._stop = check_stop(stop)
-        self._silent = _special_ids(tokenizer) | set(end_ids)
-        self._decoder = _Decoder(tokenizer)
+        self._stop, self._keep_stop = check_stop(stop), keep_stop
+        self._silent = set(end_ids) if special else _special_ids(tokenizer) | set(end_ids)
+        self._decoder = _Decoder(tokenizer, special)
         self._cleaner = _Cleaner(tokenizer) if _cleans_up(tokenizer) else None
         self._length = 0  # characters that have left the decoder and the cleaner
         self._held = ""  # of them, and of tokens without text: perhaps the start of a stop string
         self._shown: list[bool] = []  # for each character of `_held`, whether it is text
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was completed."""
+        return self.stop is not None
+
+    @property
+    def decoded(self) -> int | None:
+        """Characters so far, with those that are held back; None inside of a character."""
+        return None if self._decoder.waits else self._length
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[float]) -> str:
         """Add tokens; the text that is certain now. What follows a stop string is ignored."""
@@ -113,10 +129,10 @@ class TextStream:
             return piece if shown else ""
         self._held += piece
         self._shown += [shown] * len(piece)
-        found = [(i + len(s), i) for s in self._stop if (i := self._held.find(s)) >= 0]
+        found = [(i + len(s), i, s) for s in self._stop if (i := self._held.find(s)) >= 0]
         if found:
-            _, cut = min(found)
-            self.stopped = True
+            end, start, self.stop = min(found)
+            cut = end if self._keep_stop else start
         else:
             cut = len(self._held) - max(beginning(self._held, s) for s in self._stop)
         out = "".join(itertools.compress(self._held[:cut], self._shown))
@@ -134,8 +150,9 @@ class _Decoder:
     becomes a replacement character. Here characters of the row that were complete before stay.
     """
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, special: bool = False):
+        self._tokenizer, self._special = tokenizer, special
+        self.waits = False  # for the rest of a character
         self._window: list[int] = []  # the newest tokens; decoding needs one or more before them
         self._sent = 0  # characters of the decoded window that were given
         self._row = _ByteRow()
@@ -146,8 +163,10 @@ class _Decoder:
         if string is None:  # beyond the vocabulary of the tokenizer: decoders leave it out
             return ""
         self._window.append(token)
+        self.waits = True
         if _BYTE.fullmatch(string):
             if self._row.push(int(string[1:-1], 16)):
+                self.waits = False
                 return self._give(self._row.width)
             if self._row.broken:
                 self._leave_characters()
@@ -157,6 +176,7 @@ class _Decoder:
         # What ends with an unfinished character decodes to one replacement character there.
         certain = text.removesuffix(_REPLACEMENT)
         if certain == text:
+            self.waits = False
             return self._give(1, text)
         new, self._sent = certain[self._sent :], max(self._sent, len(certain))
         if len(self._window) > 8:  # an unfinished character is in the last three tokens
@@ -168,7 +188,7 @@ class _Decoder:
         if self._row.waits:
             self._leave_characters()
         rest = self._decode(self._window)[self._sent :] if self._window else ""
-        self._window, self._sent, self._row = [], 0, _ByteRow()
+        self._window, self._sent, self._row, self.waits = [], 0, _ByteRow(), False
         return rest
 
     def _give(self, keep: int, text: str | None = None) -> str:
@@ -186,7 +206,7 @@ class _Decoder:
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            tokens, skip_special_tokens=not self._special, clean_up_tokenization_spaces=False
         )
 
     def _string(self, token: int) -> str | None:

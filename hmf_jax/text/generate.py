@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
-from hmf_jax.engine import Engine, Finished, New, requests, start
+from hmf_jax.engine import Engine, Finished, New, requests
+from hmf_jax.engine.batch import Batch
 from hmf_jax.engine.request import Sampling, tell_errors
 from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
@@ -80,7 +81,7 @@ def generate_text(
       ValueError: an empty prompt, one that does not fit, or a setting out of range.
       FloatingPointError: there is one prompt only, and its logits are NaN or infinite.
     """
-    engine, texts, lengths = _begin(
+    batch, texts = _begin(
         model,
         [prompts] if isinstance(prompts, str) else prompts,
         tokenizer,
@@ -93,16 +94,16 @@ def generate_text(
         **settings,
     )
     ended: dict[int, Finished] = {}
-    for _ in run(engine, texts, ended, 32):
+    for _ in run(batch, texts, ended, 32):
         pass
-    errors = {i: f"Prompt {i}, {e.error}" for i, id in enumerate(texts) if (e := ended[id]).error}
+    errors = {i: f"Prompt {i}, {e.error}" for i in texts if (e := ended[i]).error}
     tell_errors(errors, len(texts))
     return [
         Reply(
-            text.text, None, ended[id].reason, text.tokens, text.logprobs, error=errors.get(i),
-            prefilled=lengths[i],
+            text.text, None, ended[i].reason, text.tokens, text.logprobs, error=errors.get(i),
+            prefilled=len(batch.asked[i].prompt),
         )
-        for i, (id, text) in enumerate(texts.items())
+        for i, text in texts.items()
     ]  # fmt: skip
 
 
@@ -115,11 +116,11 @@ def stream_text(
     **settings: Any,
 ) -> Iterator[str]:
     """Like `generate_text` for one prompt: yields its continuation in pieces."""
-    engine, texts, _ = _begin(model, [prompt], tokenizer, stop, **settings)
+    batch, texts = _begin(model, [prompt], tokenizer, stop, **settings)
 
     def pieces() -> Iterator[str]:
         ended: dict[int, Finished] = {}
-        for (piece,) in run(engine, texts, ended, 8):
+        for (piece,) in run(batch, texts, ended, 8):
             if piece:
                 yield piece
         tell_errors({id: e.error for id, e in ended.items() if e.error}, 1)
@@ -139,9 +140,8 @@ def _begin(
     capacity: int | None = None,
     prefill_chunk: int = 2048,
     **settings: Any,
-) -> tuple[Engine, dict[int, TextStream], list[int]]:
-    """An engine with a request for each prompt, the text of each continuation so far, by id, and
-    the number of tokens of each prompt."""
+) -> tuple[Batch, dict[int, TextStream]]:
+    """The prompts as a batch, and the text of each continuation so far, by its row."""
     for i, prompt in enumerate(prompts):
         check_text(prompt, f"Prompt {i}", "text")
     tokenizer = tokenizer_of(model, tokenizer)
@@ -149,10 +149,9 @@ def _begin(
     ends = stop_ids(model.config, tokenizer, directory)
     defaults = generation_defaults(model, directory)
     texts = [TextStream(tokenizer, stop, ends) for _ in prompts]
-    tokens = [tokenizer.encode(p) for p in prompts]
     asked = requests(
         model.config,
-        tokens,
+        [tokenizer.encode(prompt) for prompt in prompts],
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         eos_ids=ends,
@@ -160,17 +159,20 @@ def _begin(
         settings=settings,
         defaults=defaults,
     )
-    engine, ids = start(model, asked, capacity=capacity, prefill_chunk=prefill_chunk)
-    return engine, dict(zip(ids, texts, strict=True)), [len(t) for t in tokens]
+    batch = Batch(model, asked, capacity=capacity, prefill_chunk=prefill_chunk)
+    return batch, dict(enumerate(texts))
 
 
 def run(
-    engine: Engine, texts: Mapping[int, TextStream], ended: dict[int, Finished], steps: int
+    engine: Engine | Batch,
+    texts: Mapping[int, TextStream],
+    ended: dict[int, Finished],
+    steps: int,
 ) -> Iterator[list[str]]:
-    """Runs an engine until its requests are done; yields the new text of each after every step.
+    """Runs requests until they are done; yields the new text of each after every step.
 
     Args:
-      engine: has these requests and no others.
+      engine: what runs these requests and no others.
       texts: by request; a stop string that one finds ends its request.
       ended: gets how each request has ended.
       steps: tokens per row that one call of the device makes.

@@ -11,6 +11,8 @@ from hmf_jax.convert.reading import strict_json
 from hmf_jax.text.template import one_line
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM = ("system", "developer")
+MOST = 4096  # messages of a request
 _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
 Message = dict[str, Any]
@@ -131,17 +133,118 @@ def _check_call(call: Any, where: str) -> Message:
         )
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise ValueError(f"{where}: name={shown(function.get('name'))} must be a string")
-    arguments = function.get("arguments", {})
+    arguments = parsed(function.get("arguments", {}))
+    if arguments is None:
+        raise ValueError(f"{where}: arguments must be an object, or the JSON text of one")
+    id = {"id": call["id"]} if call.get("id") is not None else {}
+    return {
+        **id,
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
+
+
+def parsed(arguments: Any) -> Message | None:
+    """Arguments of a call as an object: they may be its JSON text; None if they are neither."""
     if isinstance(arguments, str):  # as OpenAI's interface has it
         try:
             arguments = strict_json(arguments)
         except (ValueError, RecursionError):
-            arguments = None
-    if not isinstance(arguments, Mapping):
-        raise ValueError(f"{where}: arguments must be an object, or the JSON text of one")
-    id = {"id": call["id"]} if call.get("id") is not None else {}
-    body = {"name": function["name"], "arguments": dict(arguments)}
-    return {**id, "type": "function", "function": body}
+            return None
+    return dict(arguments) if isinstance(arguments, Mapping) else None
+
+
+def parse_arguments(calls: Sequence[Message], where: str) -> list[Message]:
+    """The same calls with arguments that are objects; ValueError if some are not.
+
+    Args:
+      calls: as `api_messages` returns them.
+      where: they are, for errors.
+    """
+    found = []
+    for i, call in enumerate(calls):
+        arguments = parsed(call["function"]["arguments"])
+        if arguments is None:
+            raise ValueError(
+                f"{where}[{i}].function.arguments must be the JSON text of an object: the chat "
+                "template writes it down value by value"
+            )
+        found.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return found
+
+
+def api_messages(messages: Any, name: str = "messages") -> list[Message]:
+    """Messages of a request to OpenAI's interface, as `render_prompt` takes them.
+
+    In contrast to `check_messages`, arguments of calls stay the text that the client sent, so that
+    a template can write them as the model did; fields that are unknown are left out; the role
+    "developer" becomes "system", "reasoning" is another name for "reasoning_content", and what a
+    user says may be empty.
+
+    Args:
+      messages: 1 to 4096 dicts, of JSON.
+      name: of the field, for errors.
+
+    Raises:
+      ValueError: names the message and the field: "messages[2].content must be ...".
+    """
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"{name} must be a list of messages, not {shown(messages)}")
+    if not 1 <= len(messages) <= MOST:
+        raise ValueError(f"{name} must hold 1 to {MOST} messages, not {len(messages)}")
+    return [_api_message(message, f"{name}[{i}]") for i, message in enumerate(messages)]
+
+
+def _api_message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{where} must be an object with role and content, not {shown(message)}")
+    given = {key: value for key, value in message.items() if value is not None}
+    role = given.get("role")
+    if role not in ROLES:
+        raise ValueError(f"{where}.role must be one of {', '.join(ROLES)}, not {shown(role)}")
+    if "content" not in given and role not in ("assistant", "tool"):
+        raise ValueError(f"{where}.content is missing: what does the {role} say?")
+    found: Message = {"role": "system" if role == "developer" else role}
+    found["content"] = _content(given.get("content", ""), f"{where}.content")
+    for key in ("name", "tool_call_id"):
+        if key in given:
+            check_text(given[key], f"{where}.{key}")
+            found[key] = given[key]
+    if role != "assistant":
+        return found
+    for key in ("reasoning_content", "reasoning"):
+        if key in given:
+            check_text(given[key], f"{where}.{key}")
+            found.setdefault("reasoning_content", given[key])
+    calls = given.get("tool_calls", ())
+    if not isinstance(calls, list | tuple):
+        raise ValueError(f"{where}.tool_calls must be a list, not {shown(calls)}")
+    if calls:
+        found["tool_calls"] = [
+            _api_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)
+        ]
+    return found
+
+
+def _api_call(call: Any, where: str) -> Message:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise ValueError(
+            f'{where} must be {{"id": ..., "type": "function", "function": {{"name": ..., '
+            '"arguments": ...}}'
+        )
+    if call.get("type", "function") != "function":
+        raise ValueError(f'{where}.type must be "function", not {shown(call["type"])}')
+    check_text(function.get("name"), f"{where}.function.name")
+    arguments = function.get("arguments")
+    arguments = "{}" if arguments is None or arguments == "" else arguments
+    if not isinstance(arguments, Mapping):  # some clients send the object itself
+        check_text(arguments, f"{where}.function.arguments", "the JSON text of an object")
+    id = call.get("id")
+    if id is not None:
+        check_text(id, f"{where}.id")
+    body = {"name": function["name"], "arguments": arguments}
+    return {**({} if id is None else {"id": id}), "type": "function", "function": body}
 
 
 def check_tools(tools: Any) -> list[Message]:

@@ -27,7 +27,8 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any
     Args:
       tokenizer: a Hugging Face tokenizer.
       messages: as `hmf_jax.text.messages.check_messages` returns them.
-      options: of `apply_chat_template`: add_generation_prompt, tools, enable_thinking, ...
+      options: of `apply_chat_template`: add_generation_prompt, tools, chat_template, ... and of the
+        template: enable_thinking, ...
 
     Raises:
       ValueError: one line that names the template: it refuses these messages, is damaged, takes
@@ -37,7 +38,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any
     name = f"the chat template of {printable(whose)}"
 
     def write() -> str:
-        for text in texts(tokenizer.chat_template):
+        for text in texts(options.get("chat_template") or tokenizer.chat_template):
             if line := _line_of_large_numbers(text):
                 raise ValueError(f"line {line} computes with very large numbers, so it is not run")
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)

@@ -17,6 +17,7 @@ import pytest
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine import Engine, Finished, New, Request, generate, programs, score, stream, warmup
+from hmf_jax.engine.batch import Batch
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
 from hmf_jax.sampling import SamplingParams
@@ -304,29 +305,17 @@ def test_continuing_a_request(model):
         engine.add(Request(more, 8, after=two))
 
 
-def test_a_row_fed_together_is_emptied_first(model):
-    first, second = prompts_of(20, 30)
-    engine = Engine(model, 2, capacity=256, together=True)
-    for prompt in (first, second):
-        id = engine.add(Request(prompt, 6))
-        got: list[int] = []
-        while engine.busy:
-            got += tokens_of(engine.step(), id)
-        assert got == generate(model, [prompt], max_new_tokens=6, capacity=256)[0].tokens
-
-
 def test_stopping_one_row_leaves_the_other(model):
     prompts = prompts_of(5, 12)
-    expected = generate(model, prompts[1:], max_new_tokens=20)[0].tokens
-    engine = Engine(model, 2, capacity=256, together=True)
-    one, two = (engine.add(Request(prompt, 20)) for prompt in prompts)
-    got = tokens_of(engine.step(), two)
-    engine.abort(one)
-    while engine.busy:
-        events = engine.step(4)
-        assert tokens_of(events, one) == []
-        got += tokens_of(events, two)
-    assert got == expected
+    expected = generate(model, prompts, max_new_tokens=20)[1].tokens
+    batch = Batch(model, [Request(prompt, 20) for prompt in prompts])
+    got = tokens_of(batch.step(), 1)
+    batch.abort(0)
+    while batch.busy:
+        events = batch.step(4)
+        assert tokens_of(events, 0) == []
+        got += tokens_of(events, 1)
+    assert got == expected and batch.step() == []
 
 
 @pytest.mark.slow

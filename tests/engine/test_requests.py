@@ -15,6 +15,7 @@ import pytest
 
 from hmf_jax import engine as of_requests
 from hmf_jax.engine import Engine, Finished, New, Request, programs, stream
+from hmf_jax.engine.batch import Batch
 from hmf_jax.engine.failure import first_bad_layer
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
@@ -340,11 +341,32 @@ def test_an_exception_in_a_step_stops_the_engine(model, monkeypatch):
 def test_states_that_run_ahead(model):
     """What counts is where positions end, not how many tokens a state holds."""
     longest = model.config.max_position_embeddings
-    state = model.init_state(1, 64)
+    state, asked = model.init_state(1, 64), [Request(ONE)]
     ahead = dataclasses.replace(state, position=jnp.array([longest - 63]))
     with pytest.raises(ValueError, match="capacity=64 is more than max_position_embeddings=512"):
-        Engine(model, 1, capacity=64, state=ahead)
-    Engine(model, 1, capacity=64, state=dataclasses.replace(ahead, position=ahead.position - 1))
+        Batch(model, asked, state=ahead)
+    Batch(model, asked, state=dataclasses.replace(ahead, position=ahead.position - 1))
     other = random_model(tiny_config(("*",)), jnp.bfloat16).init_state(1, 64)
     with pytest.raises(ValueError, match="layer 0 is AttentionState.*bfloat16.*but the model's"):
-        Engine(model, 1, capacity=64, state=other)
+        Batch(model, asked, state=other)
+    with pytest.raises(ValueError, match="capacity=32, but the state was made for 64 tokens"):
+        generate(model, [ONE], state=state, capacity=32)
+    with pytest.raises(ValueError, match="holds 1 rows, but tokens have 2"):
+        generate(model, [ONE, TWO], state=state)
+    with pytest.raises(ValueError, match="state is a int"):
+        generate(model, [ONE], state=3)
+    with pytest.raises(ValueError, match="leave out slots or state"):
+        generate(model, [ONE], state=state, slots=1)
+
+
+def test_a_row_that_fails_after_a_state(model, plain):
+    """What its state holds cannot be read again, so its layers are looked at."""
+    spoilt = model.init_state(2, 64)
+    (layer,) = spoilt.layers
+    layer = dataclasses.replace(layer, k=layer.k.at[0].set(jnp.nan))
+    spoilt = dataclasses.replace(spoilt, layers=(layer,), length=jnp.array([4, 0]))
+    with pytest.warns(RuntimeWarning, match="row 0, new token 0.*the state of layer 0"):
+        first, second = generate(
+            model, [ONE, TWO], state=spoilt, max_new_tokens=12, sampling=HOT, eos_ids=()
+        )
+    assert first.finish_reason == "error" and second.tokens == plain[1].tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -11,8 +12,9 @@ from hmf_jax.pallas_kernels import sharded
 from hmf_jax.pallas_kernels.dispatch import check_whole, finite, resolve
 from hmf_jax.pallas_kernels.ops.attention import chunked, cudnn, mosaic, reference
 from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs, Token
+from hmf_jax.pallas_kernels.ops.attention.pages import Paged, PageTable, by_pages, by_rows
 
-__all__ = ["attention", "decode_attention"]
+__all__ = ["attention", "decode_attention", "paged_decode_attention"]
 
 _IMPLS = {"cudnn": cudnn, "mosaic": mosaic, "chunked": chunked, "reference": reference}
 
@@ -115,6 +117,65 @@ def decode_attention(
     usable = {"cudnn": cudnn.why_not(token), "chunked": None, "reference": None}
     run = _IMPLS[resolve("decode_attention", impl, usable)].decode_attention
     return sharded.run(partial(run, scale=scale), mesh, token, "bhd")
+
+
+def paged_decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: PageTable,
+    lengths: jax.Array,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """`decode_attention` of rows whose keys and values lie in pages of a pool.
+
+    Args:
+      q: [B, H, D] queries.
+      k, v: [P, page, K, D] pools of pages, the new tokens included; K divides H. A mesh that
+        splits the rows (dp, fsdp) splits the pages into as many parts, and a row uses pages of its
+        own part only.
+      pages: which page holds what, see `PageTable`.
+      lengths: [B] integers, tokens of each row; 0: it takes no time, nor do its pages.
+      scale: factor of the scores; D ** -0.5 by default.
+      impl: "auto", "cudnn" (NVIDIA, 16-bit, D as in `attention`; reads the pages where they are),
+        "chunked" or "reference" (any device; gather the pages first). What lies behind a row's
+        tokens must be finite for "cudnn".
+      mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`) or None.
+
+    Returns:
+      [B, H, D] in the dtype of v; zero where `lengths` is 0. "cudnn" has no gradient.
+
+    Raises:
+      ValueError: shapes that do not fit, an `impl` that cannot run.
+    """
+    check_ndim("q", q, 3, "[B, H, D]")
+    B, P = q.shape[0], k.shape[0]
+    query: Any = jax.ShapeDtypeStruct((P, 1, *q.shape[1:]), q.dtype)  # as every page sees it
+    check_heads(query, k, v)
+    check_rows("lengths", lengths, B)
+    if pages.table.ndim != 2 or len(pages.table) != B or pages.owner.shape != (P,):
+        raise ValueError(
+            f"pages must be the table of {B} rows and {P} pages, PageTable.of(table, {P}, "
+            f"{k.shape[1]}), got one of shapes {pages.table.shape} and {pages.owner.shape}."
+        )
+    axes = ()
+    if mesh is not None and mesh.size > 1:
+        axes = sharded.batch_axes(mesh, B)
+        if axes and P % sharded.batch_parts(mesh):
+            raise ValueError(f"the mesh splits {B} rows, but {P} pages do not divide as well.")
+    scale = finite("paged_decode_attention", "scale", scale, q.shape[-1] ** -0.5)
+    inputs = Paged(q, k, v, pages.table, pages.owner, pages.first, lengths)
+    hidden = None if cudnn.internals is not None else "this jax hides what could be merged"
+    usable = {"cudnn": cudnn.why_not(Token(q, k, v, lengths)) or hidden}
+    name = resolve("paged_decode_attention", impl, usable | {"chunked": None, "reference": None})
+    if name == "cudnn":
+        run = partial(by_pages, scale=scale, axes=axes)
+    else:
+        run = partial(by_rows, scale=scale, axes=axes, exact=name == "reference")
+    return sharded.run(run, mesh, inputs, "bhd")
 
 
 def check_ndim(name: str, x: jax.Array, ndim: int, dims: str) -> None:

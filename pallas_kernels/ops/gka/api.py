@@ -134,6 +134,7 @@ def gka_step(
     state: tuple[jax.Array, jax.Array] | None,
     *,
     slots: jax.Array | None = None,
+    active: jax.Array | None = None,
     num_iter: int | jax.Array | np.ndarray = 30,
     ridge: float = 0.02,
     scale: float | None = None,
@@ -151,6 +152,8 @@ def gka_step(
         equal. Outside [0, S) a row is inactive: no state changes, its output is 0. State rows
         that no slot names keep their content. None: row b uses state row b. A mesh that splits
         the batch (dp or fsdp) cannot be combined with slots: they number all state rows.
+      active: [B] bool, without slots: rows where it is False keep their state, their output is
+        unspecified, and kernels spend no time on them. None: all rows are active.
       impl: "auto", "mosaic" (NVIDIA Hopper; D 64 or 128, bfloat16 or float32 inputs, float32
         states, solver "chebyshev"), "triton" (as in `gka`), "chunked" or "reference". Gradients
         of "mosaic" and "triton" are those of "chunked".
@@ -161,6 +164,10 @@ def gka_step(
     """
     _check_solver(solver, ridge)
     B, H, _ = _check_token(q, k, v, slots, state, mesh)
+    if active is not None:
+        if slots is not None or active.shape != (B,):
+            raise ValueError(f"gka_step: active must be [{B}] bool, without slots.")
+        k, v, alpha, g, beta = (_where(active, x) for x in (k, v, alpha, g, beta))
     token = _token(q, k, v, alpha, g, beta, num_iter, slots, state)
     usable = {
         "mosaic": mosaic_decode.why_not(token, solver),
@@ -171,10 +178,19 @@ def gka_step(
     name = resolve("gka_step", impl, usable)
     kernels = {"mosaic": mosaic_decode.gka_decode, "triton": triton_decode.gka_decode}
     if name in kernels:
+        kernel = partial(kernels[name], options=Options(float(ridge), _scale(scale, q), decay_kk))
+
+        def run(token: Token):
+            """`active` as slots, which on a mesh are those of the device's own rows."""
+            if active is not None:
+                here = jnp.arange(len(token.q), dtype=jnp.int32)
+                token = token._replace(slots=jnp.where(token.slots > 0, here, -1))
+            return kernel(token)
+
         return sharded.run(
-            partial(kernels[name], options=Options(float(ridge), _scale(scale, q), decay_kk)),
+            run,
             mesh,
-            token,
+            token if active is None else token._replace(slots=active.astype(jnp.int32)),
             ("bhd", ("bhde", "bhde")),
             rename=sharded.rename_kv(H, k.shape[1]),
         )
@@ -202,6 +218,11 @@ def gka_step(
             return step(h_kk, h_kv)
         acc = jnp.promote_types(q.dtype, jnp.float32)
         return at_slots(step, slots, h_kk.astype(acc), h_kv.astype(acc))
+
+
+def _where(active: jax.Array, x: jax.Array | None) -> jax.Array | None:
+    """x [B, ...] with zeros in rows that are not active."""
+    return None if x is None else jnp.where(active.reshape(-1, *([1] * (x.ndim - 1))), x, 0)
 
 
 def _inputs(q, k, v, alpha, g, beta, num_iter, initial_state, segment_ids, lengths) -> Inputs:
