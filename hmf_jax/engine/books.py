@@ -108,7 +108,10 @@ class Limits:
 
 def widths(chunk: int) -> tuple[int, ...]:
     """The sizes to which chunks are padded, ascending: few, since each is a compiled program."""
-    return (*(width for width in (64, 256, 1024) if width < chunk), chunk)
+    sizes = [min(64, chunk)]
+    while sizes[-1] < chunk:
+        sizes.append(min(sizes[-1] * 4, chunk))
+    return tuple(sizes)
 
 
 @dataclasses.dataclass
@@ -135,7 +138,7 @@ class Stats:
     pages: dict[str, int] = dataclasses.field(default_factory=dict)
     prefix_bytes: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     entries: dict[str, int] = dataclasses.field(default_factory=dict)
-    evictions: dict[str, int] = dataclasses.field(default_factory=dict)
+    evictions: dict[str, int] = dataclasses.field(default_factory=lambda: {"device": 0, "host": 0})
     queries: int = 0
     hits: int = 0
     missed: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -183,15 +186,6 @@ class Row:
     def ahead(self) -> int:
         """Most new tokens, those of turns under way included."""
         return len(self.made) + self.coming
-
-    def most(self, capacity: int) -> int:
-        """Most new tokens it can have. The newest one needs no place, but the device stops a row
-        as soon as one more token would fill it."""
-        return min(self.ask.max_new_tokens, capacity - len(self.prompt))
-
-    @property
-    def tokens(self) -> list[int]:
-        return [*self.prompt, *self.made]
 
 
 class Draft:
