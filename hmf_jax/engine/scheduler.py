@@ -108,6 +108,7 @@ class Scheduler:
         if row := self._rows.get(id):
             if row.slot >= 0:
                 self._draft.ends.append(row.slot)
+            row.cancelled = True
             self._finish(row, "stop")
 
     def plan(self, steps: int) -> Turn | None:
@@ -155,8 +156,10 @@ class Scheduler:
                 self._events.append(Scored(row.id, list(result.scores), list(result.top_scores)))
             for part in self._flight.pop(turn.number):
                 part.row.coming -= part.tokens
-                if part.row.state != "ended":  # or it was cancelled, or ended a turn ago
+                if part.row.state != "ended":
                     self._book(part, result)
+                elif REASONS[result.reasons[part.slot]] == "error" and part.row.cancelled:
+                    self._slots.spoil(part.row)
         told, self._events = self._events, []
         return told
 
@@ -325,7 +328,7 @@ class Scheduler:
             if not alone or found.entry is None:
                 return False
             # Beside the entry there is not even room for this one row: do without.
-            found = dataclasses.replace(found, entry=None)
+            found = dataclasses.replace(found, entry=None, missed="evicted")
             if not self._slots.enter(row, None):
                 return False
         self._dequeue(row)
