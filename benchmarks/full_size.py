@@ -121,11 +121,12 @@ def _measure(settings: Settings, path: Path) -> list[Any]:
     ]
 
 
-def write_checkpoint(config: HybridConfig, directory: Path) -> None:
+def write_checkpoint(config: HybridConfig, directory: Path, *, alike: bool = False) -> None:
     """A random checkpoint in bfloat16, written tensor by tensor.
 
     Matrices are N(0, initializer_range), of which they take 256 values; convolutions, norms, gates'
-    parameters are those of a new model, the same ones in all layers of a kind.
+    parameters are those of a new model, the same ones in all layers of a kind. `alike`: matrices of
+    one shape are the same, which is quicker.
 
     Raises:
       FileExistsError: the directory is not empty.
@@ -136,13 +137,19 @@ def write_checkpoint(config: HybridConfig, directory: Path) -> None:
     entries = table.entries(config)
     small = _small_parameters(config)
 
+    made: dict[tuple[int, ...], np.ndarray] = {}
+
     def value(entry: Entry) -> np.ndarray:
+        if entry.shape in made:
+            return made[entry.shape]
         if (x := small.get(_place(entry.path, config))) is not None:
             return (x.T if entry.transposed else x).reshape(entry.shape)
         out, step = np.empty(math.prod(entry.shape), levels.dtype), 1 << 22  # indices are 8 bytes
         for at in range(0, out.size, step):
             part = out[at : at + step]
             part[:] = levels[rng.integers(0, 256, part.size, np.uint8)]
+        if alike:
+            made[entry.shape] = out.reshape(entry.shape)
         return out.reshape(entry.shape)
 
     def tensor(name: str, blocks: list[Entry]) -> Pending:

@@ -80,10 +80,13 @@ class Row:
         return " ".join(word for word in words if word)
 
 
-def environment() -> dict[str, str]:
-    """The fields of a row that are the same for a whole run."""
+def environment(device: str | None = None) -> dict[str, str]:
+    """The fields of a row that are the same for a whole run.
+
+    `device`: of another process, whose device this one is not to take.
+    """
     return {
-        "device": jax.devices()[0].device_kind,
+        "device": jax.devices()[0].device_kind if device is None else device,
         "jax_version": jax.__version__,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -22,6 +22,7 @@ from hmf_jax.cli.prime import distill as prime_distill
 from hmf_jax.cli.prime import init as prime_init
 from hmf_jax.cli.prime import select as prime_select
 from hmf_jax.cli.prime import unfuse as prime_unfuse
+from hmf_jax.cli.serve import serve
 from hmf_jax.cli.text import chat, generate
 from hmf_jax.cli.training import demo, train
 from hmf_jax.moved import moved
@@ -39,6 +40,7 @@ __all__ = [
     "prime_init",
     "prime_select",
     "prime_unfuse",
+    "serve",
     "train",
     "verify",
 ]
@@ -62,7 +64,7 @@ _bench = typer.Typer(
 app.add_typer(_prime, name="prime")
 app.add_typer(_bench, name="bench")
 
-for _command in (generate, chat, convert, verify, info, train, demo, bench_serve):
+for _command in (generate, chat, serve, convert, verify, info, train, demo, bench_serve):
     app.command()(guarded(_command))
 for _command in (prime_init, prime_distill, prime_unfuse, prime_select):
     _prime.command()(guarded(_command))

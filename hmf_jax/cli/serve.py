@@ -339,16 +339,17 @@ def serve(
     try:
         from hmf_jax.serving import EngineConfig, ServeConfig
         from hmf_jax.serving import serve as run
-    except ModuleNotFoundError as e:
-        if (e.name or "").startswith("hmf_jax"):
+    except ImportError as e:
+        if e.name is not None:
             raise
-        raise ValueError(f'{e.name} is missing: pip install "hmf-jax[serve]"') from None
+        raise ValueError(str(e)) from None
     engine = EngineConfig(
         slots=slots, max_model_len=max_model_len, prefill_chunk=prefill_chunk,
         max_stall=None if max_stall_ms is None else max_stall_ms / 1000, page_size=page_size,
         memory_fraction=gpu_memory_utilization, prefix_cache=cache, snapshot_every=snapshot_every,
         host_bytes=None if prefix_host_gib is None else int(prefix_host_gib * 2**30),
-        tp=tp, dp=dp, dtype=dtype.value, num_iter=num_iter, overrides=_overrides(hf_overrides),
+        tp=tp, dp=dp, dtype="float32" if dtype is DType.float else dtype.value, num_iter=num_iter,
+        overrides=_overrides(hf_overrides),
     )  # fmt: skip
     config = ServeConfig(
         host=host, port=port, model_names=tuple(served_model_name or ()),

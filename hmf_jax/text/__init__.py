@@ -4,6 +4,7 @@
 """
 
 from hmf_jax.text.chat import ChatSession, ConversationFull
+from hmf_jax.text.deltas import CallArguments, CallStart, Content, Reasoning, ReplyDeltas
 from hmf_jax.text.detokenizer import TextStream, check_stop
 from hmf_jax.text.generate import Reply, generate_text, stream_text
 from hmf_jax.text.messages import api_messages, check_messages
@@ -11,16 +12,21 @@ from hmf_jax.text.parts import Piece
 from hmf_jax.text.prompt import Rendered, check_template_kwargs, render_prompt
 from hmf_jax.text.template import render
 from hmf_jax.text.thinking import END_THINK, THINK, split_thinking
-from hmf_jax.text.tokenizer import default_sampling, load_tokenizer, stop_ids
+from hmf_jax.text.tokenizer import default_sampling, load_tokenizer, stop_ids, tag_ids
 
 __all__ = [
     "END_THINK",
     "THINK",
+    "CallArguments",
+    "CallStart",
     "ChatSession",
+    "Content",
     "ConversationFull",
     "Piece",
+    "Reasoning",
     "Rendered",
     "Reply",
+    "ReplyDeltas",
     "TextStream",
     "api_messages",
     "check_messages",
@@ -34,4 +40,5 @@ __all__ = [
     "split_thinking",
     "stop_ids",
     "stream_text",
+    "tag_ids",
 ]

@@ -26,8 +26,9 @@ class TextStream:
 
     The pieces do not depend on how the tokens were grouped. Together they are `text`, which is what
     `tokenizer.decode(tokens, skip_special_tokens=not special)` makes of all tokens at once, cut at
-    the stop string. A character whose bytes are spread over several tokens appears once it is complete,
-    and text that may be the beginning of a stop string is held back until that is decided.
+    the stop string. A character whose bytes are spread over several tokens appears once it is
+    complete, and text that may be the beginning of a stop string is held back until that is
+    decided.
 
     Args:
       tokenizer: a Hugging Face tokenizer.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from hmf_jax.convert.directories import read_json
 from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingParams
+from hmf_jax.text.parts import TAGS
 from hmf_jax.text.template import one_line, texts
 
 _FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -106,8 +109,8 @@ def tokenizer_of(model: HybridLM, tokenizer: Any = None) -> Any:
     return tokenizer
 
 
-def tag_ids(tokenizer: Any, tags: tuple[str, ...]) -> dict[str, int]:
-    """The token of each of these tags that is one."""
+def tag_ids(tokenizer: Any, tags: tuple[str, ...] = TAGS) -> dict[str, int]:
+    """The token of each of these tags, of thinking and of calls of tools, that is one."""
     found = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in tags}
     return {
         tag: id
@@ -119,3 +122,34 @@ def tag_ids(tokenizer: Any, tags: tuple[str, ...]) -> dict[str, int]:
 def directory_of(model: HybridLM, tokenizer: Any) -> str | None:
     """Where generation_config.json is: with the model, else with the tokenizer."""
     return model.source or getattr(tokenizer, "name_or_path", None) or None
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def token_text(tokenizer: Any, token: int) -> str:
+    """The text of one token by itself, special tokens included; bytes that are no character are
+    U+FFFD."""
+    return tokenizer.decode([token], skip_special_tokens=False)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """The bytes of one token, which need not be whole characters."""
+    text = token_text(tokenizer, token)
+    if "\ufffd" not in text:
+        return text.encode()
+    written = tokenizer.convert_ids_to_tokens(token)
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", written):
+        return bytes([int(written[1:-1], 16)])
+    alphabet = _byte_alphabet()
+    if all(letter in alphabet for letter in written):
+        return bytes(alphabet[letter] for letter in written)
+    return text.encode()
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """The letters that byte-level tokenizers write bytes with: those that can be printed stand for
+    themselves, the others are numbered from U+0100."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(others)}

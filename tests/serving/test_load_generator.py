@@ -148,6 +148,27 @@ def test_errors_and_retry_after():
     assert right.problems == [] and right.status == 400
 
 
+def test_a_full_server_is_asked_again():
+    times = iter([429, 503, 429])
+    ok = streamed(WHOLE)
+
+    async def answer(writer, head, body):
+        if code := next(times, None):
+            told = b'{"error": {"message": "m", "type": "t", "param": null, "code": null}}'
+            writer.write(b"HTTP/1.1 %d X\r\nretry-after: 0\r\n" % code)
+            writer.write(b"content-length: %d\r\n\r\n%s" % (len(told), told))
+        else:
+            await ok(writer, head, body)
+
+    async def use(url):
+        users = [[Call(ASKED, COMPLETIONS), Call(ASKED, COMPLETIONS)]]
+        return await run_load(url, Plan(users, retries=2))
+
+    report = asyncio.run(served(answer, use))
+    assert [(r.status, r.refused) for r in report.all] == [(429, 2), (200, 0)]
+    assert report.problems == [] and report.numbers()["refused"] == 3
+
+
 def test_nobody_there():
     report = asyncio.run(run_load("http://127.0.0.1:9", Plan([[Call({})]])))
     assert "the connection broke" in report.problems[0] and not report.all[0].ok

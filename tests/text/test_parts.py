@@ -8,7 +8,8 @@ import pytest
 
 from hmf_jax.demo import build_tokenizer
 from hmf_jax.text import TextStream, split_thinking
-from hmf_jax.text.parts import TAGS, ReplyParts, parse_call
+from hmf_jax.text.calls import parse_call
+from hmf_jax.text.parts import TAGS, ReplyParts
 from hmf_jax.text.tokenizer import tag_ids
 
 CALLED = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}

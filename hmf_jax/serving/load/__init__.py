@@ -62,7 +62,7 @@ async def run_load(url: str, plan: Plan) -> Report:
         async with room:
             replies: list[Reply] = []
             for call in calls:
-                replies.append(await client.send(call, replies))
+                replies.append(await _patiently(client, call, replies, plan.retries, rng))
                 if callable(call.body) and not replies[-1].ok:
                     break
             return replies
@@ -79,6 +79,23 @@ async def run_load(url: str, plan: Plan) -> Report:
                 await watch
         await client.close()
     return Report(replies, duration, health)
+
+
+async def _patiently(
+    client: Client, call: Call, earlier: Sequence[Reply], retries: int, rng: random.Random
+) -> Reply:
+    """A call that is made again while the server has no room."""
+    refused = 0
+    while True:
+        reply = await client.send(call, earlier)
+        reply.refused = refused
+        full = reply.status in (429, 503) and reply.status not in call.expect
+        if not full or reply.problems or refused == retries:
+            return reply
+        refused += 1
+        seconds = reply.headers["retry-after"]
+        wait = min(int(seconds), 1) if seconds.isdigit() else 1
+        await asyncio.sleep(wait * rng.uniform(0.5, 1.0))
 
 
 async def _watch(client: Client, health: list[Reply]) -> None:

@@ -65,6 +65,8 @@ class Plan:
       connections: most users at a time; None: no limit.
       rate: users per second, who come at random times (a Poisson process); None: all at once.
       seed: of these times.
+      retries: how often a call is made again that the server had no room for (429 or 503), after
+        what it says in Retry-After, but at most a second.
       timeout: seconds after which a call is given up.
       headers: of all calls, such as {"Authorization": "Bearer KEY"}.
       watch: ask /health ten times per second meanwhile; see `Report.health`.
@@ -74,6 +76,7 @@ class Plan:
     connections: int | None = None
     rate: float | None = None
     seed: int = 0
+    retries: int = 0
     timeout: float = 600.0
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     watch: bool = False

@@ -51,6 +51,7 @@ class Reply:
       status: 0: none came.
       choices: by index.
       error: the error object, of the body or of an event.
+      refused: how often the server had no room before.
       left: the client closed the connection on purpose.
       failure: why there is no complete answer, although the client waited.
       problems: what breaks the protocol.
@@ -71,6 +72,7 @@ class Reply:
     body: bytes = b""
     id: str | None = None
     done: bool = False
+    refused: int = 0
     left: bool = False
     failure: str | None = None
     problems: list[str] = dataclasses.field(default_factory=list)

@@ -72,6 +72,7 @@ class Report:
             "requests": len(self.all),
             "completed": len(good),
             "failed": sum(not (reply.ok or reply.left) for reply in self.all),
+            "refused": sum(r.refused + (r.status in (429, 503)) for r in self.all),
             "closed_by_client": sum(reply.left for reply in self.all),
             "status_codes": {
                 str(k): n for k, n in sorted(Counter(r.status for r in self.all).items())
@@ -106,6 +107,7 @@ class Report:
             ("Requests", f"{numbers['requests']}"),
             ("Completed", f"{numbers['completed']}"),
             ("Failed", f"{numbers['failed']}"),
+            ("Refused for lack of room", f"{numbers['refused']}"),
             ("Closed by the client", f"{numbers['closed_by_client']}"),
             ("Status codes", codes),
             ("Duration (s)", f"{numbers['duration']:.2f}"),

@@ -1,0 +1,183 @@
+"""Numbers for Prometheus, under the names that dashboards of vLLM know, and some of our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+LABELS = ("model_name", "engine")
+
+
+def _steps(least: float, most: float) -> list[float]:
+    """1, 2, 5, 10, ... times a power of ten: bounds of a histogram."""
+    out, step = [], least
+    while step <= most:
+        out += [round(step * factor, 9) for factor in (1, 2, 5) if step * factor <= most]
+        step *= 10
+    return out
+
+
+_SECONDS, _SHORT, _TOKENS = _steps(0.001, 1000), _steps(0.0005, 100), _steps(1, 1_000_000)
+_REASONS = {"stop": "stop", "tool_calls": "stop", "length": "length"}
+
+
+class Metrics:
+    """Counts what happens to requests, in a registry of its own.
+
+    Attributes:
+      registry: of Prometheus.
+      model: the name of the model.
+    """
+
+    def __init__(self) -> None:
+        self.registry, self.model = CollectorRegistry(), ""
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(name, what, [*LABELS, *labels], registry=self.registry)
+
+        def gauge(name: str, what: str, *labels: str) -> Gauge:
+            return Gauge(name, what, [*LABELS, *labels], registry=self.registry)
+
+        def histogram(name: str, what: str, bounds: list[float]) -> Histogram:
+            return Histogram(name, what, LABELS, registry=self.registry, buckets=bounds)
+
+        self._running = gauge("vllm:num_requests_running", "Requests that have a slot.")
+        self._waiting = gauge("vllm:num_requests_waiting", "Requests that wait for a slot.")
+        self._usage = gauge("vllm:kv_cache_usage_perc", "Part of the pages in use, 0 to 1.")
+        self._prompt = counter("vllm:prompt_tokens", "Tokens of prompts.")
+        self._generated = counter("vllm:generation_tokens", "Tokens that were generated.")
+        self._queries = counter("vllm:prefix_cache_queries", "Tokens looked up in the cache.")
+        self._hits = counter("vllm:prefix_cache_hits", "Tokens found in the cache.")
+        self._swaps = counter("vllm:num_preemptions", "Rows moved to host memory for others.")
+        self._success = counter(
+            "vllm:request_success", "Requests by how they ended.", "finished_reason"
+        )
+        self._first = histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token.", _SECONDS
+        )
+        self._between = histogram(
+            "vllm:inter_token_latency_seconds", "Between two tokens of a request.", _SHORT
+        )
+        self._per_token = histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Between two tokens, the mean of each request.",
+            _SHORT,
+        )
+        self._whole = histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the last token.", _SECONDS
+        )
+        self._queue = histogram(
+            "vllm:request_queue_time_seconds", "From arrival to a slot.", _SECONDS
+        )
+        self._prefill = histogram(
+            "vllm:request_prefill_time_seconds", "From a slot to the first token.", _SECONDS
+        )
+        self._decode = histogram(
+            "vllm:request_decode_time_seconds", "From the first token to the last.", _SECONDS
+        )
+        self._prompts = histogram("vllm:request_prompt_tokens", "Tokens per prompt.", _TOKENS)
+        self._answers = histogram("vllm:request_generation_tokens", "Tokens per answer.", _TOKENS)
+        self._turn = histogram("vllm:iteration_tokens", "New tokens per turn, of all.", _TOKENS)
+        self._n = histogram("vllm:request_params_n", "Choices asked for.", _steps(1, 100))
+        self._limit = histogram(
+            "vllm:request_params_max_tokens", "Most new tokens asked for.", _TOKENS
+        )
+        self._info = Info(
+            "vllm:cache_config", "How the cache is set up.", LABELS, registry=self.registry
+        )
+        self._missed = counter(
+            "hmf:prefix_miss_tokens", "Tokens not found in the cache, and why.", "reason"
+        )
+        self._num_iter = counter(
+            "hmf:num_iter_requests", "Requests by iterations of GKA layers.", "num_iter"
+        )
+        self._broken = counter("hmf:nonfinite", "Requests whose logits were not finite.")
+        self._ignored = Counter(
+            "hmf:ignored_fields", "Unknown fields of requests.", ["field"], registry=self.registry
+        )
+        self._fields: set[str] = set()
+
+    def text(self) -> tuple[bytes, str]:
+        """Everything as Prometheus reads it, and its media type."""
+        return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+
+    def ignored(self, field: str) -> None:
+        """A request had a field that means nothing; clients cannot make the series endless."""
+        if len(self._fields) < 100 and len(field) <= 64:
+            self._fields.add(field)
+        self._ignored.labels(field if field in self._fields else "others").inc()
+
+    def _of(self, metric: Any, engine: int, *labels: str) -> Any:
+        return metric.labels(self.model, str(engine), *labels)
+
+    def info(self, values: dict[str, str], engine: int = 0) -> None:
+        """How the cache is set up."""
+        self._of(self._info, engine).info(values)
+
+    def queue(self, waiting: int, running: int, engine: int = 0) -> None:
+        """How many requests there are now."""
+        self._of(self._waiting, engine).set(waiting)
+        self._of(self._running, engine).set(running)
+
+    def asked(self, n: int, limit: int, num_iter: int | None, engine: int = 0) -> None:
+        """A request was given to the engine."""
+        self._of(self._n, engine).observe(n)
+        self._of(self._limit, engine).observe(limit)
+        if num_iter is not None:
+            self._of(self._num_iter, engine, str(num_iter)).inc()
+
+    def started(
+        self, prompt: int, cached: int, missed: str, waited: float, engine: int = 0
+    ) -> None:
+        """A request has got a slot."""
+        self._of(self._prompt, engine).inc(prompt)
+        self._of(self._queries, engine).inc(prompt)
+        self._of(self._hits, engine).inc(cached)
+        if prompt > cached:
+            self._of(self._missed, engine, missed or "none").inc(prompt - cached)
+        self._of(self._queue, engine).observe(waited)
+
+    def first(self, arrived: float, started: float, now: float, engine: int = 0) -> None:
+        """The first token of a request has come."""
+        self._of(self._first, engine).observe(now - arrived)
+        self._of(self._prefill, engine).observe(now - started)
+
+    def tokens(self, count: int, seconds: float | None, engine: int = 0) -> None:
+        """So many tokens of a request have come, so long after the ones before."""
+        self._of(self._generated, engine).inc(count)
+        if seconds is not None:
+            for _ in range(count):
+                self._of(self._between, engine).observe(seconds / count)
+
+    def turn(self, count: int, engine: int = 0) -> None:
+        """A turn has made so many tokens."""
+        if count:
+            self._of(self._turn, engine).observe(count)
+
+    def ended(
+        self,
+        reason: str,
+        prompt: int,
+        answer: int,
+        arrived: float,
+        first: float,
+        last: float,
+        engine: int = 0,
+    ) -> None:
+        """A request has ended: "stop", "length", "tool_calls", "abort" or "error"."""
+        self._of(self._success, engine, _REASONS.get(reason, reason)).inc()
+        if reason not in _REASONS:
+            return
+        self._of(self._prompts, engine).observe(prompt)
+        self._of(self._answers, engine).observe(answer)
+        self._of(self._whole, engine).observe((last or first or arrived) - arrived)
+        if first:
+            self._of(self._decode, engine).observe(last - first)
+            if answer > 1:
+                self._of(self._per_token, engine).observe((last - first) / (answer - 1))
+
+    def nonfinite(self, engine: int = 0) -> None:
+        """The logits of a request were not finite."""
+        self._of(self._broken, engine).inc()

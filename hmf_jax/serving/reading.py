@@ -1,0 +1,118 @@
+"""The body of a request: received within limits, and JSON without surprises."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import Any
+
+from starlette.requests import Request
+
+from hmf_jax.serving.errors import ApiError, invalid
+
+SECONDS = 30.0  # for the whole body
+DEEPEST = 64  # lists and objects inside of each other
+_LARGE = 1 << 18  # bytes; parsing more takes long enough to keep others waiting
+
+
+async def read_json(request: Request, most: int) -> dict[str, Any]:
+    """The JSON object that a request brings.
+
+    Args:
+      request: the request.
+      most: bytes that it may have.
+
+    Raises:
+      ApiError: it is too long, takes more than 30 seconds, is not JSON or no object; nested more
+        than 64 deep; numbers that are not finite; strings that are no Unicode.
+      ClientDisconnect: nobody waits for an answer any more.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "send JSON, with the header Content-Type: application/json")
+    try:
+        body = await asyncio.wait_for(_body(request, most), SECONDS)
+    except TimeoutError:
+        message = f"the body of the request did not arrive within {SECONDS:.0f} seconds"
+        raise ApiError(408, message, headers={"connection": "close"}) from None
+    if len(body) > _LARGE:
+        return await asyncio.to_thread(parse, body)
+    return parse(body)
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The body. What is too long is received, too, within reason: many clients look at the answer
+    only after they have sent everything."""
+    too_long = ApiError(413, f"the body of the request has more than {most} bytes")
+    told = request.headers.get("content-length", "")
+    if told.isdigit() and int(told) > 4 * most:
+        raise too_long
+    body, size = bytearray(), 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > 4 * most:
+            break
+        if size <= most:
+            body += piece
+    if size > most:
+        raise too_long
+    return bytes(body)
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The JSON object in these bytes; ApiError if there is none, see `read_json`."""
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is no number in JSON")
+
+    try:
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=constant)
+    except UnicodeDecodeError as e:
+        raise invalid(f"the body is not UTF-8, at byte {e.start}", code="invalid_json") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as e:
+        raise invalid(f"the body is not JSON: {e}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise invalid("the body must be a JSON object", code="invalid_json")
+    _check(value, escapes=b"\\u" in body)
+    return value
+
+
+def _check(value: Any, escapes: bool) -> None:
+    """Raises ApiError for what `json` accepts and others do not."""
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        below: list[Any] = []
+        for container in level:
+            values = container
+            if isinstance(container, dict):
+                values = container.values()
+                if escapes:
+                    any(_check_text(key) for key in container)
+            for item in values:
+                if isinstance(item, dict | list):
+                    below.append(item)
+                elif isinstance(item, float) and not math.isfinite(item):
+                    raise invalid("the body holds a number that is too large", code="invalid_json")
+                elif escapes and isinstance(item, str):
+                    _check_text(item)
+        if not below:
+            return
+        level = below
+    raise _too_deep()
+
+
+def _too_deep() -> ApiError:
+    message = f"the body is nested more than {DEEPEST} deep"
+    return invalid(message, code="invalid_json")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise invalid(
+            "the body holds half of a surrogate pair, which is no Unicode", code="invalid_json"
+        ) from None

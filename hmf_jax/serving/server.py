@@ -1,0 +1,335 @@
+"""The life of a server: look at everything, listen, load, compile, be ready, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import random
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import uvicorn
+
+from hmf_jax import __version__
+from hmf_jax.config import HybridConfig
+from hmf_jax.engine import Engine, EngineThread, Request, enable_compilation_cache
+from hmf_jax.generation_config import generation_defaults
+from hmf_jax.loading import from_pretrained, resolve
+from hmf_jax.memory import EnginePlan, size_text
+from hmf_jax.model import HybridLM
+from hmf_jax.serving import engines
+from hmf_jax.serving.app import make_app
+from hmf_jax.serving.asks import Served
+from hmf_jax.serving.config import CHUNKS, EngineConfig, ServeConfig
+from hmf_jax.serving.router import Router
+from hmf_jax.serving.service import Service
+from hmf_jax.text import load_tokenizer, stop_ids
+
+Report = Callable[[str], None]
+_LINGER = 5.0  # seconds for connections to close once their answers are sent
+log = logging.getLogger(__name__)
+
+
+def serve(
+    model: str | Path,
+    config: ServeConfig | None = None,
+    engine: EngineConfig | None = None,
+    *,
+    revision: str | None = None,
+    report: Report = log.info,
+    progress: bool = False,
+) -> None:
+    """Serves a model until SIGTERM or SIGINT, which a second one makes immediate.
+
+    Whatever can be wrong is looked at before the weights are loaded. From then on /health answers;
+    /ready does so once all programs are compiled.
+
+    Args:
+      model: a directory or a Hugging Face repository, see `hmf_jax.from_pretrained`.
+      config: of the HTTP side; engine: of the other. Default: as the device and its memory say.
+      revision: of a repository.
+      report: gets a line for every step.
+      progress: show bars while files are downloaded and read.
+
+    Raises:
+      ValueError, OSError: it cannot start.
+      RuntimeError: an engine has died.
+    """
+    config, options = config or ServeConfig(), engine or EngineConfig()
+    enable_compilation_cache()
+    directory = resolve(model, revision=revision, progress=progress)
+    hybrid = HybridConfig.from_json(directory).override(options.overrides)
+    options = engines.checked(hybrid, options)
+    for name, settings in config.aliases.items():
+        try:
+            hybrid.check_num_iter(settings.get("num_iter"))
+        except ValueError as e:
+            raise ValueError(f"alias {name}: {e}") from None
+    tokenizer = load_tokenizer(directory)
+    dtype = "bfloat16" if options.dtype == "auto" else options.dtype  # until the files are read
+    plan = engines.plan(hybrid, options, dtype)
+    if config.ssl_certfile is not None:
+        _check_ssl(config)
+    with listener(config.host, config.port) as place:
+        life = Life(directory, hybrid, tokenizer, config, options, plan, report, progress)
+        asyncio.run(life.run(place))
+        life.end()
+
+
+class Life:
+    """What `serve` does once everything has been looked at."""
+
+    def __init__(
+        self,
+        directory: Path,
+        hybrid: HybridConfig,
+        tokenizer: Any,
+        config: ServeConfig,
+        options: EngineConfig,
+        plan: EnginePlan,
+        report: Report,
+        progress: bool,
+    ) -> None:
+        self._directory, self._hybrid, self._tokenizer = directory, hybrid, tokenizer
+        self._options, self._plan, self._progress = options, plan, progress
+        self._say = report
+        self._config = self._resolved(config)
+        self._stop, self._died, self._loaded = asyncio.Event(), False, False
+        self._devices: list[Any] = jax.devices()[: options.tp * options.dp]
+
+    async def run(self, place: socket.socket) -> None:
+        """From listening to the last answer."""
+        began = time.perf_counter()
+        service = Service(self._config, self._engine_died)
+        settings = uvicorn.Config(
+            make_app(service),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=int(_LINGER),
+            ssl_keyfile=self._config.ssl_keyfile,
+            ssl_certfile=self._config.ssl_certfile,
+        )
+        server = _Server(settings)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
+        listening = asyncio.create_task(server.serve(sockets=[place]))
+        self._say(f"listening at {self._address(place)}")
+        loading = asyncio.create_task(self._load(service, began))
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({listening, loading, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                await asyncio.wait({listening, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._died:
+                self._say("no new requests are taken; those that run may come to their end")
+            await service.drain()
+        finally:
+            server.should_exit = True
+            await listening
+            stop.cancel()
+            await service.stop()
+
+    def end(self) -> None:
+        """Ends the process if it cannot go on."""
+        if self._died:
+            raise RuntimeError("an engine has died, see above")
+        sys.stderr.flush()
+        if not self._loaded:  # a thread that loads or compiles cannot be interrupted
+            os._exit(0)
+
+    async def _load(self, service: Service, began: float) -> None:
+        """From the files to a server that is ready."""
+        model = await asyncio.to_thread(self._read)
+        made = await asyncio.to_thread(self._make, model)
+        await asyncio.to_thread(self._warm, made)
+        self._loaded = True
+        peak = engines.check_memory(self._plan, self._devices)
+        if peak is not None:
+            self._say(
+                f"memory: {size_text(peak)} at the peak, {size_text(self._plan.total)} planned"
+            )
+        threads = [functools.partial(EngineThread, engine) for engine in made]
+        service.start(functools.partial(Router, threads), self._served(model))
+        names = ", ".join(self._config.model_names)
+        self._say(f"ready: {names}, in {time.perf_counter() - began:.1f} s")
+
+    def _read(self) -> HybridLM:
+        options = self._options
+        with self._timed(f"loaded {self._directory}"):
+            model = from_pretrained(
+                self._directory,
+                mesh=engines.meshes(options)[0],
+                dtype=options.dtype,
+                num_iter=options.num_iter,
+                config_overrides=options.overrides,
+                progress=self._progress,
+            )
+            jax.block_until_ready(model)
+        return model
+
+    def _make(self, model: HybridLM) -> list[Engine]:
+        with self._timed("made room for requests"):
+            if self._options.max_stall is not None:
+                self._options = self._quick_enough(model)
+            if self._options.dtype == "auto" or self._options.max_stall is not None:
+                self._plan = engines.plan(model.config, self._options, model.dtype)
+            self._say("memory of each device:")
+            for line in self._plan.table().splitlines():
+                self._say(line)
+            copies = engines.copies(model, self._options)
+            made = [engines.make(copy, self._options, self._plan) for copy in copies]
+        return made
+
+    def _warm(self, made: list[Engine]) -> None:
+        with self._timed("compiled all programs"):
+            for engine in made:
+                engine.warm()
+
+    def _quick_enough(self, model: HybridLM) -> EngineConfig:
+        """The options with the largest chunk that is read in `max_stall` seconds."""
+        for chunk in CHUNKS:
+            options = dataclasses.replace(self._options, prefill_chunk=chunk)
+            plan = engines.plan(model.config, options, model.dtype)
+            if 2 * chunk >= plan.capacity:
+                continue
+            seconds = _chunk_time(engines.make(model, options, plan), chunk)
+            self._say(f"a chunk of {chunk} tokens takes {1e3 * seconds:.0f} ms")
+            if seconds <= (self._options.max_stall or 0):
+                return options
+        raise ValueError(
+            f"even chunks of {CHUNKS[-1]} tokens take longer than max_stall="
+            f"{self._options.max_stall} s, or are too long for rows of {self._plan.capacity} tokens"
+        )
+
+    def _resolved(self, config: ServeConfig) -> ServeConfig:
+        """With what was left to the device and its memory."""
+        assert self._options.prefill_chunk is not None
+        return dataclasses.replace(
+            config,
+            model_names=config.model_names or (self._directory.resolve().name,),
+            slots=self._plan.slots * self._options.dp,
+            max_model_len=self._plan.capacity,
+            prefill_chunk=self._options.prefill_chunk,
+            prefix_cache=self._options.prefix_cache,
+        )
+
+    def _served(self, model: HybridLM) -> Served:
+        return Served(
+            config=model.config,
+            tokenizer=self._tokenizer,
+            settings=self._config,
+            defaults=generation_defaults(model.config, self._directory),
+            ends=stop_ids(model.config, self._tokenizer, self._directory),
+            names=self._config.model_names,
+            length=self._plan.capacity,
+            fingerprint=self._fingerprint(model),
+            since=int(time.time()),
+            seeds=random.SystemRandom()
+            if self._config.seed is None
+            else random.Random(self._config.seed),
+        )
+
+    def _fingerprint(self, model: HybridLM) -> str:
+        """Of everything that the bits of an answer depend on."""
+        told = hashlib.blake2b(digest_size=8)
+        for file in sorted(self._directory.rglob("*")):
+            if file.suffix in (".json", ".safetensors"):
+                told.update(f"{file.name} {file.stat().st_size}".encode())
+                with file.open("rb") as content:  # of weights, the list of tensors and some of them
+                    told.update(content.read(1 << 20))
+        plan, options = self._plan, self._options
+        told.update(repr((model.dtype, options.num_iter, dict(options.overrides))).encode())
+        told.update(repr((options.tp, options.prefill_chunk, options.prefix_cache)).encode())
+        told.update(repr((plan.slots, plan.capacity, plan.page_size, plan.pages)).encode())
+        told.update(f"{jax.devices()[0].device_kind} {jax.__version__} {__version__}".encode())
+        return f"hmf-{told.hexdigest()}"
+
+    def _address(self, place: socket.socket) -> str:
+        host, port = place.getsockname()[:2]
+        name = f"[{host}]" if ":" in host else host
+        return f"http{'s' * (self._config.ssl_certfile is not None)}://{name}:{port}"
+
+    def _signalled(self, number: int) -> None:
+        if self._stop.is_set():
+            os._exit(128 + number)
+        self._stop.set()
+
+    def _engine_died(self) -> None:
+        self._died = True
+        self._stop.set()
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._say(f"{what}, in {time.perf_counter() - began:.1f} s")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, but for signals: it goes on answering while requests come to their end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # pyright: ignore
+        yield
+
+
+@contextlib.contextmanager
+def listener(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at this address, not listening yet.
+
+    Raises:
+      OSError: somebody else has it, or there is no such address here.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as e:
+        raise OSError(f"there is no address {host}: {e.strerror}") from None
+    with socket.socket(family, kind, protocol) as place:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            place.bind(address)
+        except OSError as e:
+            raise OSError(f"cannot listen at {host}:{port}: {e.strerror}; see --port") from None
+        yield place
+
+
+def _check_ssl(config: ServeConfig) -> None:
+    assert config.ssl_certfile is not None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            config.ssl_certfile, config.ssl_keyfile
+        )
+    except (OSError, ssl.SSLError) as e:
+        raise ValueError(
+            f"{config.ssl_certfile} and {config.ssl_keyfile} are no certificate and its key: {e}"
+        ) from None
+
+
+def _chunk_time(engine: Engine, chunk: int) -> float:
+    """Seconds that a chunk of a prompt takes, once compiled."""
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        engine.add(Request([0] * (2 * chunk), max_new_tokens=1))
+        while engine.busy:
+            engine.step(1)
+        seconds = (time.perf_counter() - began) / 2
+        engine.reset_prefixes()
+    return seconds

@@ -1,0 +1,298 @@
+"""The life of requests, on the side of asyncio: admitted, given to the engine, heard of, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from hmf_jax.engine import Engine, Event, Finished, New, Started
+from hmf_jax.serving.asks import Ask, Served
+from hmf_jax.serving.choice import Choice
+from hmf_jax.serving.config import ServeConfig
+from hmf_jax.serving.errors import ApiError, busy, failed
+from hmf_jax.serving.metrics import Metrics
+from hmf_jax.serving.reply import Reply
+from hmf_jax.serving.router import Router
+
+log = logging.getLogger(__name__)
+SILENCE = 60.0  # seconds without a sign of life, after which an engine counts as dead
+STARTING, READY, DRAINING, DEAD = "starting", "ready", "draining", "engine_dead"
+_WHY = {
+    STARTING: "the server is starting: the model is being loaded",
+    DRAINING: "the server is shutting down",
+    DEAD: "the engine has stopped",
+}
+
+
+@dataclasses.dataclass
+class Row:
+    """A choice that the engine works on, and when things happened to it, by `time.monotonic()`."""
+
+    reply: Reply
+    choice: Choice
+    submitted: float
+    started: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+
+
+class Service:
+    """Gives requests to engines, and what the engines tell to those who wait for it.
+
+    Everything but `deliver` runs in the thread of the event loop.
+
+    Args:
+      settings: of the server.
+      ended: is called when the engine has died.
+
+    Attributes:
+      settings: of the server.
+      state: "starting", "ready", "draining" or "engine_dead".
+      served: the model, once it is there.
+      metrics: numbers of all this.
+      replies: that somebody waits for.
+      waiting, waiting_tokens: requests that wait for a slot, and tokens of their prompts.
+      running: requests that have one.
+    """
+
+    def __init__(self, settings: ServeConfig, ended: Callable[[], None] = lambda: None) -> None:
+        self.settings, self.state, self._on_end = settings, STARTING, ended
+        self.served: Served | None = None
+        self.metrics = Metrics()
+        self.replies: set[Reply] = set()
+        self.waiting = self.waiting_tokens = self.running = 0
+        self._speed = 0.0  # tokens per second: the best so far at reading prompts
+        self._rows: dict[int, Row] = {}  # by the engine's number
+        self._numbers: dict[Choice, int] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def start(
+        self, make: Callable[[Callable[[list[Event]], None]], Router], served: Served
+    ) -> None:
+        """From now on requests are taken.
+
+        Args:
+          make: makes the engines' threads, given the function that they deliver events to.
+          served: the model.
+        """
+        loop = asyncio.get_running_loop()
+
+        def deliver(events: list[Event]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+                loop.call_soon_threadsafe(self._hear, events)
+
+        self.served, self.metrics.model = served, served.names[0]
+        self._router = make(deliver)
+        self._router.start()
+        self.state = READY
+
+    async def stop(self) -> None:
+        """Ends the engine."""
+        if self.served is not None:
+            await asyncio.to_thread(self._router.stop, 10.0)
+
+    @property
+    def model(self) -> Served:
+        """What is served; ApiError while it is not there."""
+        if self.served is None:
+            self.check()
+        assert self.served is not None
+        return self.served
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine works: it has given a sign of life within a minute, if it is there."""
+        if self.served is None or self.state == DEAD:
+            return self.state != DEAD
+        return self._router.alive and time.monotonic() - self._router.beat < SILENCE
+
+    async def call(self, function: Callable[[Engine], Any]) -> list[Any]:
+        """What a function of every engine returns, between two turns of it."""
+        _ = self.model  # it is there
+        try:
+            return await asyncio.gather(*map(asyncio.wrap_future, self._router.call(function)))
+        except RuntimeError:
+            raise self._dead() from None
+
+    async def prefix_cache(self) -> dict[str, Any]:
+        """What the engine tells about its prefix cache."""
+        return {"engines": await self.call(_stats)}
+
+    async def reset_prefix_cache(self) -> None:
+        """Drops what no running request uses."""
+        await self.call(_reset)
+        self._router.forget()
+
+    def check(self, tokens: int = 0) -> None:
+        """Raises ApiError if a request cannot be taken now."""
+        if self.state != READY:
+            raise busy(_WHY[self.state], self.state, 5)
+        if self.waiting >= self.settings.queue:
+            raise busy(f"{self.waiting} requests are waiting already", "queue_full", 1, 429)
+        if self.waiting_tokens and self.waiting_tokens + tokens > self._most_tokens:
+            message = f"prompts of {self.waiting_tokens} tokens are waiting already"
+            raise busy(message, "queue_full", 5, 429)
+
+    @property
+    def _most_tokens(self) -> float:
+        """How many tokens may wait."""
+        if self.settings.max_queued_tokens is not None:
+            return self.settings.max_queued_tokens
+        return max(60 * self._speed, self.model.length) if self._speed else float("inf")
+
+    @contextlib.contextmanager
+    def open(self, ask: Ask) -> Iterator[Reply]:
+        """Gives a request to the engine; whatever still runs of it at the end is cancelled.
+
+        Raises:
+          ApiError: it cannot be taken now, or the engine refuses it.
+        """
+        self.check(sum(len(prompt.tokens) for prompt in ask.prompts))
+        choices = [Choice(ask, i, self.model) for i in range(len(ask.requests))]
+        reply = Reply(ask, choices, self._cancel)
+        timers = self._timers(reply)
+        self.replies.add(reply)
+        self._idle.clear()
+        try:
+            for choice in choices:
+                self._submit(reply, choice)
+            yield reply
+        finally:
+            for timer in timers:
+                timer.cancel()
+            reply.close()
+            self.replies.discard(reply)
+            if not self.replies:
+                self._idle.set()
+
+    async def drain(self) -> None:
+        """Takes no more requests, and waits for those that run, as long as they may go on."""
+        if self.state == READY:
+            self.state = DRAINING
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self.settings.shutdown_timeout)
+        for reply in list(self.replies):
+            reply.fail(busy(_WHY[DRAINING], DRAINING, 5))
+        with contextlib.suppress(TimeoutError):  # until they have told their clients
+            await asyncio.wait_for(self._idle.wait(), 2.0)
+
+    def abort(self, request_id: str | None) -> int:
+        """Ends the requests of this name, or all; how many there were."""
+        names = (request_id,)
+        found = [
+            reply
+            for reply in self.replies
+            if request_id is None or reply.ask.request_id in names or reply.ask.id in names
+        ]
+        for reply in found:
+            headers = {"x-should-retry": "false"}
+            reply.fail(ApiError(499, "the request was aborted", code="aborted", headers=headers))
+        return len(found)
+
+    def _timers(self, reply: Reply) -> list[asyncio.TimerHandle]:
+        settings, loop = self.settings, asyncio.get_running_loop()
+
+        def waited() -> None:
+            if not reply.started:
+                message = f"no slot became free within {settings.queue_timeout:g} seconds"
+                reply.fail(busy(message, "queue_timeout", 10))
+
+        def lasted() -> None:
+            message = f"the request took more than {settings.request_timeout:g} seconds"
+            headers = {"x-should-retry": "false"}
+            reply.fail(ApiError(503, message, code="request_timeout", headers=headers))
+
+        timers = [loop.call_later(settings.queue_timeout, waited)]
+        if settings.request_timeout is not None:
+            timers.append(loop.call_later(settings.request_timeout, lasted))
+        return timers
+
+    def _submit(self, reply: Reply, choice: Choice) -> None:
+        try:
+            number = self._router.submit(choice.request)
+        except ValueError as e:
+            raise ApiError(400, str(e)) from None
+        except RuntimeError:
+            raise self._dead() from None
+        self._rows[number] = Row(reply, choice, time.monotonic())
+        self._numbers[choice] = number
+        self._count(waiting=1, tokens=len(choice.request.prompt))
+
+    def _cancel(self, choice: Choice) -> None:
+        number = self._numbers.get(choice)
+        if number is not None:
+            self._router.cancel(number)
+
+    def _dead(self) -> ApiError:
+        return busy(_WHY[DEAD], DEAD, 10)
+
+    def _hear(self, events: Sequence[Event]) -> None:
+        """What the engine tells, once per turn."""
+        now = time.monotonic()
+        self.metrics.turn(sum(len(e.tokens) for e in events if isinstance(e, New)))
+        for event in events:
+            row = self._rows[event.id]
+            if isinstance(event, Started):
+                self._started(row, event, now)
+            elif isinstance(event, New):
+                self._timed(row, event, now)
+            if not (isinstance(event, Finished) and event.reason == "error"):
+                row.reply.push(row.choice, event)
+            if isinstance(event, Finished):
+                self._ended(row, event)
+        if self._router.error is not None and self.state != DEAD:
+            self.state = DEAD
+            log.error("the engine has stopped: %r", self._router.error)
+            self._on_end()
+
+    def _count(self, *, waiting: int = 0, running: int = 0, tokens: int = 0) -> None:
+        self.waiting += waiting
+        self.running += running
+        self.waiting_tokens += tokens
+        self.metrics.queue(self.waiting, self.running)
+
+    def _started(self, row: Row, event: Started, now: float) -> None:
+        row.started, length = now, len(row.choice.request.prompt)
+        self._count(waiting=-1, running=1, tokens=-length)
+        waited = now - row.submitted
+        self.metrics.started(length, event.cached, event.missed, waited)
+
+    def _timed(self, row: Row, event: New, now: float) -> None:
+        if not row.first:
+            row.first = now
+            read = len(row.choice.request.prompt)
+            self._speed = max(self._speed, read / max(now - row.started, 1e-3))
+            self.metrics.first(row.submitted, row.started, now)
+        self.metrics.tokens(len(event.tokens), now - row.last if row.last else None)
+        row.last = now
+
+    def _ended(self, row: Row, event: Finished) -> None:
+        del self._rows[event.id], self._numbers[row.choice]
+        choice, length = row.choice, len(row.choice.request.prompt)
+        if row.started:
+            self._count(running=-1)
+        else:
+            self._count(waiting=-1, tokens=-length)
+        reason = event.reason if event.reason == "error" else choice.finish_reason or "abort"
+        self.metrics.ended(reason, length, choice.count, row.submitted, row.first, row.last)
+        if event.reason == "error":
+            dead = self._router.error is not None
+            if not dead:
+                self.metrics.nonfinite()
+                log.error("request %s failed: %s", row.reply.ask.id, event.error)
+            row.reply.fail(self._dead() if dead else failed(event.error or "the request failed"))
+
+
+def _stats(engine: Any) -> dict[str, Any]:
+    return engine.stats() if hasattr(engine, "stats") else {}
+
+
+def _reset(engine: Any) -> None:
+    if hasattr(engine, "reset_prefixes"):
+        engine.reset_prefixes()
