@@ -115,7 +115,7 @@ class Device:
         self._host_pages: dict[int, Any] = {}
         self._ends: set[int] = set()  # slots whose rows are to stop at the next decode
         self._live: set[int] = set()  # slots whose rows run, as far as is known
-        _compilations()
+        compilations()
 
     def enqueue(self, turn: Turn, asked: Mapping[int, Request]) -> Ticket:
         """Hands a turn to the device; `asked` has the requests that it names, by id."""
@@ -187,7 +187,7 @@ class Device:
 
     def compiled(self) -> int:
         """How many programs this process has compiled since its first `Device` was made."""
-        return len(_compilations())
+        return len(compilations())
 
     def nbytes(self) -> int:
         """Bytes of all arrays that are held on one device, weights excepted."""
@@ -384,7 +384,7 @@ def _batches(numbers: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 @functools.cache
-def _compilations() -> list[float]:
+def compilations() -> list[float]:
     """The seconds of each compilation of this process, which are heard of from now on."""
     found: list[float] = []
 
