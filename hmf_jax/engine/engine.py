@@ -284,12 +284,11 @@ class Engine:
 
     def _collect(self) -> list[Event]:
         """What the turn that the device has been given before has produced."""
-        if self._pending is None:
-            return [self._booked(event) for event in self._scheduler.commit(None, None)]
-        turn, ticket = self._pending
-        result = self._device.collect(ticket)
-        self._pending = None
-        # Booked at once: what a constraint allows next depends on it.
+        turn = result = None
+        if self._pending is not None:
+            turn, ticket = self._pending
+            result = self._device.collect(ticket)
+            self._pending = None
         return [self._booked(event) for event in self._scheduler.commit(turn, result)]
 
     def _booked(self, event: Event) -> Event:
