@@ -319,7 +319,7 @@ class Device:
     def _iterations(self, request: Request) -> np.ndarray | None:
         """Always an array where the model has GKA layers, so that the bits are the same whoever
         else asks for another number."""
-        if self._config.gka is None:
+        if not self._config.solves:
             return None
         given = request.num_iter
         return np.array([self._config.gka.num_iter if given is None else given], np.int32)
@@ -342,7 +342,7 @@ class Device:
                 top if self._fixed else None,
             )
             iterations = [self._iterations(request) for request in self._asked]
-            if self._config.gka is not None:
+            if self._config.solves:
                 found = dataclasses.replace(found, num_iter=np.concatenate(iterations))
             self._settings = jax.device_put(found, self._all.rows.reason.sharding)
         return self._settings, self._most(top)
