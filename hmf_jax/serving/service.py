@@ -317,7 +317,6 @@ class Service:
         return failed(error, again=not own)
 
 
-
 def _stats(engine: Any) -> dict[str, Any]:
     return engine.stats() if hasattr(engine, "stats") else {}
 
