@@ -59,7 +59,7 @@ class Engine:
         "fast": wherever a request's `cuts` say, too, and where a reply ended, which changes the
         result by rounding; "off": nothing is kept.
       prefix_bytes: most bytes of the device for snapshots of prefixes, beside pages; None: those of
-        as many snapshots as there are slots, at least 4.
+        four times as many snapshots as there are slots, at least 16.
       host_bytes: most bytes of the host's memory for prefixes.
       every: also keep a snapshot after every so many tokens, a multiple of prefill_chunk; 0: no.
       spacing: fewest tokens between two snapshots of one prompt.
@@ -123,7 +123,7 @@ class Engine:
         self._clock, self._ids, self._broken = clock, itertools.count(), ""
         self._device = Device(model, capacity=capacity, **self._options)
         if prefix_bytes is None:
-            prefix_bytes = max(slots, 4) * self._device.snapshot_bytes
+            prefix_bytes = 4 * max(slots, 4) * self._device.snapshot_bytes
         self._limits = Limits(
             slots=slots,
             pages=pages,
@@ -284,12 +284,11 @@ class Engine:
 
     def _collect(self) -> list[Event]:
         """What the turn that the device has been given before has produced."""
-        if self._pending is None:
-            return [self._booked(event) for event in self._scheduler.commit(None, None)]
-        turn, ticket = self._pending
-        result = self._device.collect(ticket)
-        self._pending = None
-        # Booked at once: what a constraint allows next depends on it.
+        turn = result = None
+        if self._pending is not None:
+            turn, ticket = self._pending
+            result = self._device.collect(ticket)
+            self._pending = None
         return [self._booked(event) for event in self._scheduler.commit(turn, result)]
 
     def _booked(self, event: Event) -> Event:

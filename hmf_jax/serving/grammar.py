@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -130,7 +131,7 @@ class Grammars:
         self._tokens = _Tokens(tokenizer, vocab_size, self._ends)
         self._library: llguidance.LLTokenizer | None = None
         self._building = threading.Lock()
-        self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._kept: OrderedDict[bytes, llguidance.LLMatcher] = OrderedDict()
         # Its own threads: a grammar that hangs takes none of those that others need.
         self._pool = ThreadPoolExecutor(4, "grammar")
 
@@ -147,14 +148,15 @@ class Grammars:
           ValueError: the grammar is wrong (with the library's message), has keywords that are not
             supported, does not suit the tokenizer, or takes more than 10 seconds.
         """
-        key = json.dumps(structured, sort_keys=False)
-        if len(key) > LONGEST:
+        text = json.dumps(structured)
+        if len(text) > LONGEST:
             raise ValueError(f"the grammar has more than {LONGEST:,} characters")
+        key = hashlib.blake2b(text.encode()).digest()
         if key not in self._kept:
-            work = asyncio.get_running_loop().run_in_executor(
-                self._pool, self._compiled, structured
-            )
+            run = asyncio.get_running_loop().run_in_executor
+            await run(self._pool, self._built)
             try:
+                work = run(self._pool, self._compiled, structured)
                 self._kept[key] = await asyncio.wait_for(work, SECONDS)
             except TimeoutError:
                 raise ValueError(

@@ -362,12 +362,11 @@ def test_page_of_a_server_with_a_model(browser: Chromium):
         browser.until("!at('model').disabled")
         names = "[...at('model').options].map((option) => option.value)"
         assert browser.evaluate(names) == ["gka", "quick"]
-        facts = "Rada has 71. Ruga has 55. Buse has 84. the moon takes a red bird."
+        facts = "Rada has 71. Ruga has 55. Buse has 84. " + "the moon takes a red bird. " * 20
         browser.evaluate(f"at('system').value = {json.dumps(facts)}; at('temperature').value = 0")
-        ask(browser, "Rada?")
-        assert last(browser, "reply .words") == "Rada has 71."
-        ask(browser, "Buse?")
-        assert last(browser, "reply .words") == "Buse has 84."
+        for name, number in (("Rada", 71), ("Buse", 84)):
+            ask(browser, f"{name}?")
+            assert last(browser, "reply .words") == f"{name} has {number}."
         assert int(re.findall(r", (\d+) from the cache", last(browser, "prompt"))[0]) > len(facts)
         browser.evaluate("at('own').checked = false; at('num_iter').max = 2000")
         browser.evaluate("at('num_iter').value = 1001")  # more than a server takes
