@@ -31,7 +31,7 @@ from hmf_jax.serving.protocol import (
     TokenizeText,
     read,
 )
-from hmf_jax.serving.reading import read_json
+from hmf_jax.serving.reading import aside, read_json
 from hmf_jax.serving.service import READY, Service
 from hmf_jax.serving.stream import EventStream, while_connected
 
@@ -145,7 +145,9 @@ class _Routes:
 
     async def _read[Kind: Fields](self, request: Request, kind: type[Kind]) -> Kind:
         body = await read_json(request, self._service.settings.max_body)
-        fields, unknown = read(kind, body)
+        length = request.headers.get("content-length", "")
+        size = int(length) if length.isdigit() else 1 << 30
+        fields, unknown = await aside(size, read, kind, body)
         for name in unknown:
             self._service.metrics.ignored(name)
             if name not in self._ignored and len(self._ignored) < 1000:

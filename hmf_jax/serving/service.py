@@ -100,7 +100,8 @@ class Service:
         self._compiled = [engine.compiled() for engine in self._engines]
         self.metrics.begin(served.names[0], len(self._engines), served.cache)
         self._router.start()
-        self.state = READY
+        if self.state == STARTING:  # and not told to end meanwhile
+            self.state = READY
 
     async def stop(self) -> None:
         """Ends the engine."""
@@ -216,7 +217,7 @@ class Service:
 
     async def drain(self) -> None:
         """Takes no more requests, and waits for those that run, as long as they may go on."""
-        if self.state == READY:
+        if self.state != DEAD:
             self.state = DRAINING
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), self.settings.shutdown_timeout)
@@ -292,7 +293,10 @@ class Service:
                 self._started(row, event, now)
             elif isinstance(event, New):
                 self._timed(row, event, now)
-            if not (isinstance(event, Finished) and event.reason == "error"):
+            if isinstance(event, Finished) and event.reason in ("stop", "error"):
+                if not row.choice.done:  # its own fault, or the end of everything
+                    row.reply.fail(self._fault(row, event))
+            else:
                 row.reply.push(row.choice, event)
             if isinstance(event, Finished):
                 self._ended(row, event)
@@ -333,13 +337,14 @@ class Service:
         reason = event.reason if event.reason == "error" else choice.finish_reason or "abort"
         times = row.submitted, row.first, row.last
         self.metrics.ended(reason, length, choice.count, *times, row.engine)
-        if event.reason == "error":
-            row.reply.fail(self._fault(row, event.error or "the engine has failed"))
 
-    def _fault(self, row: Row, error: str) -> ApiError:
-        """What to tell of a request that the engine has ended with an error."""
+    def _fault(self, row: Row, event: Finished) -> ApiError:
+        """What to tell of a request that the engine has ended by itself."""
+        if event.reason == "stop":
+            return busy(_WHY[DRAINING], DRAINING, 5)
         if self._router.error is not None:
             return self._dead()
+        error = event.error or "the engine has failed"
         log.error("request %s failed: %s", row.reply.ask.id, error)
         own = "NaN" in error  # of this row alone, and so it would be again
         if own:
