@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -33,7 +33,7 @@ from hmf_jax.serving.protocol import (
 )
 from hmf_jax.serving.reading import aside, read_json
 from hmf_jax.serving.service import READY, Service
-from hmf_jax.serving.stream import EventStream, while_connected
+from hmf_jax.serving.stream import Batches, EventStream, while_connected
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class _Routes:
             await while_connected(request.receive, reply.whole())
             return JSONResponse(whole(reply, served))
 
-    async def _batches(self, ask: Ask) -> AsyncIterator[Iterable[dict[str, Any]]]:
+    async def _batches(self, ask: Ask) -> Batches:
         with self._service.open(ask) as reply:
             chunks = Chunks(reply, self._service.model)
             async for pieces in reply.pieces():

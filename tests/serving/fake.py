@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -132,7 +132,7 @@ class FakeEngine:
         del self._requests[id]
 
 
-def told(tokens: list[int], top: int) -> tuple[list[float], list[dict[int, float]]]:
+def told(tokens: Sequence[int], top: int) -> tuple[list[float], list[dict[int, float]]]:
     """Log-probabilities as an engine tells them: token t has -t / 1000; the most likely are 0, 1,
     ... and say so."""
     best = [{token: -token / 1000 for token in range(top)} for _ in tokens] if top else []

@@ -7,6 +7,7 @@ import contextlib
 import json
 import threading
 import time
+from typing import Any
 
 import httpx
 import pytest
@@ -168,14 +169,15 @@ def test_shutting_down_lets_requests_end():
         thread = threading.Thread(target=ask)
         thread.start()
         wait(lambda: fake.running.service.running == 1)
-        loop, stop = fake.running._loop, fake.running._stop
-        loop.call_soon_threadsafe(stop.set)
+        ending = threading.Thread(target=fake.running.stop)
+        ending.start()
         wait(lambda: fake.running.service.state == "draining")
         assert fake.http.get("/ready").status_code == 503
         assert fake.http.get("/health").status_code == 200
         response = fake.post("/v1/completions", prompt="a")
         assert error(response, 503)["code"] == "draining" and "retry-after" in response.headers
         thread.join()
+        ending.join()
         assert answers == ["one two three four five six seven eight"]
 
 
@@ -267,6 +269,7 @@ def test_who_does_not_read_is_given_up(monkeypatch):
 
     async def receive():
         await asyncio.sleep(60)
+        return {}
 
     async def send(message):
         sent.append(message)
@@ -297,7 +300,8 @@ def test_bodies_that_do_not_come(fake, monkeypatch):
 def test_keys(monkeypatch):
     with site(api_keys=("one", "two"), cors_origins=("https://a.example",)) as fake:
         fake.says("ok")
-        paths = [(r.path, r.methods) for r in fake.running._server.config.app.routes]
+        app: Any = fake.running._server.config.app
+        paths = [(route.path, route.methods) for route in app.routes]
         for path, methods in paths:
             open_ = path in ("/", "/health", "/ready", "/version")
             for method in methods - {"HEAD"}:
@@ -309,7 +313,7 @@ def test_keys(monkeypatch):
                     assert told["code"] == "invalid_api_key"
         assert error(fake.http.get("/nowhere"), 401)
         for key, status in (("one", 200), ("two", 200), ("three", 401), ("on", 401), ("é", 401)):
-            headers = {"authorization": f"Bearer {key}".encode()}
+            headers = [(b"authorization", f"Bearer {key}".encode())]
             assert fake.http.get("/v1/models", headers=headers).status_code == status
         assert "two" not in repr(fake.what.settings)
         preflight = fake.http.options(
