@@ -23,8 +23,8 @@ SECONDS = 10.0  # that compiling a grammar may take
 KEPT = 256  # compiled grammars
 LONGEST = 1 << 20  # characters of a grammar
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
-# A model that does not know what to write could write blanks for ever.
-_BLANKS = "[ \\n\\t]{1,32}"
+# Between the parts of JSON: a model that does not know what to write could write blanks for ever.
+_BLANKS = " "
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _NO_ARGUMENTS: Mapping[str, Any] = {
     "type": "object",

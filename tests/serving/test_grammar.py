@@ -105,10 +105,10 @@ def test_kinds_of_grammars():
     lark = 'start: "a" b+\nb: "b" | "(" b ")"'
     assert spell(make({"grammar": lark}), "demo", "ab((b))")
     assert not spell(make({"grammar": lark}), "demo", "a")
-    for text in ("{}", '{"a": [1, {"b": null}]}', '{\n  "a": 1\n}'):
+    for text in ("{}", '{"a": [1, {"b": null}]}', '{"a":1,"b":"c"}', '{ "a" : 1 }'):
         assert spell(make({"json_object": True}), "demo", text)
     assert not spell(make({"json_object": True}), "demo", "[1]")
-    assert not spell(make({"json_object": True}), "demo", "{" + " " * 40 + "}")  # for ever
+    assert not spell(make({"json_object": True}), "demo", "{  }")  # and so on, for ever
     assert spell(make({"json": json.dumps({"type": "null"})}), "demo", "null")
     assert spell(make({"json": True}), "demo", "[1]")
 
