@@ -143,6 +143,10 @@ def ask(
     """
     alias = served.alias(fields.model)
     check(fields, served)
+    if constrain is not None:
+        for name in ("min_tokens", "allowed_token_ids"):
+            if getattr(fields, name):  # nothing might be left to choose
+                raise unsupported(name, "it together with structured output")
     num_iter = _num_iter(fields, served, alias)
     prompts = [_truncated(prompt, fields, served) for prompt in prompts]
     seed = served.seeds.getrandbits(32) if fields.seed is None else fields.seed
@@ -202,7 +206,8 @@ def structured(fields: Completion | Chat) -> dict[str, Any] | None:
         choice = fields.tool_choice
         given["tools"] = [tool.model_dump(exclude_unset=True) for tool in fields.tools]
         given["tool_choice"] = choice.model_dump() if isinstance(choice, NamedFunction) else choice
-        given["parallel_tool_calls"] = fields.parallel_tool_calls
+        if "parallel_tool_calls" in fields.model_fields_set:
+            given["parallel_tool_calls"] = fields.parallel_tool_calls
     try:
         return structured_output(**given)
     except ValueError as e:
