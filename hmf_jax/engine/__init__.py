@@ -2,7 +2,10 @@
 
     request    what is asked, what comes back
     scheduler  which request runs where, and what the device does next
-    books, pages, prefixes  what the scheduler keeps: requests and limits, pages, the prefix cache
+    slots      which row has which slot and which pages
+    prefixes   beginnings of prompts that later ones go on from; radix: the tree of them
+    pages      who uses which page
+    books      what the scheduler keeps: requests, limits, counts, the turn that is being written
     programs   everything that is compiled, as pure functions
     settings   what the rows were asked for, as arrays
     buffers    the rows on the device: the only part that knows how their memory is laid out

@@ -108,7 +108,10 @@ class Limits:
 
 def widths(chunk: int) -> tuple[int, ...]:
     """The sizes to which chunks are padded, ascending: few, since each is a compiled program."""
-    return (*(width for width in (64, 256, 1024) if width < chunk), chunk)
+    sizes = [min(64, chunk)]
+    while sizes[-1] < chunk:
+        sizes.append(min(sizes[-1] * 4, chunk))
+    return tuple(sizes)
 
 
 @dataclasses.dataclass
@@ -135,7 +138,7 @@ class Stats:
     pages: dict[str, int] = dataclasses.field(default_factory=dict)
     prefix_bytes: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     entries: dict[str, int] = dataclasses.field(default_factory=dict)
-    evictions: dict[str, int] = dataclasses.field(default_factory=dict)
+    evictions: dict[str, int] = dataclasses.field(default_factory=lambda: {"device": 0, "host": 0})
     queries: int = 0
     hits: int = 0
     missed: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -154,9 +157,10 @@ class Row:
         digest = hashlib.blake2b(self.prompt.tobytes(), digest_size=16).digest()
         self.key = (ask.namespace, len(self.prompt), digest)
         self.state: Literal["waiting", "prefill", "decode", "swapped", "ended"] = "waiting"
-        self.slot, self.started = -1, False
+        self.slot, self.started, self.cancelled = -1, False, False
         self.pages: list[int] = []
         self.lent: set[int] = set()  # pages of an entry, which it never writes
+        self.wrote: set[int] = set()  # pages that it had written when it lost its slot
         self.done = 0  # tokens of the prompt that the slot holds
         self.cuts: list[int] = []  # where snapshots are still to be taken, ascending
         self.whole = False  # also one at the end of the prompt
@@ -183,15 +187,6 @@ class Row:
     def ahead(self) -> int:
         """Most new tokens, those of turns under way included."""
         return len(self.made) + self.coming
-
-    def most(self, capacity: int) -> int:
-        """Most new tokens it can have. The newest one needs no place, but the device stops a row
-        as soon as one more token would fill it."""
-        return min(self.ask.max_new_tokens, capacity - len(self.prompt))
-
-    @property
-    def tokens(self) -> list[int]:
-        return [*self.prompt, *self.made]
 
 
 class Draft:
@@ -235,13 +230,17 @@ class Draft:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to do, now or later."""
-        return not any(self._parts().values()) and not any(self._later)
+        return self._idle and not any(self._later)
+
+    @property
+    def _idle(self) -> bool:
+        return self.chunk is None and not any(map(self.__getattribute__, _LISTS))
 
     @property
     def due(self) -> bool:
         """Whether there is something to do now. A turn that would use nothing does not hinder
         anybody from giving things up."""
-        if not any(self._parts().values()):
+        if self._idle:
             (self.dropped, self.dropped_host), self._later = self._later, ([], [])
         return not self.empty
 
@@ -250,14 +249,13 @@ class Draft:
         self._later = [], []
         self._begin()
 
-    def _parts(self) -> dict[str, object]:
-        names = [n for n in vars(self) if n != "number" and not n.startswith("_")]
-        return {name: getattr(self, name) for name in names}
-
     def close(self, tables: tuple[tuple[int, ...], ...], steps: int, waits: bool) -> Turn:
         """The turn; the next one begins."""
-        parts = {k: tuple(v) if isinstance(v, list) else v for k, v in self._parts().items()}
-        turn = Turn(number=self.number, **parts, tables=tables, steps=steps, waits=waits)  # type: ignore[arg-type]
+        parts: dict[str, Any] = {name: tuple(getattr(self, name)) for name in _LISTS}
+        turn = Turn(self.number, chunk=self.chunk, **parts, tables=tables, steps=steps, waits=waits)
         self.number += 1
         self._begin()
         return turn
+
+
+_LISTS = [name for name, value in vars(Draft()).items() if isinstance(value, list)]

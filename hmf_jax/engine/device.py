@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hmf_jax.engine.host import to_device, to_host
@@ -115,7 +114,7 @@ class Device:
         self._host_pages: dict[int, Any] = {}
         self._ends: set[int] = set()  # slots whose rows are to stop at the next decode
         self._live: set[int] = set()  # slots whose rows run, as far as is known
-        _compilations()
+        compilations()
 
     def enqueue(self, turn: Turn, asked: Mapping[int, Request]) -> Ticket:
         """Hands a turn to the device; `asked` has the requests that it names, by id."""
@@ -187,7 +186,7 @@ class Device:
 
     def compiled(self) -> int:
         """How many programs this process has compiled since its first `Device` was made."""
-        return len(_compilations())
+        return len(compilations())
 
     def nbytes(self) -> int:
         """Bytes of all arrays that are held on one device, weights excepted."""
@@ -368,8 +367,8 @@ class Device:
             for resume in (False, True):
                 yield all.load(held, 0, token, seen, resume)
         for width in all.widths():
-            hidden = jnp.zeros((1, width, self._config.hidden_size), all.logits.dtype)
-            hidden = jax.device_put(hidden, all.logits.sharding)
+            shape, dtype = (1, width, self._config.hidden_size), all.logits.dtype
+            hidden: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=all.logits.sharding)
             yield all.score(hidden, np.zeros((1, width), np.int32), self._most([0]))
         if all.pool is not None:
             yield all.copy([])
@@ -384,7 +383,7 @@ def _batches(numbers: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 @functools.cache
-def _compilations() -> list[float]:
+def compilations() -> list[float]:
     """The seconds of each compilation of this process, which are heard of from now on."""
     found: list[float] = []
 

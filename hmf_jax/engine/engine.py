@@ -266,7 +266,7 @@ class Engine:
         except BaseException as e:
             self._broken = f"{type(e).__name__}: {e}".rstrip(": ")
             raise
-        return [self._booked(event) for event in events]
+        return events
 
     def recover(self) -> list[Event]:
         """Starts over with empty rows after an exception in `step`.
@@ -284,12 +284,12 @@ class Engine:
 
     def _collect(self) -> list[Event]:
         """What the turn that the device has been given before has produced."""
-        if self._pending is None:
-            return self._scheduler.commit(None, None)
-        turn, ticket = self._pending
-        result = self._device.collect(ticket)
-        self._pending = None
-        return self._scheduler.commit(turn, result)
+        turn = result = None
+        if self._pending is not None:
+            turn, ticket = self._pending
+            result = self._device.collect(ticket)
+            self._pending = None
+        return [self._booked(event) for event in self._scheduler.commit(turn, result)]
 
     def _booked(self, event: Event) -> Event:
         if isinstance(event, New):

@@ -53,6 +53,10 @@ class Pages:
         """The row that uses it."""
         return self._owner[page]
 
+    def used(self, page: int) -> bool:
+        """Whether it belongs to anybody."""
+        return self._owner[page] is not None or self._entries[page] > 0
+
     def idle(self, group: int) -> set[int]:
         """Pages that only entries use."""
         size = len(self) // self.groups

@@ -17,26 +17,12 @@ import dataclasses
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from hmf_jax.engine.books import Draft, Limits
+from hmf_jax.engine.books import Draft, Limits, Stats
 from hmf_jax.engine.pages import HostPages, Pages
+from hmf_jax.engine.radix import Node, Tree
 
-REMEMBERED = 1 << 22  # tokens of prompts that are remembered at least, besides those of entries
 OPENING = 16  # tokens by which prompts of other namespaces are known
 OPENINGS = 4096
-
-
-class _Node:
-    """Tokens after those of the parent; `end` in all."""
-
-    __slots__ = ("tokens", "parent", "children", "end", "entry", "gone", "stamp")
-
-    def __init__(self, tokens: array[int], parent: _Node | None) -> None:
-        self.tokens, self.parent = tokens, parent
-        self.children: dict[int, _Node] = {}
-        self.end: int = len(tokens) + (parent.end if parent else 0)
-        self.entry: Entry | None = None
-        self.gone = False  # it had an entry that had to go
-        self.stamp = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,7 +36,7 @@ class Entry:
       used: the turn that used it last.
     """
 
-    node: _Node
+    node: Node
     length: int
     snapshot: int
     pages: list[int]
@@ -83,17 +69,18 @@ class Prefixes:
 
     Attributes:
       version: changes whenever `find` could find another entry.
-      evictions: entries that had to leave "device" or "host".
     """
 
-    def __init__(self, limits: Limits, pages: Pages, host: HostPages, draft: Draft) -> None:
+    def __init__(
+        self, limits: Limits, pages: Pages, host: HostPages, draft: Draft, counts: Stats
+    ) -> None:
         self.limits, self._pages, self._host, self._draft = limits, pages, host, draft
-        self._roots: dict[str, _Node] = {}
+        self._counts = counts
+        self._tree = Tree()
         self._openings: dict[bytes, tuple[str, ...]] = {}  # the namespaces of the newest prompts
         self._entries: dict[int, Entry] = {}  # by snapshot
-        self._clock, self._stamp, self._tokens = 0.0, 0, 0
+        self._clock = 0.0
         self.version = 0
-        self.evictions = {"device": 0, "host": 0}
         self.swapped, self.swapped_pages = 0, 0  # rows in host memory, and their pages there
 
     def __iter__(self) -> Iterator[Entry]:
@@ -102,7 +89,7 @@ class Prefixes:
     def find(self, namespace: str, prompt: array[int]) -> Found:
         """What is known of a prompt."""
         entry, lengths, gone = None, [], 0
-        nodes, shared = self._walk(namespace, prompt)
+        nodes, shared = self._tree.walk(namespace, prompt)
         for node in nodes:
             if node.entry is not None:
                 lengths.append(node.end)
@@ -154,7 +141,7 @@ class Prefixes:
     def read(self, namespace: str, tokens: array[int]) -> None:
         """Remembers that this beginning of a prompt has been read."""
         if self.limits.mode != "off":
-            self._reach(namespace, tokens)
+            self._tree.reach(namespace, tokens)
             opening = tokens[:OPENING].tobytes()
             known = self._openings.pop(opening, ())
             others = tuple(name for name in known if name != namespace)
@@ -179,7 +166,7 @@ class Prefixes:
         Returns:
           The number of the snapshot; None: there is no room, or there is such an entry already.
         """
-        node = self._reach(namespace, tokens)
+        node = self._tree.reach(namespace, tokens)
         if node.entry is not None and (node.entry.logits or not logits):
             self._refresh(node)
             return None
@@ -188,10 +175,7 @@ class Prefixes:
             return None
         if node.entry is not None:  # `_fit` may have dropped it
             self._drop(node.entry)
-        before = node.parent
-        while before is not None and before.entry is None:
-            before = before.parent
-        start = before.end if before else 0
+        start = next((before.end for before in node.before() if before.entry), 0)
         own = len(pages) - start // self.limits.page_size
         size = self.limits.snapshot_bytes + own * self.limits.page_bytes
         entry = Entry(node, node.end, self._draft.snapshot(), list(pages), logits)
@@ -266,7 +250,7 @@ class Prefixes:
     def squeeze(self) -> None:
         """Gives up entries in host memory, for rows that are swapped out."""
         while self._host_bytes() > self.limits.host_bytes and (e := self._least(_is_away)):
-            self.evictions["host"] += 1
+            self._counts.evictions["host"] += 1
             self._drop(e)
 
     def spoil(self, pages: Iterable[int]) -> None:
@@ -285,7 +269,7 @@ class Prefixes:
         count = len(self._entries)
         for entry in list(self):
             self._drop(entry)
-        self._roots, self._openings, self._tokens = {}, {}, 0
+        self._tree, self._openings = Tree(), {}
         return count
 
     def bytes(self) -> dict[tuple[str, str], int]:
@@ -316,71 +300,14 @@ class Prefixes:
         known = self._openings.get(prompt[:OPENING].tobytes(), ())
         return any(name != namespace for name in known)
 
-    # The tree.
-
-    def _walk(self, namespace: str, tokens: array[int]) -> tuple[list[_Node], int]:
-        """The nodes that are beginnings of these tokens, and how many tokens the tree knows."""
-        nodes: list[_Node] = []
-        node, at = self._roots.get(namespace), 0
-        while node is not None and at < len(tokens):
-            node = node.children.get(tokens[at])
-            if node is not None:
-                at += common(node.tokens, tokens[at : at + len(node.tokens)])
-                if at < node.end:
-                    break
-                nodes.append(node)
-        return nodes, at
-
-    def _reach(self, namespace: str, tokens: array[int]) -> _Node:
-        """The node that ends with these tokens; it is made if there is none."""
-        self._stamp += 1
-        nodes, at = self._walk(namespace, tokens)
-        node = nodes[-1] if nodes else self._roots.setdefault(namespace, _Node(array("i"), None))
-        for known in nodes:
-            known.stamp = self._stamp
-        if at > node.end:  # it ends within a node, or leaves it there: that one is split
-            child = node.children[tokens[node.end]]
-            upper = _Node(child.tokens[: at - node.end], node)
-            child.tokens, child.parent = child.tokens[at - node.end :], upper
-            upper.children[child.tokens[0]] = child
-            node.children[upper.tokens[0]] = upper
-            upper.stamp, node = self._stamp, upper
-        if at < len(tokens):
-            self._tokens += len(tokens) - at
-            # Prompts are read in chunks: a leaf without an entry grows.
-            if node.parent is None or node.children or node.entry or node.gone:
-                child = _Node(tokens[at:], node)
-                node.children[tokens[at]], node = child, child
-            else:
-                node.tokens += tokens[at:]
-                node.end = len(tokens)
-            node.stamp = self._stamp
-            self._prune()
-        return node
-
-    def _prune(self) -> None:
-        """Forgets what was read longest ago, entries excepted."""
-        if self._tokens <= REMEMBERED:
-            return
-        leaves = [n for root in self._roots.values() for n in _nodes(root) if not n.children]
-        for leaf in sorted(leaves, key=lambda leaf: leaf.stamp):
-            node: _Node | None = leaf
-            while node and node.parent and not node.children and not node.entry:
-                if self._tokens <= REMEMBERED // 4 * 3 or node.stamp == self._stamp:
-                    return
-                del node.parent.children[node.tokens[0]]
-                self._tokens -= len(node.tokens)
-                node = node.parent
-
     # What entries cost.
 
-    def _refresh(self, node: _Node | None) -> None:
+    def _refresh(self, node: Node) -> None:
         """An entry was of use, and with it those before it: without them it is not found again if
         it has to go."""
-        while node is not None:
-            if node.entry is not None:
-                node.entry.rank = self._clock + node.entry.worth
-            node = node.parent
+        for used in (node, *node.before()):
+            if used.entry is not None:
+                used.entry.rank = self._clock + used.entry.worth
 
     def _least(self, fits: Callable[[Entry], bool]) -> Entry | None:
         """The entry that is worth least of those that fit and that this turn does not use."""
@@ -403,7 +330,7 @@ class Prefixes:
         """It leaves the device, for host memory if it is worth more than what is there."""
         assert entry is not None, "room for pages was counted, but nothing can go"
         self._clock = max(self._clock, entry.rank)
-        self.evictions["device"] += 1
+        self._counts.evictions["device"] += 1
         if entry.key is not None or not self._make_host_room(entry):
             self._drop(entry)
             return
@@ -432,7 +359,7 @@ class Prefixes:
             least = self._least(_is_away)
             if least is None or least.rank > entry.rank or size > limits.host_bytes:
                 return False
-            self.evictions["host"] += 1
+            self._counts.evictions["host"] += 1
             self._drop(least)
 
     def _host_bytes(self) -> int:
@@ -462,28 +389,9 @@ class Prefixes:
                 del twins[page]
 
 
-def common(a: array[int], b: array[int]) -> int:
-    """How many tokens two lists have in common at the beginning."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while high - low > 1:  # the first `low` are the same, not the first `high`
-        middle = (low + high) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
-    return low
-
-
 def _is_away(entry: Entry) -> bool:
     return entry.away
 
 
 def _rank(entry: Entry) -> float:
     return entry.rank
-
-
-def _nodes(root: _Node) -> Iterator[_Node]:
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        yield node
-        stack += node.children.values()

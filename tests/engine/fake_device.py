@@ -14,7 +14,6 @@ from hmf_jax.engine.turn import REASONS, Chunk, Event, Finished, New, Result, Sc
 EOS, LENGTH, CAPACITY, ERROR = (
     REASONS.index(name) for name in ("eos", "length", "capacity", "error")
 )
-FREED = "freed"
 
 
 def next_token(tokens: Sequence[int], seed: int, scale: int = 50) -> int:
@@ -49,8 +48,7 @@ class FakeDevice:
         self.fails: dict[int, int] = {}
         self.slots = [Held() for _ in range(limits.slots)]
         self.pages: list[list[tuple[int, int] | None]] = [[] for _ in range(limits.pages)]
-        self.dirty: set[int] = set()
-        self.writer: list[int | None] = [None] * limits.pages  # the running row that uses it
+        self.dirty: dict[int, int] = {}  # pages of rows that failed -> in which turn
         self.snapshots: dict[int, Held] = {}
         self.away: dict[int, Held] = {}
         self.host: dict[int, list[tuple[int, int] | None]] = {}
@@ -71,7 +69,8 @@ class FakeDevice:
         for host, page in turn.pages_in:
             self.pages[page] = list(self.host[host])
         for source, target in turn.copies:
-            assert source not in self.dirty or self.fails
+            # That the turn before has spoiled it could not be known yet.
+            assert self.dirty.get(source, turn.number) >= turn.number - 1
             self.pages[target] = list(self.pages[source])
         for load in turn.loads:
             self._load(load)
@@ -89,7 +88,6 @@ class FakeDevice:
             held.reason = 0
             self._choose(held, new[first.slot])
         self._decode(turn, new)
-        self._check_bytes()
         reasons = [held.reason or 0 for held in self.slots]
         return Result(new, [[float(-t) for t in row] for row in new], reasons, (), scores)
 
@@ -108,7 +106,7 @@ class FakeDevice:
             del self.host[host]
         for page in turn.zeroed:
             self.pages[page] = []
-            self.dirty.discard(page)
+            self.dirty.pop(page, None)
 
     def _save(self, save) -> None:
         held = self.slots[save.slot]
@@ -118,6 +116,7 @@ class FakeDevice:
 
     def _load(self, load) -> None:
         held, ask = self.snapshots[load.snapshot], self.asks[load.id]
+        assert self.slots[load.slot].reason != 0, "a row runs there"
         assert len(held.tokens) == load.length
         if load.resume:
             assert held.id == load.id and held.newest is not None
@@ -152,6 +151,7 @@ class FakeDevice:
     def _chunk(self, chunk: Chunk) -> list[float]:
         ask, limits = self.asks[chunk.id], self.limits
         if chunk.start == 0:
+            assert self.slots[chunk.slot].reason != 0, "a row runs there"
             self.slots[chunk.slot] = Held(chunk.id)
         held = self.slots[chunk.slot]
         assert held.id == chunk.id and len(held.tokens) == chunk.start and held.reason is None
@@ -190,7 +190,7 @@ class FakeDevice:
             held.reason = CAPACITY
 
     def _decode(self, turn: Turn, new: list[list[int]]) -> None:
-        users: dict[int, int] = {}
+        users = dict.fromkeys(turn.chunk.pages, turn.chunk.slot) if turn.chunk else {}
         for slot, pages in enumerate(turn.tables):
             for page in pages:
                 assert users.setdefault(page, slot) == slot, "two running rows share a page"
@@ -202,9 +202,12 @@ class FakeDevice:
         assert len(turn.tables) == self.limits.slots
         for slot in runs:
             held, pages = self.slots[slot], turn.tables[slot]
-            assert pages, f"slot {slot} runs without pages"
             if self.asks[held.id].constrained:
-                assert turn.waits and turn.steps == 1 and not new[slot]
+                assert turn.waits and turn.steps == 1
+                if new[slot]:  # its first token has yet to be told to its constraint
+                    assert not pages
+                    continue
+            assert pages, f"slot {slot} runs without pages"
             self._reads(held, pages)
             for _ in range(turn.steps):
                 if held.reason == 0:
@@ -214,15 +217,7 @@ class FakeDevice:
                     self._choose(held, new[slot])
             self._reads(held, pages)
             if held.reason == ERROR:
-                self.dirty |= {pages[(len(held.tokens) - 1) // self.limits.page_size]}
-
-    def _check_bytes(self) -> None:
-        pass
-
-    @property
-    def resting(self) -> bool:
-        """Whether nothing is held but what the prefix cache holds."""
-        return all(held.reason != 0 for held in self.slots)
+                self.dirty[pages[(len(held.tokens) - 1) // self.limits.page_size]] = turn.number
 
 
 @dataclasses.dataclass
@@ -310,6 +305,41 @@ class Driver:
             else:
                 assert isinstance(event, Finished) and event.reason
                 story.reason = event.reason
+
+    def check_books(self) -> None:
+        """Entries of the prefix cache are what they say, and take what they may."""
+        limits, slots = self.limits, self.scheduler._slots
+        for entry in slots.prefixes:
+            held = (self.device.away if entry.away else self.device.snapshots)[entry.snapshot]
+            path: tuple[int, ...] = ()
+            for node in (entry.node, *entry.node.before()):
+                path = (*node.tokens, *path)
+            assert held.tokens == path and len(path) == entry.length == entry.node.end
+            assert held.logits >= entry.logits and entry.node.entry is entry
+            for i in range(limits.pages_of(entry.length)):
+                page = self.device.host[entry.host[i]] if entry.away else []
+                page = page or self.device.pages[entry.pages[i]]
+                start = i * limits.page_size
+                own = list(enumerate(path[start : start + limits.page_size], start))
+                assert page[: len(own)] == own, f"page {i} of an entry of {entry.length} tokens"
+        stays = [entry for entry in slots.prefixes if not entry.away and entry.key is None]
+        assert len(stays) * limits.snapshot_bytes <= limits.device_bytes
+        stats = self.scheduler.stats()
+        away = stats.prefix_bytes["host", "snapshot"] + stats.prefix_bytes["host", "kv"]
+        assert away <= limits.host_bytes
+        assert sum(stats.pages.values()) == limits.pages
+        assert sum(stats.slots.values()) + len(self.scheduler._replies) == limits.slots
+
+    def check_rest(self) -> None:
+        """When nothing runs, only the prefix cache holds anything."""
+        stats, device = self.scheduler.stats(), self.device
+        assert stats.running == stats.waiting == stats.swapped == stats.pages["held"] == 0
+        assert stats.slots["free"] == self.limits.slots
+        assert stats.hits + sum(stats.missed.values()) == stats.queries
+        assert len(device.snapshots) == stats.entries["device"]
+        assert len(device.away) == stats.entries["host"]
+        assert len(device.host) * self.limits.page_bytes == stats.prefix_bytes["host", "kv"]
+        assert self.limits.mode != "off" or not device.snapshots
 
     def check_stories(self) -> None:
         """Everything has ended once, with the very tokens that the prompt alone would give."""

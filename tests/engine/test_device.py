@@ -15,6 +15,7 @@ import pytest
 
 from hmf_jax.engine import Request, sample
 from hmf_jax.engine.device import Device
+from hmf_jax.engine.rows import map_appended
 from hmf_jax.engine.scores import score_prompts
 from hmf_jax.engine.turn import REASONS, Chunk, First, Load, Result, Save, Turn
 from hmf_jax.options import RopeConfig
@@ -228,11 +229,12 @@ def test_what_is_not_a_rows_never_reaches_it(device: Device, alone: Play) -> Non
     rows = device._all.rows
     try:
         play = Play(device)
-        poisoned = jax.tree.map(jnp.copy, rows)
-        bad = [x if not names else jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), x)
-               for x, names in zip(poisoned.state.layers, device._all.appends, strict=True)]  # fmt: skip
-        state = dataclasses.replace(poisoned.state, layers=tuple(bad))
-        device._all.rows = dataclasses.replace(poisoned, state=state)
+        poisoned = map_appended(
+            lambda x: jax.device_put(jnp.full_like(x, jnp.nan), x.sharding),
+            jax.tree.map(jnp.copy, rows),
+            device._all.appends,
+        )
+        device._all.rows = poisoned
         play.read(0, HOT, 0, tuple(range(7)))
         play.read(1, COLD, 1, tuple(range(8, 12)))
         play.finish()
@@ -361,8 +363,10 @@ def test_growing_keeps_everything(model, alone: Play) -> None:
     play = Play(device)
     play.read(0, HOT, 0, tuple(range(5)))
     play.read(1, COLD, 1, tuple(range(5, 8)), upto=0)
-    play.turn(saves=(Save(0, 0),), steps=2)
+    play.turn(saves=(Save(0, 0),))
     device.grow(CAPACITY, 30)
-    play.tables[0] = (0, 1, 2, 3, 4, 25)
+    play.turn(ends=(0,), loads=(Load(2, 0, 0, 37, resume=True),))
+    play.ids[2] = play.ids.pop(0)
+    play.tables[0], play.tables[2] = (), (0, 1, 2, 3, 4, 25)
     play.finish()
     assert told(play, 0) == told(alone, 0)
