@@ -414,7 +414,9 @@ class Bench:
         return "decode", ms, program, extra
 
 
-def random_state(model: HybridLM, batch: int, capacity: int) -> ModelState:
+def random_state(
+    model: HybridLM, batch: int, capacity: int, pages: tuple[int, int] | None = None
+) -> ModelState:
     """A state as large as one with prompts in it, with values of their scale but without a meaning.
 
     Keys, values and states are between -1 and 1, H of GKA is the identity.
@@ -438,7 +440,8 @@ def random_state(model: HybridLM, batch: int, capacity: int) -> ModelState:
             return jnp.zeros(x.shape, x.dtype, device=x.sharding)
         return make(x.shape, x.dtype, x.sharding, jax.tree_util.keystr(path).endswith("h_kk"))
 
-    return jax.tree_util.tree_map_with_path(fill, abstract_state(model, batch, capacity))
+    abstract = model.abstract_state(batch, capacity, pages=pages)
+    return jax.tree_util.tree_map_with_path(fill, abstract)
 
 
 def next_token_loss(logits: Array, tokens: Array) -> Array:

@@ -306,10 +306,10 @@ class HybridLM(nnx.Module):
             layers.append(layer.state)
         new = advance(state, layers, ctx, tokens.shape[1])
         if not last_only:
-            return self._head(restore(x, ctx.place)), new
+            return self.logits(restore(x, ctx.place)), new
         last = tokens.shape[1] - 1 if ctx.lengths is None else jnp.maximum(ctx.lengths - 1, 0)
         rows = jnp.broadcast_to(last, tokens.shape[:1])[:, None, None]
-        return self._head(jnp.take_along_axis(x, rows, axis=1)), new
+        return self.logits(jnp.take_along_axis(x, rows, axis=1)), new
 
     def hidden(
         self,
@@ -361,7 +361,7 @@ class HybridLM(nnx.Module):
             x = layer.x
             layers.append(layer.state)
             seen.append((layer.mixed, x))
-        return self._head(x), advance(state, layers, ctx, tokens.shape[1]), seen
+        return self.logits(x), advance(state, layers, ctx, tokens.shape[1]), seen
 
     @untabulated
     def embed(
@@ -446,7 +446,8 @@ class HybridLM(nnx.Module):
             yield LayerOutput(mixed, x, after, None if routing is None else Routing(**routing))
             del mixed, after, routing
 
-    def _head(self, x: Array) -> Array:
+    def logits(self, x: Array) -> Array:
+        """Logits [B, T, V] of the output x [B, T, d] of the last layer."""
         x = self.norm(x)
         if self.lm_head is None:
             logits = x @ self.embed_tokens.embedding[...].astype(x.dtype).T

@@ -88,12 +88,12 @@ def test_no_layer_sorts(kind):
 
 def test_an_eager_call_keeps_no_activations(monkeypatch):
     model = HybridLM.init(tiny_config(("*",) * 6), dtype=jnp.float32)
-    head, alive = HybridLM._head, []
+    head, alive = HybridLM.logits, []
 
     def spy(self, x):
         alive.append(sum(a.shape == (3, 41, 32) for a in jax.live_arrays()))
         return head(self, x)
 
-    monkeypatch.setattr(HybridLM, "_head", spy)
+    monkeypatch.setattr(HybridLM, "logits", spy)
     model(jnp.zeros((3, 41), jnp.int32))
     assert len(alive) == 1 and alive[0] <= 3

@@ -12,7 +12,7 @@ from hmf_jax.text.parts import Piece
 from hmf_jax.text.prompt import Rendered, check_template_kwargs, render_prompt
 from hmf_jax.text.template import render
 from hmf_jax.text.thinking import END_THINK, THINK, split_thinking
-from hmf_jax.text.tokenizer import default_sampling, load_tokenizer, stop_ids
+from hmf_jax.text.tokenizer import default_sampling, load_tokenizer, stop_ids, tag_ids
 
 __all__ = [
     "END_THINK",
@@ -40,4 +40,5 @@ __all__ = [
     "split_thinking",
     "stop_ids",
     "stream_text",
+    "tag_ids",
 ]

@@ -138,7 +138,7 @@ class ReplyDeltas(Cutter):
     def _add(self, delta: Reasoning | Content | CallArguments) -> None:
         """Joins it to the one before, if that is of the same kind."""
         before = self._out[-1] if self._out else None
-        if not isinstance(before, CallStart) and type(before) is type(delta):
-            self._out[-1] = dataclasses.replace(before, text=before.text + delta.text)
-        else:
+        if before is None or isinstance(before, CallStart) or type(before) is not type(delta):
             self._out.append(delta)
+        else:
+            self._out[-1] = dataclasses.replace(before, text=before.text + delta.text)

@@ -14,6 +14,7 @@ from hmf_jax.convert.directories import read_json
 from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingParams
+from hmf_jax.text.parts import TAGS
 from hmf_jax.text.template import one_line, texts
 
 _FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -108,8 +109,8 @@ def tokenizer_of(model: HybridLM, tokenizer: Any = None) -> Any:
     return tokenizer
 
 
-def tag_ids(tokenizer: Any, tags: tuple[str, ...]) -> dict[str, int]:
-    """The token of each of these tags that is one."""
+def tag_ids(tokenizer: Any, tags: tuple[str, ...] = TAGS) -> dict[str, int]:
+    """The token of each of these tags, of thinking and of calls of tools, that is one."""
     found = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in tags}
     return {
         tag: id

@@ -160,7 +160,8 @@ def test_a_call_begins_with_its_arguments():
     parts = ReplyDeltas({}, tools=True)
     assert parts.push('Ok.\n<tool_call>\n{"name": "f", "arg') == [Content("Ok.")]
     start, arguments = parts.push('uments": {"a": ')
-    assert (start.index, start.name, arguments) == (0, "f", CallArguments(0, '{"a": '))
+    assert isinstance(start, CallStart) and (start.index, start.name) == (0, "f")
+    assert arguments == CallArguments(0, '{"a": ')
     assert parts.push("1}}\n</tool") == [CallArguments(0, "1}")]
     assert parts.push("_call>\n") == [] == parts.finish()
     # Several calls in one delta.

@@ -48,7 +48,8 @@ def test_a_system_message_alone_is_cut_before_the_reply_only():
 
 
 def test_whether_the_prompt_says_how_to_think():
-    asked, off = (render_prompt(TOKENIZER, [ASK], **o) for o in ({}, {"enable_thinking": False}))
+    asked = render_prompt(TOKENIZER, [ASK])
+    off = render_prompt(TOKENIZER, [ASK], enable_thinking=False)
     assert (asked.thinking, asked.closed) == (False, False)
     assert (off.thinking, off.closed) == (False, True)
     assert asked.cuts == off.cuts
