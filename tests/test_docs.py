@@ -5,16 +5,21 @@ A block that cannot run in a test has the reason in a comment above it: `<!-- no
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import re
 import shlex
+import subprocess
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import hmf_jax
@@ -43,6 +48,7 @@ SMALL = {
     "prime distill": FIELDS,
     "prime select": ["--length", "64", "--rows", "2", "--window", "16", "--dtype", "float32"],
 }
+ADDRESS = "http://127.0.0.1:8000"  # of the server that pages speak of
 QUICK = ("README.md", "index.md")  # the others compile for half a minute
 
 
@@ -102,6 +108,21 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def address(tiny: Path) -> Iterator[Callable[[], str]]:
+    """Says where a server of the tiny model is, which starts when it is first asked for."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def start() -> str:
+            from hmf_jax.serving import running
+
+            small = dict(port=0, slots=2, prefill_chunk=64, max_model_len=512)
+            return stack.enter_context(running(hmf_jax.from_pretrained(tiny), **small)).url
+
+        yield start
+
+
 def variables(path: Path) -> dict[str, object]:
     """What the pages take for granted before their first line; `path` is that of a model."""
     key = jax.random.key(0)
@@ -121,22 +142,35 @@ def variables(path: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("page", pages("python"))
-def test_python_of_a_page_runs(page: Path, released, workplace, capsys):
+def test_python_of_a_page_runs(page: Path, released, workplace, address, capsys):
     names = variables(released)
     for code in blocks(page, "python"):
+        if ADDRESS in code:
+            code = code.replace(ADDRESS, address())
         exec(compile(small(code), str(page), "exec"), names)
 
 
 @pytest.mark.parametrize("page", pages("bash"))
-def test_commands_of_a_page_run(page: Path, released, workplace):
+def test_commands_of_a_page_run(page: Path, released, workplace, address):
     for text in blocks(page, "yaml"):
         if found := re.match(r"# ([\w.]+\.yaml)", text):
             (workplace / found[1]).write_text(text)
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for line in small("\n".join(blocks(page, "bash"))).splitlines():
+    commands = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    for line in small(commands).splitlines():
+        if ADDRESS in line and not line.startswith("hmf-jax"):
+            line = line.replace(ADDRESS, address())
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
             assert words[1] in targets, line
+        elif words[:2] == ["hmf-jax", "serve"]:  # what follows finds a server
+            options = [word for word in words[2:] if word != "&"]
+            typer.main.get_command(app).commands["serve"].make_context("serve", options)
+        elif words[:1] == ["curl"]:
+            found = subprocess.run(
+                ["curl", "--fail-with-body", "-sS", *words[1:]], capture_output=True, text=True
+            )
+            assert found.returncode == 0, f"{line}\n{found.stdout}{found.stderr}"
         elif words[:1] == ["hmf-jax"]:
             command = " ".join(words[1 : 3 if words[1] == "prime" else 2])
             arguments = words[1:] + SMALL.get(command, [])

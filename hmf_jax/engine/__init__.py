@@ -1,7 +1,11 @@
 """Generation: requests share the rows of a batch; everything but the programs is plain Python.
 
     request    what is asked, what comes back
-    scheduler  which request gets which row, and what the device does next
+    scheduler  which request runs where, and what the device does next
+    slots      which row has which slot and which pages
+    prefixes   beginnings of prompts that later ones go on from; radix: the tree of them
+    pages      who uses which page
+    books      what the scheduler keeps: requests, limits, counts, the turn that is being written
     programs   everything that is compiled, as pure functions
     settings   what the rows were asked for, as arrays
     buffers    the rows on the device: the only part that knows how their memory is laid out
@@ -25,6 +29,7 @@ from hmf_jax.engine.api import (
     stream,
     warmup,
 )
+from hmf_jax.engine.books import Ask, Limits, Stats
 from hmf_jax.engine.engine import Engine
 from hmf_jax.engine.pure import sample
 from hmf_jax.engine.request import (
@@ -45,11 +50,13 @@ from hmf_jax.engine.turn import Event, Finished, New, Scored, Started
 
 __all__ = [
     "GREEDY",
+    "Ask",
     "Context",
     "Engine",
     "EngineThread",
     "Event",
     "Finished",
+    "Limits",
     "New",
     "Output",
     "Processor",
@@ -57,6 +64,7 @@ __all__ = [
     "Scheduler",
     "Scored",
     "Started",
+    "Stats",
     "Tokens",
     "capacity_for",
     "check_prompts",

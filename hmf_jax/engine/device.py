@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hmf_jax.engine.host import to_device, to_host
@@ -319,7 +318,7 @@ class Device:
     def _iterations(self, request: Request) -> np.ndarray | None:
         """Always an array where the model has GKA layers, so that the bits are the same whoever
         else asks for another number."""
-        if self._config.gka is None:
+        if not self._config.solves:
             return None
         given = request.num_iter
         return np.array([self._config.gka.num_iter if given is None else given], np.int32)
@@ -342,7 +341,7 @@ class Device:
                 top if self._fixed else None,
             )
             iterations = [self._iterations(request) for request in self._asked]
-            if self._config.gka is not None:
+            if self._config.solves:
                 found = dataclasses.replace(found, num_iter=np.concatenate(iterations))
             self._settings = jax.device_put(found, self._all.rows.reason.sharding)
         return self._settings, self._most(top)
@@ -368,8 +367,8 @@ class Device:
             for resume in (False, True):
                 yield all.load(held, 0, token, seen, resume)
         for width in all.widths():
-            hidden = jnp.zeros((1, width, self._config.hidden_size), all.logits.dtype)
-            hidden = jax.device_put(hidden, all.logits.sharding)
+            shape, dtype = (1, width, self._config.hidden_size), all.logits.dtype
+            hidden: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=all.logits.sharding)
             yield all.score(hidden, np.zeros((1, width), np.int32), self._most([0]))
         if all.pool is not None:
             yield all.copy([])

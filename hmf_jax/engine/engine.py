@@ -1,127 +1,153 @@
-"""The engine: requests in, events out; many requests share the rows of one batch."""
+"""The engine: requests in, events out; many requests share a device."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any, Literal
 
-from hmf_jax.engine.buffers import Buffers
-from hmf_jax.engine.failure import first_bad_layer, first_bad_state
-from hmf_jax.engine.programs import ERROR, MOST_STEPS
-from hmf_jax.engine.request import Request, check_prompts, check_request, check_room, check_whole
-from hmf_jax.engine.scheduler import Result, Scheduler
+from hmf_jax.engine.books import Ask, Limits, Stats
+from hmf_jax.engine.device import Device, Ticket
+from hmf_jax.engine.failure import why_not_finite
+from hmf_jax.engine.programs import MOST_STEPS
+from hmf_jax.engine.request import (
+    Request,
+    check_capacity,
+    check_processor,
+    check_prompts,
+    check_request,
+    check_room,
+    check_whole,
+)
+from hmf_jax.engine.scheduler import Scheduler
 from hmf_jax.engine.settings import Processor
-from hmf_jax.engine.turn import Event, New, Started
+from hmf_jax.engine.storage import PAGE_SIZE
+from hmf_jax.engine.turn import Event, Finished, New, Turn
 from hmf_jax.model import HybridLM, check_solver
-from hmf_jax.padding import check_state
-from hmf_jax.state import ModelState
+from hmf_jax.options import check_choice
+from hmf_jax.sharding import row_parts
+
+Prefixes = Literal["off", "exact", "fast"]
 
 
 class Engine:
     """Continues many prompts at a time.
 
-        engine = Engine(model, rows=8, capacity=4096)
+        engine = Engine(model, 8, capacity=4096)
         id = engine.add(Request(prompt, max_new_tokens=100))
         while engine.busy:
             for event in engine.step():
-                ...  # Started, New (tokens) and Finished, each with the id of its request
+                ...  # Started, Scored, New (tokens) and Finished, each with the id of its request
 
-    Everything runs in `step`: prompts that wait get free rows and are fed, or all rows decode some
+    Everything runs in `step`: a piece of a prompt that waits is read, and all rows decode some
     tokens. What a request becomes does not depend on the others. One thread may use an engine.
-    After an exception in `step` (not enough memory, an interrupt) its rows are in an unknown state:
-    it can only be asked for `context`, and `step` and `add` say so.
+    After an exception in `step` (not enough memory, an interrupt) what its rows hold is unknown:
+    `step` and `add` say so until `recover` is called.
 
     Args:
       model: the model.
-      rows: how many requests run at a time; see `hmf_jax.memory.plan_memory` for how many fit.
-      capacity: most tokens of a row, prompts and generated tokens together.
-      prefill_chunk: prompts are fed in pieces of this many tokens; never changes the result.
-      together: feed all prompts that wait and find a row in one program. By default they are fed
-        one by one, so that their activations take no more memory than those of one chunk.
-      state: what the rows hold at first, one row each (a copy is made); `held` are the ids to
-        continue them by: `Request(prompt, after=engine.held[row])`.
+      slots: how many requests run at a time.
+      capacity: most tokens of a row, prompt and generated tokens together.
+      pages: how many pages of `page_size` tokens hold the keys and values of full attention layers,
+        of all rows and of all prefixes together. None: enough for every row at its longest. With
+        fewer, rows that find none wait in the memory of the host.
+      prefill_chunk: prompts are read in pieces of this many tokens.
+      prefixes: what to do with prompts that begin alike. "exact": what was read is found again at
+        multiples of `prefill_chunk`, and the result has the bits that it would have without;
+        "fast": wherever a request's `cuts` say, too, and where a reply ended, which changes the
+        result by rounding; "off": nothing is kept.
+      prefix_bytes: most bytes of the device for snapshots of prefixes, beside pages; None: those of
+        four times as many snapshots as there are slots, at least 16.
+      host_bytes: most bytes of the host's memory for prefixes.
+      every: also keep a snapshot after every so many tokens, a multiple of prefill_chunk; 0: no.
+      spacing: fewest tokens between two snapshots of one prompt.
       processor, solver: see `hmf_jax.generate`; for all requests.
+      fixed: one program decodes whatever requests ask for. Otherwise settings that nobody uses cost
+        nothing, and the first request that does may wait for a compiler.
+      explain: find out in which layer it began if the logits of a row are not finite; the others
+        wait meanwhile.
       clock: seconds, for `Started.waited`.
 
     Raises:
-      ValueError: capacity beyond the model's max_position_embeddings; anything below 1; a state
-        that does not fit.
+      ValueError: capacity beyond the model's max_position_embeddings; anything below 1.
     """
 
     def __init__(
         self,
         model: HybridLM,
-        rows: int,
+        slots: int,
         *,
         capacity: int,
+        pages: int | None = None,
+        page_size: int | None = None,
         prefill_chunk: int = 2048,
-        together: bool = False,
-        state: ModelState | None = None,
+        prefixes: Prefixes = "off",
+        prefix_bytes: int | None = None,
+        host_bytes: int = 0,
+        every: int = 0,
+        spacing: int = 512,
         processor: Processor | None = None,
         solver: str = "chebyshev",
+        fixed: bool = False,
+        explain: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        for name, value in (
-            ("rows", rows),
-            ("capacity", capacity),
-            ("prefill_chunk", prefill_chunk),
-        ):
+        named = {"slots": slots, "capacity": capacity, "prefill_chunk": prefill_chunk}
+        for name, value in named.items():
             check_whole(name, value, 1)
-        if state is not None:
-            check_state(model, state, len(state.length))
+        check_choice("prefixes", prefixes, ("off", "exact", "fast"))
         check_solver(solver, model.config)
-        if processor is not None and not callable(processor):
-            raise ValueError(f"processor={processor!r} must be a function of logits and context.")
-        if state is not None and (len(state.length), state.capacity) != (rows, capacity):
-            raise ValueError(
-                f"The state holds {len(state.length)} rows of {state.capacity} tokens at most, but "
-                f"{rows=} and {capacity=}."
-            )
-        self.model, self.capacity = model, capacity
-        self._ahead = 0 if state is None else int((state.position - state.length).max())
-        self._check_capacity(capacity)
-        self._buffers = Buffers(
-            model,
-            rows,
-            capacity=capacity,
+        check_processor(processor)
+        if every % prefill_chunk:
+            raise ValueError(f"every={every} must be a multiple of prefill_chunk={prefill_chunk}.")
+        self.model, self.capacity, self.slots = model, capacity, slots
+        check_capacity(model.config, capacity)
+        size = min(PAGE_SIZE, capacity) if page_size is None else page_size
+        check_whole("page_size", size, 1)
+        if pages is None:
+            # A row that goes on from a prefix copies its last page.
+            pages = slots * (-(-capacity // size) + (prefixes != "off"))
+        check_whole("pages", pages, -(-capacity // size))
+        self._chunk, self._solver, self._explain = prefill_chunk, solver, explain
+        self._options: dict[str, Any] = dict(
+            slots=slots,
+            pages=pages,
+            page_size=size,
             prefill_chunk=prefill_chunk,
-            state=state,
             processor=processor,
             solver=solver,
+            fixed=fixed,
         )
-        self._chunk, self._solver, self._broken = prefill_chunk, solver, ""
-        self._ids = itertools.count()
-        held = [] if state is None else [next(self._ids) for _ in range(rows)]
-        lengths = [] if state is None else state.length.tolist()
-        self._scheduler = Scheduler(rows, together=together, held=held, clock=clock)
-        self._requests: dict[int, Request] = {}  # that wait or run
-        self._starts: dict[int, int] = {}  # tokens in the rows of these, before their prompts
-        self._rows = {id: _Row(n) for id, n in zip(held, lengths, strict=True)}  # by request
+        self._clock, self._ids, self._broken = clock, itertools.count(), ""
+        self._device = Device(model, capacity=capacity, **self._options)
+        if prefix_bytes is None:
+            prefix_bytes = 4 * max(slots, 4) * self._device.snapshot_bytes
+        self._limits = Limits(
+            slots=slots,
+            pages=pages,
+            page_size=size,
+            capacity=capacity,
+            chunk=prefill_chunk,
+            page_bytes=self._device.page_bytes,
+            snapshot_bytes=self._device.snapshot_bytes,
+            mode=prefixes,
+            device_bytes=prefix_bytes,
+            host_bytes=host_bytes,
+            groups=1 if model.mesh is None else row_parts(model.mesh),
+            every=every,
+            spacing=spacing,
+        )
+        self._scheduler = Scheduler(self._limits, clock=clock)
+        self._requests: dict[int, Request] = {}  # that have not ended
+        self._new: dict[int, list[int]] = {}  # tokens that each has made
+        self._pending: tuple[Turn, Ticket] | None = None  # handed to the device, not collected
 
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs, or `step` has something to tell."""
-        return self._scheduler.busy
-
-    @property
-    def held(self) -> list[int]:
-        """The ids of requests whose rows keep what they hold, in the order of the rows."""
-        rows = self._scheduler.held
-        return sorted(rows, key=rows.__getitem__)
-
-    def context(self, id: int) -> list[int]:
-        """The tokens in the row of a request that runs or is held, without those of a `state`.
-
-        The newest generated token is not one of them: it is fed when the next one is needed.
-
-        Raises:
-          ValueError: the request has no row: it waits, or it has ended and was not kept.
-        """
-        if id not in self._rows:
-            raise ValueError(f"request {id} has no row: it waits, or has ended and was not kept")
-        return list(self._rows[id].tokens)
+        return self._scheduler.busy or self._pending is not None
 
     def new_id(self) -> int:
         """A number for a request, see `add`. Any thread may ask for one."""
@@ -136,8 +162,7 @@ class Engine:
         """
         check_request(self.model.config, request)
         (prompt,) = check_prompts([request.prompt], self.model.config.vocab_size)
-        if request.after is None:
-            check_room(self.model.config, [prompt], [0], self.capacity)
+        check_room(self.model.config, [prompt], [0], self.capacity)
         return dataclasses.replace(request, prompt=prompt)
 
     def add(self, request: Request, id: int | None = None) -> int:
@@ -151,178 +176,143 @@ class Engine:
           Its id, which its events carry.
 
         Raises:
-          ValueError: what `check` finds wrong; `after` a request that is not held; `back_to` or
-            `marks` that its row does not have.
+          ValueError: what `check` finds wrong.
           RuntimeError: an earlier `step` raised an exception.
         """
         self._check_intact()
         request = self.check(request)
-        prompt = request.prompt
-        before = (None if request.after is None else self._rows.get(request.after)) or _Row()
-        held = before.held if request.back_to is None else request.back_to
-        if request.back_to is not None and held not in before.marks:
-            raise ValueError(f"back_to={held} is not one of the marks {list(before.marks)}.")
-        for place in request.marks:
-            kept = place <= held and place in before.marks
-            if not kept and not held < place <= held + len(prompt):
-                raise ValueError(
-                    f"a mark at {place} is not in the prompt, which fills the row from {held} to "
-                    f"{held + len(prompt)} tokens."
-                )
-        check_room(self.model.config, [prompt], [held], self.capacity)
         id = next(self._ids) if id is None else id
-        self._scheduler.submit(id, after=request.after, keep=request.keep)
-        self._starts[id] = held
-        self._requests[id] = request
+        ask = Ask(
+            request.prompt,
+            request.max_new_tokens,
+            priority=request.priority,
+            cuts=tuple(request.cuts),
+            namespace=f"{request.num_iter}/{request.namespace}",  # states depend on num_iter
+            scored=request.prompt_logprobs is not None,
+            constrained=request.constraint is not None,
+        )
+        self._scheduler.submit(id, ask)
+        self._requests[id], self._new[id] = request, []
         return id
 
     def abort(self, id: int) -> None:
         """Ends a request wherever it is; its next event is `Finished(id, "stop")`."""
         self._scheduler.cancel(id)
 
-    def release(self, id: int) -> None:
-        """Gives up the row of a held request.
+    def tokens(self, id: int) -> list[int]:
+        """The tokens of a request that has not ended: its prompt and the new ones."""
+        return [*self._requests[id].prompt, *self._new[id]]
 
-        Raises:
-          ValueError: it is not held, or a request in the queue comes after it.
-        """
-        row = self._scheduler.row(id)
-        self._scheduler.release(id)
-        if row is not None:
-            self._buffers.forget(row)
-        del self._rows[id]
+    def stats(self) -> Stats:
+        """What runs and waits, and what the prefix cache holds and has found."""
+        return self._scheduler.stats()
 
-    def marks(self, id: int) -> list[int]:
-        """Where a request can go back to that comes after this one, see `Request.marks`; ascending.
+    def reset_prefixes(self) -> int:
+        """Forgets all prefixes that no request uses; how many."""
+        return self._scheduler.reset_prefixes()
 
-        Raises ValueError as `context` does.
-        """
-        self.context(id)
-        return sorted(self._rows[id].marks)
+    def warm(self) -> None:
+        """Compiles every program that requests can need."""
+        self._device.warm()
+
+    def compiled(self) -> int:
+        """How many programs have been compiled."""
+        return self._device.compiled()
+
+    def nbytes(self) -> int:
+        """Bytes of the device that it holds beside the model's weights."""
+        return self._device.nbytes()
 
     def grow(self, capacity: int) -> None:
-        """Makes room for `capacity` tokens in every row; what the rows hold stays.
+        """Makes room for `capacity` tokens in every row; what has been read stays.
 
         Raises:
           ValueError: less than there is, or more than max_position_embeddings allows.
         """
         if capacity < self.capacity:
             raise ValueError(f"capacity={capacity} is less than the {self.capacity} there is.")
-        self._check_capacity(capacity)
+        check_capacity(self.model.config, capacity)
         if capacity > self.capacity:
-            self._buffers.grow(capacity)
-            self.capacity = capacity
+            size = self._limits.page_size
+            more = self.slots * (-(-capacity // size) - -(-self.capacity // size))
+            pages = self._limits.pages + more
+            self._device.grow(capacity, pages)
+            self._scheduler.grow(capacity, pages)
+            self._limits = dataclasses.replace(self._limits, capacity=capacity, pages=pages)
+            self._options["pages"], self.capacity = pages, capacity
 
     def step(self, steps: int = MOST_STEPS) -> list[Event]:
-        """Feeds prompts that wait if rows are free, else decodes up to `steps` (at most 64) tokens.
+        """Hands the next turn to the device, and then waits for the turn before it.
+
+        So the device has always something to do while the host works. In a turn a piece of one
+        prompt is read, and all rows decode up to `steps` (at most 64) tokens.
 
         Returns:
           What has happened to the requests, in order.
 
         Raises:
-          RuntimeError: a request waits for a row, but all are held and none will become free by
-            itself; or an earlier `step` raised an exception.
+          RuntimeError: an earlier `step` raised an exception.
         """
         self._check_intact()
-        turn = self._scheduler.plan(max(steps, 1))
-        result = None
-        if turn is not None:
-            try:
-                ticket = self._buffers.enqueue(turn, self._requests, self._starts)
-                result = self._buffers.collect(ticket)
-            except BaseException as e:
-                self._broken = f"{type(e).__name__}: {e}".rstrip(": ")
-                raise
-        failed = self._failed(result)
-        events = self._scheduler.commit(turn, result)
-        if turn is None and not events and self.busy:
-            raise RuntimeError(
-                f"All rows are held ({self.held}), so no request that waits can begin: release one."
-            )
-        return [self._booked(event, failed) for event in events]
+        events: list[Event] = []
+        try:
+            if self._pending is not None and self._pending[0].waits:
+                events += self._collect()
+            turn = self._scheduler.plan(max(1, min(steps, MOST_STEPS)))
+            ticket = None if turn is None else self._device.enqueue(turn, self._requests)
+            events += self._collect()
+            if turn is not None and ticket is not None:
+                self._pending = turn, ticket
+        except BaseException as e:
+            self._broken = f"{type(e).__name__}: {e}".rstrip(": ")
+            raise
+        return events
 
-    def _failed(self, result: Result | None) -> dict[int, int]:
-        """Requests whose logits are not finite, and their rows."""
-        if result is None or ERROR not in result.reasons:
-            return {}
-        rows = {id: self._scheduler.row(id) for id in self._requests}
-        return {id: row for id, row in rows.items() if row is not None}
+    def recover(self) -> list[Event]:
+        """Starts over with empty rows after an exception in `step`.
 
-    def _booked(self, event: Event, failed: Mapping[int, int]) -> Event:
-        if isinstance(event, Started):
-            request = self._requests[event.id]
-            row = _Row() if request.after is None else self._rows.pop(request.after)
-            self._rows[event.id] = row.fed(request, self._starts.pop(event.id))
-        elif isinstance(event, New):
-            self._rows[event.id].push(event.tokens)
-        else:
-            self._starts.pop(event.id, None)
-            request = self._requests.pop(event.id)
+        Returns:
+          The ends of all requests that there were, each with the error.
+        """
+        error = self._broken or "the engine was started over"
+        self._pending, self._broken = None, ""
+        self._device = Device(self.model, capacity=self.capacity, **self._options)
+        self._scheduler = Scheduler(self._limits, clock=self._clock)
+        ended: list[Event] = [Finished(id, "error", error) for id in self._requests]
+        self._requests, self._new = {}, {}
+        return ended
+
+    def _collect(self) -> list[Event]:
+        """What the turn that the device has been given before has produced."""
+        turn = result = None
+        if self._pending is not None:
+            turn, ticket = self._pending
+            result = self._device.collect(ticket)
+            self._pending = None
+        return [self._booked(event) for event in self._scheduler.commit(turn, result)]
+
+    def _booked(self, event: Event) -> Event:
+        if isinstance(event, New):
+            self._new[event.id] += event.tokens
+            constraint = self._requests[event.id].constraint
+            if constraint is not None:
+                constraint.accept(event.tokens)
+        elif isinstance(event, Finished):
+            request, new = self._requests.pop(event.id), self._new.pop(event.id)
             if event.reason == "error":
-                event = dataclasses.replace(
-                    event, error=self._why(request, event.id, failed[event.id])
-                )
-            if not request.keep or event.reason == "error":
-                self._rows.pop(event.id, None)
+                event = dataclasses.replace(event, error=self._why(request, new))
         return event
 
-    def _why(self, request: Request, id: int, place: int) -> str:
-        """What to tell of a request whose logits, made in the row `place`, are not finite."""
-        row, model = self._rows[id], self.model
-        what = f"new token {row.made}: the logits are NaN or infinite"
-        if row.before:  # tokens of a state, which are not known
-            where = first_bad_state(model, self._buffers.state_of(place))
-            unknown = "the states of all layers are finite, so look at the last layer and the head"
-        else:
-            where = first_bad_layer(
-                model,
-                row.tokens if row.newest is None else [*row.tokens, row.newest],
-                num_iter=request.num_iter,
-                solver=self._solver,
-                chunk=self._chunk,
-                capacity=self.capacity,
-            )
-            unknown = "the model's own are finite, so look at biases, penalties and the processor"
-        return f"{what}; {unknown if where is None else f'the first to be so is {where}'}"
+    def _why(self, request: Request, new: list[int]) -> str:
+        """What to tell of a request whose logits are not finite after these new tokens."""
+        if not self._explain:
+            return f"new token {len(new)}: the logits are NaN or infinite"
+        options: dict[str, Any] = dict(chunk=self._chunk, capacity=self.capacity)
+        return why_not_finite(self.model, request, new, solver=self._solver, **options)
 
     def _check_intact(self) -> None:
         if self._broken:
             raise RuntimeError(
                 f"This engine stopped in the middle of a step ({self._broken}), so its rows may be "
-                "incomplete; make a new one."
+                "incomplete; call recover(), or make a new one."
             )
-
-    def _check_capacity(self, capacity: int) -> None:
-        longest = self.model.config.max_position_embeddings
-        if capacity + self._ahead > longest:
-            raise ValueError(
-                f"capacity={capacity} is more than max_position_embeddings={longest} allows; "
-                "choose a smaller one, or raise max_position_embeddings in the model's config."
-            )
-
-
-@dataclasses.dataclass
-class _Row:
-    """What a row holds: tokens of a `state`, those fed since; the newest, not fed yet; and how many
-    its request has made."""
-
-    before: int = 0
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    newest: int | None = None
-    marks: tuple[int, ...] = ()
-    made: int = 0
-
-    @property
-    def held(self) -> int:
-        return self.before + len(self.tokens)
-
-    def fed(self, request: Request, start: int) -> _Row:
-        tokens = [*self.tokens[: start - self.before], *request.prompt]
-        return _Row(self.before, tokens, marks=tuple(request.marks))
-
-    def push(self, new: list[int]) -> None:
-        if new and self.newest is not None:
-            self.tokens.append(self.newest)
-        self.tokens += new[:-1]
-        self.newest = new[-1] if new else self.newest
-        self.made += len(new)

@@ -20,6 +20,7 @@ from hmf_jax.sharding import row_parts
 
 SMALLEST_CHUNK = programs.SMALLEST_CHUNK
 STEP = 4  # from one width of chunks to the next, and of what the attention of a chunk reads
+PAGE_SIZE = 512  # tokens of a page, unless told otherwise
 MOST_PAGES = 64  # that one call copies, or fills with zeros
 
 
@@ -38,15 +39,25 @@ class Call(NamedTuple):
     options: dict[str, Any]
 
     def __call__(self) -> Any:
-        return self.program(*self.args, **self.options)
+        """What it returns; of abstract arguments, what that would look like."""
+        if not is_abstract(self.args):
+            return self.program(*self.args, **self.options)
+        device = jax.tree.leaves(self.args)[0].sharding
+        made = jax.eval_shape(lambda: self.program(*self.args, **self.options))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), made)
 
     def compile(self) -> Any:
         """Begins to compile it: traced now, the rest in the function that is returned."""
         return self.program.lower(*self.args, **self.options).compile
 
 
+def is_abstract(tree: Any) -> bool:
+    """Whether there are no numbers in it, only their shapes: what compiling needs."""
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
 class Storage:
-    """Arguments as in `hmf_jax.engine.device.Device`.
+    """Arguments as in `hmf_jax.engine.device.Device`; an abstract model makes abstract arrays.
 
     Attributes:
       rows, logits: the arrays; whoever runs a `Call` that changes them puts the result here.
@@ -72,10 +83,11 @@ class Storage:
         self._processor, self._solver = processor, solver
         self.pool = self._pool_of(pages)
         empty = programs.empty.on(self._layout())
-        made = empty(self._packed, slots, capacity, pages=self.pool)
-        # Said to belong where they are: so is what comes back from host memory, and programs are
-        # compiled for one or the other.
-        made = jax.device_put(made, jax.tree.map(lambda x: x.sharding, made))
+        made = Call(empty, (self._packed, slots, capacity), dict(pages=self.pool))()
+        if not is_abstract(made):
+            # Said to belong where they are: so is what comes back from host memory, and programs
+            # are compiled for one or the other.
+            made = jax.device_put(made, jax.tree.map(lambda x: x.sharding, made))
         self.rows, self.logits = made
         self.page_bytes, self._fixed_bytes = self._sizes(model)
 
@@ -90,7 +102,9 @@ class Storage:
             self.rows = dataclasses.replace(self.rows, generated=None)
         elif not self.counts:
             seen = self.rows.seen
-            counts = jnp.zeros(seen.shape, jnp.int32, device=seen.sharding)
+            counts: Any = jax.ShapeDtypeStruct(seen.shape, jnp.int32, sharding=seen.sharding)
+            if not is_abstract(seen):
+                counts = jnp.zeros(seen.shape, jnp.int32, device=seen.sharding)
             self.rows = dataclasses.replace(self.rows, generated=counts)
 
     @property

@@ -14,6 +14,7 @@ from hmf_jax.engine.request import Request
 from hmf_jax.engine.turn import Event, Finished
 
 IDLE = 0.5  # seconds between signs of life of a thread that has nothing to do
+FAILURES, WITHIN = 3, 60.0  # so many failures in so many seconds: it is no use to go on
 
 
 class EngineThread:
@@ -31,6 +32,9 @@ class EngineThread:
         must not wait. Every request that `submit` has returned ends with exactly one `Finished`.
       steps: tokens that a row decodes per turn, at most.
 
+    If a turn raises an exception, all requests that wait or run end with it and the engine starts
+    over; after three of them in a minute, or one of the GPU, the thread ends.
+
     Attributes:
       beat: `time.monotonic()` of the last sign of life.
       error: what has ended the thread, if an exception did; `submit` then raises RuntimeError.
@@ -45,6 +49,7 @@ class EngineThread:
         self._lock = threading.Lock()  # nothing is put into the inbox after the thread's last look
         self._stopping, self._ended = False, False
         self._known: set[int] = set()  # requests that have not ended
+        self._failed: list[float] = []  # when turns have raised exceptions
         self.beat = time.monotonic()
         self.error: BaseException | None = None
 
@@ -123,10 +128,20 @@ class EngineThread:
                 self._work(wait=not self.engine.busy)
                 self.beat = time.monotonic()
                 if self.engine.busy and not self._stopping:
-                    self._tell(self.engine.step(self._steps))
+                    self._tell(self._step())
         except BaseException as e:
             self.error = e
         self._end()
+
+    def _step(self) -> list[Event]:
+        try:
+            return self.engine.step(self._steps)
+        except Exception as e:
+            now = time.monotonic()
+            self._failed = [*(at for at in self._failed if now - at < WITHIN), now]
+            if len(self._failed) >= FAILURES or "CUDA" in str(e):
+                raise
+            return self.engine.recover()
 
     def _work(self, wait: bool) -> None:
         """Does what is in the inbox; if told to, waits a while for something."""

@@ -66,7 +66,8 @@ class Turn(NamedTuple):
 
     Attributes:
       number: counts turns from 0.
-      ends: slots of requests that were ended from outside; their rows stop.
+      ends: slots whose rows stop: of requests that were ended from outside, and of rows that are
+        swapped out (`saves` has their snapshots; a `Load` with `resume` lets them run again).
       pages_out, snapshots_out: (device, host) and snapshots whose contents move to host memory.
       dropped, dropped_host: snapshots, and pages in host memory, that are given up.
       zeroed: pages to be filled with zeros, after a row that was not finite.

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hmf_jax.serving.asks import Ask, Served, alternatives
-from hmf_jax.serving.choice import CallStart, Choice, Content, Piece, Reasoning, Token
+from hmf_jax.serving.asks import Ask, alternatives
+from hmf_jax.serving.choice import Choice, Piece, Token
 from hmf_jax.serving.protocol import Chat, Completion
 from hmf_jax.serving.reply import Reply
+from hmf_jax.serving.served import Served
+from hmf_jax.text.deltas import CallStart, Content, Reasoning
 from hmf_jax.text.tokenizer import token_bytes, token_text
 
 LEAST = -9999.0  # JSON has no minus infinity
@@ -63,42 +65,38 @@ class Chunks:
         return chunk
 
     def _text(self, piece: Piece) -> dict[str, Any]:
-        fields = self._reply.ask.fields
-        told = {
+        ask = self._reply.ask
+        return {
             "index": piece.index,
             "text": piece.text,
-            "logprobs": _text_logprobs(piece.tokens, self._reply.ask, self._served),
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
+            "logprobs": _text_logprobs(piece.tokens, ask, self._served),
+            **_end(self._reply.choices[piece.index] if piece.finish_reason else None),
+            **_ids(ask, piece.tokens, self._prompt(piece)),
         }
-        if fields.return_token_ids:
-            told["token_ids"] = [token.id for token in piece.tokens]
-        return told
 
     def _chat(self, piece: Piece) -> Iterable[dict[str, Any]]:
         ask = self._reply.ask
         assert isinstance(ask.fields, Chat)
         if piece.index not in self._begun:
-            self._begun.add(piece.index)
-            yield _delta(piece.index, {"role": "assistant", "content": ""})
+            head = _delta(piece.index, {"role": "assistant", "content": ""})
+            yield {**head, **_ids(ask, [], self._prompt(piece))}
         logprobs = _chat_logprobs(piece.tokens, ask, self._served)
-        extra = {"token_ids": [t.id for t in piece.tokens]} if ask.fields.return_token_ids else {}
-        deltas = list(_merged(piece, ask.fields.include_reasoning))
-        if not deltas and piece.tokens and (logprobs or extra):
+        deltas = _merged(piece, ask.fields.include_reasoning)
+        if not deltas and piece.tokens and (logprobs or ask.fields.return_token_ids):
             deltas = [{}]
-        for i, delta in enumerate(deltas):  # the tokens are told with the last one
-            last = i == len(deltas) - 1
-            yield {
-                **_delta(piece.index, delta, logprobs if last else None),
-                **(extra if last else {}),
-            }
+        for delta in deltas[:-1]:
+            yield _delta(piece.index, delta)
+        for delta in deltas[-1:]:  # the tokens are told with the last one
+            yield {**_delta(piece.index, delta, logprobs), **_ids(ask, piece.tokens)}
         if piece.finish_reason is not None:
-            yield {
-                **_delta(piece.index, {}),
-                "finish_reason": piece.finish_reason,
-                "stop_reason": piece.stop_reason,
-                "seed": self._reply.choices[piece.index].request.sampling.seed,
-            }
+            yield {**_delta(piece.index, {}), **_end(self._reply.choices[piece.index])}
+
+    def _prompt(self, piece: Piece) -> list[int] | None:
+        """The tokens of the prompt, in the first chunk of a choice."""
+        if piece.index in self._begun:
+            return None
+        self._begun.add(piece.index)
+        return self._reply.ask.prompt(piece.index).tokens
 
 
 def _head(ask: Ask, kind: str) -> dict[str, Any]:
@@ -115,7 +113,17 @@ def _delta(index: int, delta: dict[str, Any], logprobs: Any = None) -> dict[str,
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
-def _merged(piece: Piece, reasoning: bool) -> Iterable[dict[str, Any]]:
+def _ids(
+    ask: Ask, tokens: Sequence[Token], prompt: list[int] | None = None
+) -> dict[str, list[int]]:
+    """Token ids, if they were asked for."""
+    if not ask.fields.return_token_ids:
+        return {}
+    own = {"token_ids": [token.id for token in tokens]}
+    return own if prompt is None else {**own, "prompt_token_ids": prompt}
+
+
+def _merged(piece: Piece, reasoning: bool) -> list[dict[str, Any]]:
     """The deltas of a piece, as few as possible."""
     out: list[dict[str, Any]] = []
     for delta in piece.deltas:
@@ -142,33 +150,23 @@ def _merged(piece: Piece, reasoning: bool) -> Iterable[dict[str, Any]]:
 def _chat_choice(choice: Choice, served: Served) -> dict[str, Any]:
     ask = choice.ask
     assert isinstance(ask.fields, Chat)
-    thoughts = choice.reasoning if ask.fields.include_reasoning and choice.reasoning else None
-    only_calls = choice.calls or (choice.reasoning and choice.finish_reason == "length")
+    thoughts = choice.reasoning if ask.fields.include_reasoning else None
+    nothing = choice.calls or (choice.reasoning and choice.finish_reason == "length")
     message: dict[str, Any] = {
         "role": "assistant",
-        "content": None if only_calls and not choice.text else choice.text,
+        "content": choice.text or (None if nothing else ""),
         "reasoning": thoughts,
         "reasoning_content": thoughts,
     }
     if choice.calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in choice.calls
-        ]
-    told = {
+        message["tool_calls"] = choice.calls
+    return {
         "index": choice.index,
         "message": message,
         "logprobs": _chat_logprobs(choice.tokens, ask, served),
         **_end(choice),
+        **_ids(ask, choice.tokens, ask.prompt(choice.index).tokens),
     }
-    if ask.fields.return_token_ids:
-        told["token_ids"] = [token.id for token in choice.tokens]
-        told["prompt_token_ids"] = ask.prompt(choice.index).tokens
-    return told
 
 
 def _text_choice(choice: Choice, served: Served) -> dict[str, Any]:
@@ -179,19 +177,20 @@ def _text_choice(choice: Choice, served: Served) -> dict[str, Any]:
         "text": choice.text,
         "logprobs": _text_logprobs(choice.tokens, ask, served),
         **_end(choice),
+        **_ids(ask, choice.tokens, ask.prompt(choice.index).tokens),
     }
     if ask.fields.prompt_logprobs is not None:
         told["prompt_logprobs"] = [
             _prompt_logprobs(token, ask.fields.prompt_logprobs, served)
             for token in choice.prompt_tokens
         ]
-    if ask.fields.return_token_ids:
-        told["token_ids"] = [token.id for token in choice.tokens]
-        told["prompt_token_ids"] = ask.prompt(choice.index).tokens
     return told
 
 
-def _end(choice: Choice) -> dict[str, Any]:
+def _end(choice: Choice | None) -> dict[str, Any]:
+    """How a choice has ended; None: it has not yet."""
+    if choice is None:
+        return {"finish_reason": None, "stop_reason": None}
     return {
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from hmf_jax.serving import asks
 from hmf_jax.serving.answers import Chunks, whole
-from hmf_jax.serving.asks import Ask
+from hmf_jax.serving.asks import Ask, Prompt
 from hmf_jax.serving.errors import ApiError, invalid
 from hmf_jax.serving.guard import Guard, told
 from hmf_jax.serving.page import page_response
@@ -102,7 +102,7 @@ class _Routes:
         fields = await self._read(request, Chat)
         served = self._service.model
 
-        def prompts() -> list[asks.Prompt]:
+        def prompts() -> list[Prompt]:
             return [asks.render(fields, served, effort=fields.reasoning_effort)]
 
         return await self._generate(request, fields, prompts)
@@ -116,19 +116,20 @@ class _Routes:
         self,
         request: Request,
         fields: Completion | Chat,
-        prompts: Callable[[], list[asks.Prompt]],
+        prompts: Callable[[], list[Prompt]],
     ) -> Response:
         service = self._service
         served = service.model
         asks.check(fields, served)
+        structured = asks.structured(fields)
         length = request.headers.get("content-length", "0")
         service.check(int(length) // 4 if length.isdigit() else 0)
-
-        def make() -> Ask:
-            id = request.scope["state"]["request_id"]
-            return asks.ask(fields, prompts(), served, request_id=id)
-
-        ask = await asyncio.to_thread(make)
+        found = await asyncio.to_thread(prompts)
+        constrain = None
+        if structured is not None:
+            constrain = await service.constrain(structured, thinking=found[0].thinking)
+        id = request.scope["state"]["request_id"]
+        ask = asks.ask(fields, found, served, request_id=id, constrain=constrain)
         if fields.stream:
             return EventStream(self._batches(ask))
         with service.open(ask) as reply:

@@ -3,79 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
-from hmf_jax.config import HybridConfig
 from hmf_jax.engine import Request
 from hmf_jax.engine.request import Constraint
-from hmf_jax.generation_config import GenerationDefaults
 from hmf_jax.sampling import SamplingParams
-from hmf_jax.serving.config import ServeConfig
-from hmf_jax.serving.errors import ApiError, invalid, unsupported
+from hmf_jax.serving.allowed import Allowed
+from hmf_jax.serving.errors import invalid, unsupported
+from hmf_jax.serving.grammar import structured_output
 from hmf_jax.serving.protocol import Chat, Completion, Conversation, Generation, NamedFunction
+from hmf_jax.serving.served import Served
 from hmf_jax.text import render_prompt
 from hmf_jax.text.template import one_line
 
 END_IDS = 16  # end tokens that the device looks for; the host looks for the others
 GREEDY = 1e-5  # temperatures below it
 NEVER = float("-inf")
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """What is served.
-
-    Attributes:
-      config: of the model.
-      tokenizer: its Hugging Face tokenizer.
-      settings: of the server.
-      defaults: what the model's directory says about generation.
-      ends: end tokens.
-      names: of the model; the first one is its own, the others are for clients.
-      length: most tokens of a prompt and its answer together.
-      fingerprint: of all that decides about the bits of an answer, but for the request's num_iter.
-      since: when it was loaded, in unix seconds.
-      seeds: where requests without one get theirs.
-    """
-
-    config: HybridConfig
-    tokenizer: Any
-    settings: ServeConfig
-    defaults: GenerationDefaults
-    ends: tuple[int, ...]
-    names: tuple[str, ...]
-    length: int
-    fingerprint: str
-    since: int
-    seeds: random.Random = dataclasses.field(default_factory=random.SystemRandom)
-
-    def alias(self, name: str | None) -> Mapping[str, int]:
-        """The settings that come with a name of the model.
-
-        Raises ApiError: there is no such name.
-        """
-        if name is None or name in self.names:
-            return {}
-        if name in self.settings.aliases:
-            return self.settings.aliases[name]
-        known = ", ".join([*self.names, *self.settings.aliases])
-        message = f"there is no model {name[:200]!r}; this server has {known}"
-        raise ApiError(404, message, param="model", code="model_not_found")
-
-    def check_ids(self, ids: Sequence[int], param: str) -> None:
-        """Raises ApiError for token ids outside the vocabulary."""
-        if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < self.config.vocab_size)
-            raise invalid(
-                f"{param}: there is no token {wrong}; the vocabulary has {self.config.vocab_size}",
-                param,
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +189,24 @@ def ask(
         requests,
         served.fingerprint if effective is None else f"{served.fingerprint}-{effective}",
     )
+
+
+def structured(fields: Completion | Chat) -> dict[str, Any] | None:
+    """The grammar that the answer has to keep to, if one is asked for; ApiError if it cannot be."""
+    given: dict[str, Any] = {}
+    for name in ("response_format", "structured_outputs"):
+        value = getattr(fields, name)
+        if value is not None:
+            given[name] = value.model_dump(by_alias=True, exclude_none=True)
+    if isinstance(fields, Chat) and fields.tools:
+        choice = fields.tool_choice
+        given["tools"] = [tool.model_dump(exclude_unset=True) for tool in fields.tools]
+        given["tool_choice"] = choice.model_dump() if isinstance(choice, NamedFunction) else choice
+        given["parallel_tool_calls"] = fields.parallel_tool_calls
+    try:
+        return structured_output(**given)
+    except ValueError as e:
+        raise invalid(str(e), str(e).split(" ")[0].split(".")[0].rstrip(":")) from None
 
 
 def alternatives(fields: Generation) -> int | None:
@@ -417,28 +380,3 @@ def _scored(fields: Generation) -> int | None:
     if fields.max_tokens == 0:
         wanted.append(0)
     return max((n for n in wanted if n is not None), default=None)
-
-
-class Allowed:
-    """Only these tokens may come, and only where another constraint allows them, too."""
-
-    def __init__(self, ids: Sequence[int], vocab_size: int, other: Constraint | None = None):
-        bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-        bits[list(ids)] = 1
-        self._mask = np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
-        self._other = other
-
-    def mask(self) -> np.ndarray:
-        """See `Constraint`."""
-        other = None if self._other is None else self._other.mask()
-        return self._mask if other is None else self._mask & other
-
-    def accept(self, tokens: Sequence[int]) -> None:
-        """See `Constraint`."""
-        if self._other is not None:
-            self._other.accept(tokens)
-
-
-def new_request_id() -> str:
-    """A name for a request that brings none."""
-    return uuid.uuid4().hex

@@ -14,14 +14,14 @@ from typing import Any
 import uvicorn
 
 from hmf_jax.engine import Engine, EngineThread
-from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
+from hmf_jax.serving import engines
 from hmf_jax.serving.app import make_app
-from hmf_jax.serving.asks import Served
-from hmf_jax.serving.config import ServeConfig
+from hmf_jax.serving.config import EngineConfig, ServeConfig
 from hmf_jax.serving.router import Router
+from hmf_jax.serving.served import Served, describe
 from hmf_jax.serving.service import Service
-from hmf_jax.text.tokenizer import directory_of, stop_ids, tokenizer_of
+from hmf_jax.text.tokenizer import directory_of, tokenizer_of
 
 
 @contextlib.contextmanager
@@ -122,19 +122,15 @@ def prepare(model: HybridLM, tokenizer: Any, settings: ServeConfig) -> tuple[Eng
     """An engine for a model, and what is served; raises what is wrong with them."""
     tokenizer = tokenizer_of(model, tokenizer)
     directory = directory_of(model, tokenizer)
-    longest = model.config.max_position_embeddings
-    length = longest if settings.max_model_len is None else settings.max_model_len
-    chunk = min(settings.prefill_chunk, length)
-    engine = Engine(model, settings.slots, capacity=length, prefill_chunk=chunk)
-    served = Served(
-        config=model.config,
-        tokenizer=tokenizer,
-        settings=settings,
-        defaults=generation_defaults(model, directory),
-        ends=stop_ids(model.config, tokenizer, directory),
-        names=settings.model_names or (Path(model.source).name if model.source else "model",),
-        length=length,
-        fingerprint="hmf-background",
-        since=int(time.time()),
+    longest = settings.max_model_len or model.config.max_position_embeddings
+    options = EngineConfig(
+        slots=settings.slots,
+        max_model_len=longest,
+        prefill_chunk=min(settings.prefill_chunk, longest),
+        prefix_cache=settings.prefix_cache,
     )
-    return engine, served
+    options = engines.checked(model.config, options)
+    plan = engines.plan(model.config, options, model.dtype)
+    where = None if directory is None else Path(directory)
+    served = describe(model, tokenizer, where, settings, options, plan)
+    return engines.make(model, options, plan), served

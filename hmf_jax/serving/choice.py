@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import uuid
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hmf_jax.engine import Finished, New, Scored
-from hmf_jax.serving.asks import Ask, Served, alternatives
+from hmf_jax.serving.asks import Ask, alternatives
 from hmf_jax.serving.protocol import Chat, Completion
+from hmf_jax.serving.served import Served
 from hmf_jax.text import TextStream
-from hmf_jax.text.parts import TAGS, ReplyParts
+from hmf_jax.text.deltas import Delta, ReplyDeltas
+from hmf_jax.text.parts import TAGS
 from hmf_jax.text.tokenizer import tag_ids
 
 
@@ -28,75 +29,6 @@ class Token(NamedTuple):
     offset: int
     logprob: float | None
     top: dict[int, float]
-
-
-class Reasoning(NamedTuple):
-    """More of what the model thinks."""
-
-    text: str
-
-
-class Content(NamedTuple):
-    """More of the answer itself."""
-
-    text: str
-
-
-class CallStart(NamedTuple):
-    """A call of a tool begins."""
-
-    index: int
-    id: str
-    name: str
-
-
-class CallArguments(NamedTuple):
-    """More of the arguments of a call, as JSON text."""
-
-    index: int
-    text: str
-
-
-Delta = Reasoning | Content | CallStart | CallArguments
-
-
-class _Deltas:
-    """A reply in deltas, from its parts."""
-
-    def __init__(self, tokens: dict[str, int], *, opened: bool, tools: bool) -> None:
-        self._parts = ReplyParts(tokens, opened=opened, tools=tools)
-        self._calls = 0
-
-    def push(self, text: str, places: list) -> list[Delta]:
-        return self._told(self._parts.push(text, places))
-
-    def finish(self) -> list[Delta]:
-        return self._told(self._parts.finish())
-
-    def _told(self, pieces: list) -> list[Delta]:
-        import json
-
-        out: list[Delta] = []
-        for piece in pieces:
-            if piece.part == "thinking":
-                out.append(Reasoning(str(piece)))
-            elif piece.part == "text":
-                out.append(Content(str(piece)))
-        for i, call in enumerate(self._parts.tool_calls[self._calls :], self._calls):
-            function = call["function"]
-            out.append(CallStart(i, f"call_{uuid.uuid4().hex[:24]}", function["name"]))
-            out.append(CallArguments(i, json.dumps(function["arguments"], ensure_ascii=False)))
-        self._calls = len(self._parts.tool_calls)
-        return out
-
-
-@dataclasses.dataclass
-class Call:
-    """A call of a tool."""
-
-    id: str
-    name: str
-    arguments: str = ""
 
 
 @dataclasses.dataclass
@@ -128,9 +60,7 @@ class Choice:
       ask: what it belongs to.
       done: nothing more comes.
       count: tokens that were generated, the end token included.
-      thought: how many of them are reasoning.
-      text, reasoning, calls: the answer so far, without the prompt that it may repeat; of a
-        completion only the text.
+      text: so far; of a chat, what is neither reasoning nor a call of a tool.
       tokens: of what was taken.
       prompt_tokens: of the prompt, if it is scored or repeated.
       finish_reason, stop_reason: see `Piece`.
@@ -139,8 +69,7 @@ class Choice:
     def __init__(self, ask: Ask, index: int, served: Served) -> None:
         self.ask, self.index, self._served = ask, index, served
         self.request, fields = ask.requests[index], ask.fields
-        self.done, self.count, self.thought = False, 0, 0
-        self.text, self.reasoning, self.calls = "", "", list[Call]()
+        self.done, self.count, self.text = False, 0, ""
         self.tokens, self.prompt_tokens = list[Token](), list[Token]()
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
@@ -157,15 +86,31 @@ class Choice:
             special=not fields.skip_special_tokens,
             keep_stop=fields.include_stop_str_in_output,
         )
-        self._parts: _Deltas | None = None
+        self._parts: ReplyDeltas | None = None
         if isinstance(fields, Chat):
             tools = bool(fields.tools) and fields.tool_choice != "none"
-            self._parts = _Deltas(tags, opened=ask.prompt(index).thinking, tools=tools)
+            self._parts = ReplyDeltas(tags, opened=ask.prompt(index).thinking, tools=tools)
         self._echo = isinstance(fields, Completion) and fields.echo
         self._scores: list[tuple[float | None, dict[int, float]]] = [(None, {})]
         self._waiting: list[tuple[Token, int | None]] = []  # and where their texts end
+        self._pending, self._written = "", 0  # text that is not told yet; characters that are
         self._before = 0  # characters of the prompt that is repeated
         self._new = Piece(index)
+
+    @property
+    def reasoning(self) -> str | None:
+        """What the model thinks, so far; None: nothing."""
+        return self._parts.thinking or None if self._parts else None
+
+    @property
+    def thought(self) -> int:
+        """How many of the tokens are reasoning."""
+        return self._parts.reasoning_tokens(self._stream.tokens) if self._parts else 0
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """Calls of tools, as answers have them."""
+        return self._parts.tool_calls if self._parts else []
 
     def push(self, event: Scored | New | Finished) -> None:
         """What the engine tells of it."""
@@ -192,41 +137,32 @@ class Choice:
         self._begin()
         self.count += 1
         start = self._stream.decoded
-        text = self._stream.push([token], [logprob])
+        self._pending += self._stream.push([token], [logprob])
         if start is None:
             start = self._waiting[-1][0].offset - self._before
-        places = self._stream.places
         top = {**top, token: logprob} if alternatives(self.ask.fields) else {token: logprob}
         told = Token(token, self._before + start, logprob, top)
         self._waiting.append((told, self._stream.decoded))
-        self._write(text, self._parts.push(text, places) if self._parts else [])
+        self._release()
         if self._stream.stopped:
             self._finish("stop", self._stream.stop)
         elif token in self._late and self.count > self.request.min_new_tokens:
-            self._flush()
             self._finish("stop", token if token in self._stops else None)
 
     def _end(self, event: Finished) -> None:
         """The engine has ended it, in one of the ways that are no fault."""
         self._begin()
-        self._flush()
         last = self._stream.tokens[-1] if self._stream.tokens else None
         if event.reason in ("eos", "stop"):
             self._finish("stop", last if last in self._stops else None)
         else:
             self._finish("length", None)
 
-    def _flush(self) -> None:
-        rest = self._stream.finish()
-        places = self._stream.places
-        self._write(rest, self._parts.push(rest, places) if self._parts else [])
-
     def _finish(self, reason: str, stop: int | str | None) -> None:
-        if self._parts is not None:
-            self._write("", self._parts.finish())
+        self._pending += self._stream.finish()
+        self._release(everything=True)
         if self.calls and reason == "stop":
             reason = "tool_calls"
-        self._release(everything=True)
         self.finish_reason, self.stop_reason, self.done = reason, stop, True
         self._new.finish_reason, self._new.stop_reason = reason, stop
 
@@ -255,32 +191,26 @@ class Choice:
             self._new.text, self._new.tokens = self.text, list(self.prompt_tokens)
             self.tokens += self.prompt_tokens
 
-    def _write(self, text: str, deltas: list[Delta]) -> None:
+    def _release(self, everything: bool = False) -> None:
+        """Tokens whose text is certain are told, and their text; what is left of a token waits."""
+        certain, count, end = len(self._stream.text), 0, 0
+        for i, (_, place) in enumerate(self._waiting, 1):
+            if place is not None and place <= certain:
+                count, end = i, place
+        cut = max(end - self._written, 0)
+        if everything:
+            count, cut = len(self._waiting), len(self._pending)
+        out = [token for token, _ in self._waiting[:count]]
+        text, self._pending = self._pending[:cut], self._pending[cut:]
+        self._waiting = self._waiting[count:]
+        self._written += cut
+        self.tokens += out
+        self._new.tokens += out
         if self._parts is None:
             self.text += text
             self._new.text += text
-        for delta in deltas:
-            if isinstance(delta, Reasoning):
-                self.reasoning += delta.text
-            elif isinstance(delta, Content):
-                self.text += delta.text
-            elif isinstance(delta, CallStart):
-                self.calls.append(Call(delta.id, delta.name))
-            else:
-                self.calls[delta.index].arguments += delta.text
-        self._new.deltas += deltas
-        if self.reasoning and not self.text and not self.calls:
-            self.thought = self.count
-        self._release()
-
-    def _release(self, everything: bool = False) -> None:
-        """Tokens whose text is out are told with it."""
-        written = len(self._stream.text)
-        count = len(self._waiting)
-        if not everything:
-            whole = [i for i, (_, end) in enumerate(self._waiting) if end is not None]
-            count = 1 + max((i for i in whole if self._waiting[i][1] <= written), default=-1)
-        out = [token for token, _ in self._waiting[:count]]
-        del self._waiting[:count]
-        self.tokens += out
-        self._new.tokens += out
+            return
+        self._new.deltas += self._parts.push(text, self._stream.places)
+        if everything:
+            self._new.deltas += self._parts.finish()
+        self.text = self._parts.text

@@ -12,7 +12,7 @@ from flax import nnx
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine import Engine
-from hmf_jax.engine.device import PAGE_SIZE
+from hmf_jax.engine.storage import PAGE_SIZE
 from hmf_jax.memory import EnginePlan, plan_engine, size_text
 from hmf_jax.model import HybridLM
 from hmf_jax.parameters import abstract_params, flat_params, with_params

@@ -75,6 +75,7 @@ def busy(message: str, code: str, seconds: int, status: int = 503) -> ApiError:
     return ApiError(status, message, code=code, headers={"Retry-After": str(seconds)})
 
 
-def failed(message: str, code: str = "engine_error") -> ApiError:
-    """The request failed in a way in which it would fail again: clients need not repeat it."""
-    return ApiError(500, message, code=code, headers={"x-should-retry": "false"})
+def failed(message: str, code: str = "engine_error", *, again: bool = False) -> ApiError:
+    """The request failed; unless it may work `again`, clients need not repeat it."""
+    headers = {} if again else {"x-should-retry": "false"}
+    return ApiError(500, message, code=code, headers=headers)

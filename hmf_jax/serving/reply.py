@@ -40,9 +40,10 @@ class Reply:
             if self._error is not None:
                 raise self._error
             new = [piece for choice in self.choices if (piece := choice.take()) is not None]
+            ended = all(choice.done for choice in self.choices)  # and not what comes meanwhile
             if new:
                 yield new
-            if all(choice.done for choice in self.choices):
+            if ended:
                 return
 
     async def whole(self) -> None:

@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import logging
 import os
-import random
 import signal
 import socket
 import ssl
@@ -22,20 +20,18 @@ from typing import Any
 import jax
 import uvicorn
 
-from hmf_jax import __version__
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine import Engine, EngineThread, Request, enable_compilation_cache
-from hmf_jax.generation_config import generation_defaults
 from hmf_jax.loading import from_pretrained, resolve
 from hmf_jax.memory import EnginePlan, size_text
 from hmf_jax.model import HybridLM
 from hmf_jax.serving import engines
 from hmf_jax.serving.app import make_app
-from hmf_jax.serving.asks import Served
 from hmf_jax.serving.config import CHUNKS, EngineConfig, ServeConfig
 from hmf_jax.serving.router import Router
+from hmf_jax.serving.served import describe
 from hmf_jax.serving.service import Service
-from hmf_jax.text import load_tokenizer, stop_ids
+from hmf_jax.text import load_tokenizer
 
 Report = Callable[[str], None]
 _LINGER = 5.0  # seconds for connections to close once their answers are sent
@@ -105,7 +101,7 @@ class Life:
         self._directory, self._hybrid, self._tokenizer = directory, hybrid, tokenizer
         self._options, self._plan, self._progress = options, plan, progress
         self._say = report
-        self._config = self._resolved(config)
+        self._config = config
         self._stop, self._died, self._loaded = asyncio.Event(), False, False
         self._devices: list[Any] = jax.devices()[: options.tp * options.dp]
 
@@ -164,8 +160,11 @@ class Life:
                 f"memory: {size_text(peak)} at the peak, {size_text(self._plan.total)} planned"
             )
         threads = [functools.partial(EngineThread, engine) for engine in made]
-        service.start(functools.partial(Router, threads), self._served(model))
-        names = ", ".join(self._config.model_names)
+        served = describe(
+            model, self._tokenizer, self._directory, self._config, self._options, self._plan
+        )
+        service.start(functools.partial(Router, threads), served)
+        names = ", ".join(served.names)
         self._say(f"ready: {names}, in {time.perf_counter() - began:.1f} s")
 
     def _read(self) -> HybridLM:
@@ -215,49 +214,6 @@ class Life:
             f"even chunks of {CHUNKS[-1]} tokens take longer than max_stall="
             f"{self._options.max_stall} s, or are too long for rows of {self._plan.capacity} tokens"
         )
-
-    def _resolved(self, config: ServeConfig) -> ServeConfig:
-        """With what was left to the device and its memory."""
-        assert self._options.prefill_chunk is not None
-        return dataclasses.replace(
-            config,
-            model_names=config.model_names or (self._directory.resolve().name,),
-            slots=self._plan.slots * self._options.dp,
-            max_model_len=self._plan.capacity,
-            prefill_chunk=self._options.prefill_chunk,
-            prefix_cache=self._options.prefix_cache,
-        )
-
-    def _served(self, model: HybridLM) -> Served:
-        return Served(
-            config=model.config,
-            tokenizer=self._tokenizer,
-            settings=self._config,
-            defaults=generation_defaults(model.config, self._directory),
-            ends=stop_ids(model.config, self._tokenizer, self._directory),
-            names=self._config.model_names,
-            length=self._plan.capacity,
-            fingerprint=self._fingerprint(model),
-            since=int(time.time()),
-            seeds=random.SystemRandom()
-            if self._config.seed is None
-            else random.Random(self._config.seed),
-        )
-
-    def _fingerprint(self, model: HybridLM) -> str:
-        """Of everything that the bits of an answer depend on."""
-        told = hashlib.blake2b(digest_size=8)
-        for file in sorted(self._directory.rglob("*")):
-            if file.suffix in (".json", ".safetensors"):
-                told.update(f"{file.name} {file.stat().st_size}".encode())
-                with file.open("rb") as content:  # of weights, the list of tensors and some of them
-                    told.update(content.read(1 << 20))
-        plan, options = self._plan, self._options
-        told.update(repr((model.dtype, options.num_iter, dict(options.overrides))).encode())
-        told.update(repr((options.tp, options.prefill_chunk, options.prefix_cache)).encode())
-        told.update(repr((plan.slots, plan.capacity, plan.page_size, plan.pages)).encode())
-        told.update(f"{jax.devices()[0].device_kind} {jax.__version__} {__version__}".encode())
-        return f"hmf-{told.hexdigest()}"
 
     def _address(self, place: socket.socket) -> str:
         host, port = place.getsockname()[:2]

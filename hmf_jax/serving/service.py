@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hmf_jax.engine import Engine, Event, Finished, New, Started
-from hmf_jax.serving.asks import Ask, Served
+from hmf_jax.engine.request import Constraint
+from hmf_jax.serving.asks import Ask
 from hmf_jax.serving.choice import Choice
 from hmf_jax.serving.config import ServeConfig
-from hmf_jax.serving.errors import ApiError, busy, failed
+from hmf_jax.serving.errors import ApiError, busy, failed, invalid
+from hmf_jax.serving.grammar import Grammars
 from hmf_jax.serving.metrics import Metrics
 from hmf_jax.serving.reply import Reply
 from hmf_jax.serving.router import Router
+from hmf_jax.serving.served import Served
 
 log = logging.getLogger(__name__)
 SILENCE = 60.0  # seconds without a sign of life, after which an engine counts as dead
@@ -64,6 +67,7 @@ class Service:
         self.settings, self.state, self._on_end = settings, STARTING, ended
         self.served: Served | None = None
         self.metrics = Metrics()
+        self._grammars: Grammars | None = None
         self.replies: set[Reply] = set()
         self.waiting = self.waiting_tokens = self.running = 0
         self._speed = 0.0  # tokens per second: the best so far at reading prompts
@@ -87,13 +91,16 @@ class Service:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
                 loop.call_soon_threadsafe(self._hear, events)
 
-        self.served, self.metrics.model = served, served.names[0]
+        self.served, self.settings, self.metrics.model = served, served.settings, served.names[0]
+        self.metrics.info(dict(served.cache))
         self._router = make(deliver)
         self._router.start()
         self.state = READY
 
     async def stop(self) -> None:
         """Ends the engine."""
+        if self._grammars is not None:
+            self._grammars.close()
         if self.served is not None:
             await asyncio.to_thread(self._router.stop, 10.0)
 
@@ -120,6 +127,21 @@ class Service:
         except RuntimeError:
             raise self._dead() from None
 
+    async def constrain(
+        self, structured: dict[str, Any], *, thinking: bool
+    ) -> Callable[[], Constraint]:
+        """What makes the constraints of answers that keep to a grammar, see `Grammars.compile`.
+
+        Raises ApiError: it is none, or too large.
+        """
+        served = self.model
+        if self._grammars is None:
+            self._grammars = Grammars(served.tokenizer, served.config.vocab_size, served.ends)
+        try:
+            return await self._grammars.compile(structured, thinking=thinking)
+        except ValueError as e:
+            raise invalid(str(e), "tools" if "tools" in structured else None) from None
+
     async def prefix_cache(self) -> dict[str, Any]:
         """What the engine tells about its prefix cache."""
         return {"engines": await self.call(_stats)}
@@ -133,7 +155,7 @@ class Service:
         """Raises ApiError if a request cannot be taken now."""
         if self.state != READY:
             raise busy(_WHY[self.state], self.state, 5)
-        if self.waiting >= self.settings.queue:
+        if self.waiting + self.running >= self.settings.slots + self.settings.queue:
             raise busy(f"{self.waiting} requests are waiting already", "queue_full", 1, 429)
         if self.waiting_tokens and self.waiting_tokens + tokens > self._most_tokens:
             message = f"prompts of {self.waiting_tokens} tokens are waiting already"
@@ -282,11 +304,17 @@ class Service:
         reason = event.reason if event.reason == "error" else choice.finish_reason or "abort"
         self.metrics.ended(reason, length, choice.count, row.submitted, row.first, row.last)
         if event.reason == "error":
-            dead = self._router.error is not None
-            if not dead:
-                self.metrics.nonfinite()
-                log.error("request %s failed: %s", row.reply.ask.id, event.error)
-            row.reply.fail(self._dead() if dead else failed(event.error or "the request failed"))
+            row.reply.fail(self._fault(row, event.error or "the engine has failed"))
+
+    def _fault(self, row: Row, error: str) -> ApiError:
+        """What to tell of a request that the engine has ended with an error."""
+        if self._router.error is not None:
+            return self._dead()
+        log.error("request %s failed: %s", row.reply.ask.id, error)
+        own = "NaN" in error  # of this row alone, and so it would be again
+        if own:
+            self.metrics.nonfinite()
+        return failed(error, again=not own)
 
 
 def _stats(engine: Any) -> dict[str, Any]:

@@ -72,12 +72,33 @@ def test_what_has_not_ended_is_ended_by_stop(model):
     thread.cancel(ids[0])
 
 
-def test_an_exception_ends_all_requests_with_an_error(model, monkeypatch):
+def test_a_failed_turn_ends_its_requests_and_the_engine_starts_over(model, monkeypatch):
+    thread, heard = make(model)
+    step = thread.engine.step
+
+    def once(steps):
+        monkeypatch.setattr(thread.engine, "step", step)
+        thread.engine._broken = "ZeroDivisionError: division by zero"
+        return 1 / 0
+
+    monkeypatch.setattr(thread.engine, "step", once)
+    ids = [thread.submit(Request([5, 6], 4)) for _ in range(3)]
+    thread.start()
+    assert heard.ends(ids) == dict.fromkeys(ids, "error")
+    assert "ZeroDivisionError" in next(e for e in heard.events if isinstance(e, Finished)).error
+    more = thread.submit(Request([5, 6], 4))
+    assert heard.ends([more])[more] == "length"
+    assert thread.stop(60) and thread.error is None
+
+
+def test_failures_again_and_again_end_the_thread(model, monkeypatch):
     thread, heard = make(model)
     monkeypatch.setattr(thread.engine, "step", lambda steps: 1 / 0)
-    id = thread.submit(Request([5, 6], 4))
     thread.start()
-    assert heard.ends([id]) == {id: "error"}
+    for _ in range(3):
+        id = thread.submit(Request([5, 6], 4))
+        assert heard.ends([id])[id] == "error"
+    assert thread.stop(60)
     assert isinstance(thread.error, ZeroDivisionError)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         thread.submit(Request([5], 1))

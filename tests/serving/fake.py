@@ -15,9 +15,9 @@ import httpx
 from hmf_jax import HybridConfig
 from hmf_jax.engine import Finished, New, Request, Scored, Started
 from hmf_jax.generation_config import GenerationDefaults
-from hmf_jax.serving.asks import Served
 from hmf_jax.serving.background import Running
 from hmf_jax.serving.config import ServeConfig
+from hmf_jax.serving.served import Served
 from tests.text.tokenizers import reasoning
 
 LENGTH = 256
@@ -32,7 +32,8 @@ class FakeEngine:
       slots: how many requests run at a time.
       turn: seconds that a turn takes.
       seen: all requests, in order.
-      fault: what `step` raises; or the number of a request that is to fail, see `broken`.
+      fault: what `step` raises, once unless it is of CUDA.
+      broken: which requests, counted from 0, fail.
     """
 
     def __init__(self, script: Callable[[Request], list[int]], slots: int = 4) -> None:
@@ -74,9 +75,17 @@ class FakeEngine:
     def reset_prefixes(self) -> None:
         self.resets += 1
 
+    def recover(self) -> list[Any]:
+        ended = [Finished(id, "error", "it was the fault of nobody") for id in self._requests]
+        self._waiting.clear()
+        self._left, self._requests, self._ended = {}, {}, []
+        return ended
+
     def step(self, steps: int) -> list[Any]:
         if self.fault is not None:
-            raise self.fault
+            fault = self.fault
+            self.fault = fault if "CUDA" in str(fault) else None
+            raise fault
         time.sleep(self.turn)
         events, self._ended = self._ended, []
         for id in list(self._left):
@@ -97,7 +106,9 @@ class FakeEngine:
             events.append(Started(id, 0.0, cached=len(request.prompt) // 2))
             if request.prompt_logprobs is not None:
                 events.append(Scored(id, *told(request.prompt[1:], request.prompt_logprobs)))
-            self._left[id] = self.script(request)
+            tokens = self.script(request)
+            end = next((i + 1 for i, t in enumerate(tokens) if t in request.eos_ids), None)
+            self._left[id] = tokens[:end]
         events, self._ended = events + self._ended, []
         return events
 

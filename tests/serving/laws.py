@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hmf_jax.sampling import SamplingParams
-from hmf_jax.serving.load import CHAT, Reply
+from hmf_jax.serving.load import CHAT, Call, Reply
 
 _SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -95,6 +96,9 @@ def differences(model: Any, tokenizer: Any, replies: Iterable[Reply], **engine: 
     return lines
 
 
-def fields(path: str) -> dict[str, Any]:
-    """What a request asks for so that its tokens and log-probabilities can be compared."""
-    return {"return_token_ids": True, "logprobs": True if path == CHAT else 0}
+def comparable(call: Call) -> Call:
+    """The call, asking for tokens and log-probabilities, too."""
+    assert isinstance(call.body, Mapping)
+    logprobs = True if call.path == CHAT else 0
+    body = {**call.body, "return_token_ids": True, "logprobs": logprobs}
+    return dataclasses.replace(call, body=body)

@@ -22,6 +22,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+import hmf_jax
+from hmf_jax import embedded
+from hmf_jax.serving import running
 from hmf_jax.serving.page import page, page_response
 
 from .chromium import PROGRAM, Chromium
@@ -347,3 +350,26 @@ def test_key_is_asked_for_and_kept_in_the_tab(browser: Chromium, service: Script
     assert (
         browser.evaluate("localStorage.length") == 0 and browser.evaluate("document.cookie") == ""
     )
+
+
+@pytest.mark.slow
+def test_page_of_a_server_with_a_model(browser: Chromium):
+    model = hmf_jax.from_pretrained(embedded.directory("gka"), dtype="float32", progress=False)
+    aliases = {"quick": {"num_iter": 1}}
+    with running(model, port=0, slots=2, prefix_cache="fast", aliases=aliases) as server:
+        browser.window(1100, 760)
+        browser.open(server.url)
+        browser.until("!at('model').disabled")
+        names = "[...at('model').options].map((option) => option.value)"
+        assert browser.evaluate(names) == ["gka", "quick"]
+        facts = "Rada has 71. Ruga has 55. Buse has 84. " + "the moon takes a red bird. " * 20
+        browser.evaluate(f"at('system').value = {json.dumps(facts)}; at('temperature').value = 0")
+        for name, number in (("Rada", 71), ("Buse", 84)):
+            ask(browser, f"{name}?")
+            assert last(browser, "reply .words") == f"{name} has {number}."
+        assert int(re.findall(r", (\d+) from the cache", last(browser, "prompt"))[0]) > len(facts)
+        browser.evaluate("at('own').checked = false; at('num_iter').max = 2000")
+        browser.evaluate("at('num_iter').value = 1001")  # more than a server takes
+        ask(browser, "Ruga?")
+        assert "num_iter" in last(browser, "bad")
+        quiet(browser)
