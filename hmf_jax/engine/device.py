@@ -118,6 +118,8 @@ class Device:
 
     def enqueue(self, turn: Turn, asked: Mapping[int, Request]) -> Ticket:
         """Hands a turn to the device; `asked` has the requests that it names, by id."""
+        if self._all.pool is None:  # no layer has anything in pages
+            turn = turn._replace(pages_out=(), zeroed=(), pages_in=(), copies=())
         self._ends |= set(turn.ends)
         self._live -= set(turn.ends)
         self._move_out(turn)
