@@ -142,6 +142,7 @@ def test_messages_of_the_interface():
     sent = [
         {"role": "developer", "content": [{"type": "text", "text": t} for t in ("Be ", "kind.")]},
         {"role": "user", "content": "", "name": "Ada", "extra": 1},
+        {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {}}]},
         {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "1", "content": "3"},
         {"role": "assistant", "content": "Three.", "tool_calls": [], "reasoning_content": "so"},
@@ -149,6 +150,7 @@ def test_messages_of_the_interface():
     assert api_messages(sent) == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "", "name": "Ada"},
+        {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [CALL]},
         {"role": "tool", "content": "3", "tool_call_id": "1"},
         {"role": "assistant", "content": "Three.", "reasoning_content": "so"},
