@@ -138,7 +138,7 @@ class Scheduler:
             row.coming += comes
             first = parts[row.id].tokens if row.id in parts else 0
             parts[row.id] = _Part(row, row.slot, first + comes)
-        if not self._draft.due and not steps:
+        if not self._draft.due() and not steps:
             return None
         tables: list[tuple[int, ...]] = [()] * self.limits.slots if steps else []
         for row in rows if steps else ():
@@ -301,9 +301,9 @@ class Scheduler:
         none is planned where the two part, that is done now."""
         if self.limits.mode == "off" or row.ask.namespace != other.ask.namespace:
             return False
-        if other.id not in row.shared:
-            row.shared[other.id] = common(row.prompt, other.prompt)
-        last, spacing = min(row.shared[other.id], len(row.prompt) - 1), self.limits.spacing
+        if row.shared[0] != other.id:  # prompts are compared once, not in every turn
+            row.shared = other.id, common(row.prompt, other.prompt)
+        last, spacing = min(row.shared[1], len(row.prompt) - 1), self.limits.spacing
         last = self._prefixes.place(last)
         cut = max((at for at in other.cuts if at <= last), default=0)
         if last > other.done and last - max(cut, found.length) >= spacing:
