@@ -172,7 +172,8 @@ class Row:
         self.host: list[int] = []  # its pages there
         self.found: Any = None  # what `Prefixes.find` said, and of which version
         self.version = -1
-        self.shared = -1, 0  # a request that is being read, and how many tokens both begin with
+        # A request that is being read, and how many tokens both begin with.
+        self.shared: tuple[int, int] = -1, 0
 
     @property
     def order(self) -> tuple[int, bool, int]:
