@@ -224,7 +224,7 @@ class Models:
                     self.compile(pages(page, fixed, self.top, allowed))
                 stores[page].count(False)
             empty(stores[page])
-        box.rows = programs.empty.on(None)(self.packed, slots, capacity)[0]
+        box.rows = placed(programs.empty.on(None)(self.packed, slots, capacity)[0])
         self.compile(buffers())
         empty(box)
         yield
@@ -259,7 +259,7 @@ class Models:
                 case = f"pages of {page}, fixed, a mask"
                 tell(case, store, lambda: pages(last, fixed, self.top, self.mask))
             empty(store)
-        state = random_state(self.model, slots, capacity)
+        state = placed(random_state(self.model, slots, capacity))
         box.rows = dataclasses.replace(box.rows, state=state)
         del state
         for running in (slots, slots // 8):

@@ -79,6 +79,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--short", type=int, default=4096, help="tokens of usual prompts")
     parser.add_argument("--long", type=int, default=16384, help="tokens of a prompt that is shared")
+    parser.add_argument("--rest", type=int, default=2047, help="most tokens that a hit leaves")
     parser.add_argument("--new", type=int, default=384, help="tokens of an answer")
     parser.add_argument("--seconds", type=float, default=15, help="of arrivals")
     parser.add_argument("--users", type=int, default=20)
@@ -251,7 +252,7 @@ class Bench:
         """The end of the prompt is new: short, or as long as a chunk allows in exact mode."""
         shared, found = self.prompt(self.args.long), {}
         first, _ = await self.first_token([*shared, *self.prompt(50)])
-        for name, more in (("short", 100), ("long", 2047), ("equal", 0)):
+        for name, more in (("short", 100), ("long", self.args.rest), ("equal", 0)):
             times, cached = [], []
             for _ in range(4):
                 ms, reply = await self.first_token([*shared, *self.prompt(more)])
@@ -405,7 +406,7 @@ def _bare(settings: Settings, args: argparse.Namespace) -> None:
     enable_compilation_cache()
     config, rng = settings.config, random.Random(0)
     model = jax.jit(lambda: HybridLM(config, rngs=nnx.Rngs(0)))()
-    options = checked(config, EngineConfig(slots=args.slots, prefix_cache="off"))
+    config, options = checked(config, EngineConfig(slots=args.slots, prefix_cache="off"))
     engine = make(model, options, plan(config, options, model.dtype))
     for _ in range(args.slots):
         prompt = [rng.randrange(config.vocab_size) for _ in range(args.short)]

@@ -73,7 +73,7 @@ _HOME = {
     "warmup": "engine",
 }
 # `hmf_jax.training.train` needs no import of `hmf_jax.training`.
-_MODULES = ("embedded", "engine", "memory", "priming", "text", "training")
+_MODULES = ("embedded", "engine", "memory", "priming", "serving", "text", "training")
 
 __all__ = [
     "BMojoConfig",

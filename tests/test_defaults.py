@@ -75,7 +75,7 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
         "sequential": False,
         "impl": "auto",
     },
-    hmf_jax.warmup: {"batch": 1, "prefill_chunk": 2048},
+    hmf_jax.warmup: {"batch": 1, "slots": None, "prefill_chunk": 2048},
     hmf_jax.make_mesh: {"dp": 1, "fsdp": 1, "sp": 1, "tp": 1},
     hmf_jax.HybridLM.__call__: {"last_only": False, "num_iter": None, "impl": "auto"},
     hmf_jax.HybridLM.init: {"dtype": jnp.bfloat16, "seed": 0},

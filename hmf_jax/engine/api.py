@@ -30,11 +30,15 @@ from hmf_jax.engine.request import (
 )
 from hmf_jax.engine.scores import score_prompts
 from hmf_jax.engine.settings import Processor
-from hmf_jax.engine.turn import Finished, New
+from hmf_jax.engine.storage import PAGE_SIZE
+from hmf_jax.engine.turn import Finished, New, Scored
 from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
 from hmf_jax.sampling import SamplingSettings
 from hmf_jax.state import ModelState
+
+TURNS = 4  # of a conversation that can be gone back to, at least
+SPACING = 4  # fewest tokens between two states of a conversation that are kept
 
 
 def generate(
@@ -84,14 +88,16 @@ def generate(
         power of two, at most max_position_embeddings.
       prefill_chunk: prompts are fed in pieces of this many tokens; never changes the result. Longer
         ones take more memory and, of a long prompt, less time, most of all on several devices.
-      slots: most rows at a time, see `hmf_jax.memory.plan_memory`; None = all prompts are fed and
-        decoded together.
+      slots: rows at a time, see `hmf_jax.memory.plan_memory` for how many fit; they are there for
+        fewer prompts, too, so that a prompt's result does not depend, bit for bit, on how many
+        others there are. None = all prompts are fed and decoded together.
       state: what the prompts continue, one row for each (`compose`, or an earlier call of the
         model); stays as it is. Its capacity counts; the repetition penalty does not see its tokens.
         Not with slots.
       logprobs: True: also return the log-probability of each token; a number n: and the n most
         likely tokens at each place.
-      prompt_logprobs: the same for the tokens of the prompts, which are then read twice.
+      prompt_logprobs: the same for the tokens of the prompts, which without slots are then read
+        twice.
       min_new_tokens: no end token before that many new tokens, one number or one per prompt.
       processor: a function (logits [B, V] float32, context) -> logits that `jax.jit` can trace,
         applied after biases and penalties; context is a `hmf_jax.engine.Context`. It must treat
@@ -128,20 +134,22 @@ def generate(
         raise ValueError("Prompts in slots start from nothing: leave out slots or state.")
     else:
         check_whole("slots", slots, 1)
+        if prompt_logprobs:
+            asked = [dataclasses.replace(one, prompt_logprobs=of_prompt) for one in asked]
         driver, ids = _in_slots(model, asked, slots, **options)
-    outputs = {id: Output([], "", [], top_logprobs=[]) for id in ids}
+    outputs = {id: Output([], "", [], None, [], [None], [None]) for id in ids}
     errors: dict[int, str] = {}
-    if prompt_logprobs:
+    if prompt_logprobs and isinstance(driver, Batch):
         found = score_prompts(
             model, asked, top=of_prompt, capacity=driver.capacity, chunk=prefill_chunk, state=state,
             solver=solver,
         )  # fmt: skip
         for id, (scores, top) in zip(ids, found, strict=True):
-            more = {"prompt_logprobs": scores, "prompt_top_logprobs": top if of_prompt else None}
+            more = {"prompt_logprobs": scores, "prompt_top_logprobs": top}
             outputs[id] = dataclasses.replace(outputs[id], **more)
     while driver.busy:
         for event in driver.step():
-            if isinstance(event, New):
+            if isinstance(event, New | Scored):
                 _append(outputs[event.id], event)
             elif isinstance(event, Finished):
                 error = _row_error(ids, event, errors)
@@ -149,8 +157,13 @@ def generate(
                     outputs[event.id], finish_reason=event.reason, error=error
                 )
     tell_errors(errors, len(ids))
-    dropped = {} if logprobs else {"logprobs": None}
-    dropped |= {} if most else {"top_logprobs": None}
+    wanted = {
+        "logprobs": logprobs,
+        "top_logprobs": most,
+        "prompt_logprobs": prompt_logprobs,
+        "prompt_top_logprobs": of_prompt,
+    }
+    dropped = {name: None for name, value in wanted.items() if not value}
     return [dataclasses.replace(outputs[id], **dropped) for id in ids]
 
 
@@ -170,10 +183,11 @@ def stream(
     solver: str = "chebyshev",
     **settings: Unpack[SamplingSettings],
 ) -> Iterator[list[list[int]]]:
-    """Like `generate`, but yields the new tokens of every prompt after each dispatch.
+    """Like `generate`, but yields the new tokens of every prompt as they come.
 
-    The first item holds the first token of each prompt, later ones up to `tokens_per_dispatch`
-    (at most 64) tokens per prompt, none for prompts that are done. Same tokens as `generate`.
+    Prompts are read one after the other while those that have been read go on. Each item holds the
+    new tokens of all prompts, in order: up to `tokens_per_dispatch` (at most 64) of each, none of
+    prompts that are not there yet or done. Same tokens as `generate`.
 
     Raises:
       ValueError: what `generate` raises, at the call.
@@ -185,22 +199,22 @@ def stream(
         num_iter=num_iter, min_new_tokens=min_new_tokens, settings=settings,
         defaults=generation_defaults(model),
     )  # fmt: skip
-    batch = Batch(
-        model, asked, capacity=capacity, prefill_chunk=prefill_chunk, processor=processor,
-        solver=solver,
+    # To a power of two slots, so that similar numbers of prompts share programs.
+    engine, ids = _in_slots(
+        model, asked, power_of_two(len(asked)), capacity=capacity, prefill_chunk=prefill_chunk,
+        processor=processor, solver=solver,
     )  # fmt: skip
-    ids = range(len(asked))
 
     def tokens() -> Iterator[list[list[int]]]:
         errors: dict[int, str] = {}
-        while batch.busy:
+        while engine.busy:
             new: dict[int, list[int]] = {}
-            for event in batch.step(tokens_per_dispatch):
+            for event in engine.step(tokens_per_dispatch):
                 if isinstance(event, New):
-                    new[event.id] = event.tokens
+                    new.setdefault(event.id, []).extend(event.tokens)
                 elif isinstance(event, Finished):
                     _row_error(ids, event, errors)
-            if new or not errors:
+            if new:
                 yield [new.get(id, []) for id in ids]
         if errors:
             raise FloatingPointError("; ".join(errors.values()))
@@ -208,11 +222,16 @@ def stream(
     return tokens()
 
 
-def _append(output: Output, event: New) -> None:
-    assert output.logprobs is not None and output.top_logprobs is not None
-    output.tokens.extend(event.tokens)
-    output.logprobs.extend(event.logprobs)
-    output.top_logprobs.extend(event.top)
+def _append(output: Output, event: New | Scored) -> None:
+    if isinstance(event, Scored):
+        assert output.prompt_logprobs is not None and output.prompt_top_logprobs is not None
+        output.prompt_logprobs.extend(event.logprobs)
+        output.prompt_top_logprobs.extend(event.top)
+    else:
+        assert output.logprobs is not None and output.top_logprobs is not None
+        output.tokens.extend(event.tokens)
+        output.logprobs.extend(event.logprobs)
+        output.top_logprobs.extend(event.top)
 
 
 def _row_error(ids: Sequence[int], event: Finished, errors: dict[int, str]) -> str | None:
@@ -255,22 +274,52 @@ def _in_slots(
     return engine, [engine.add(request) for request in asked]
 
 
+def conversation_engine(
+    model: HybridLM,
+    *,
+    capacity: int,
+    prefill_chunk: int = 2048,
+    solver: str = "chebyshev",
+) -> Engine:
+    """An engine of one slot, for a conversation: turns are prompts that begin like earlier ones."""
+    return Engine(
+        model,
+        1,
+        capacity=capacity,
+        # A turn that goes on from an earlier one ends in a page of its own.
+        pages=-(-capacity // PAGE_SIZE) + TURNS,
+        page_size=PAGE_SIZE,
+        prefill_chunk=prefill_chunk,
+        prefixes="fast",
+        spacing=SPACING,
+        solver=solver,
+    )
+
+
 def warmup(
     model: HybridLM,
     *,
     capacity: int,
     batch: int = 1,
+    slots: int | None = None,
     prefill_chunk: int = 2048,
     solver: str = "chebyshev",
 ) -> None:
-    """Compile everything that `generate` or a chat with these settings will need.
+    """Compile everything that generation with these settings will need.
 
-    Runs the model on dummy tokens: each prefill bucket as a first and as a later piece of a prompt,
-    and the decode loop.
+    Args:
+      model: the model.
+      capacity, prefill_chunk, solver: of `generate`, or of a chat.
+      batch: how many prompts `generate` gets, without slots; with one, a chat is compiled, too.
+      slots: those of `generate`, then for any number of prompts; `batch` does not count.
     """
     named = {"capacity": capacity, "batch": batch, "prefill_chunk": prefill_chunk}
     for name, value in named.items():
         check_whole(name, value, 3 if name == "capacity" else 1)
+    options: dict[str, Any] = dict(capacity=capacity, prefill_chunk=prefill_chunk, solver=solver)
+    if slots is not None:
+        Engine(model, slots, **options).warm()
+        return
     room = capacity - 2  # of a prompt, with two tokens to generate
     size = min(prefill_chunk, room)
     sizes = [size]
@@ -279,10 +328,11 @@ def warmup(
         sizes.append(size)
     later = [min(prefill_chunk + size, room) for size in sizes if prefill_chunk < room]
     for length in sorted({*sizes, *later}):
-        asked = [Request([0] * length, 2)] * batch
-        running = Batch(model, asked, capacity=capacity, prefill_chunk=prefill_chunk, solver=solver)
+        running = Batch(model, [Request([0] * length, 2)] * batch, **options)
         while running.busy:
             running.step()
+    if batch == 1:
+        conversation_engine(model, **options).warm()
 
 
 def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path | None:

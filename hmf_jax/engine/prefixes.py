@@ -34,6 +34,8 @@ class Entry:
       away: it is in host memory; `host` are its pages there.
       key: of the requests for which alone it is there, see `Row.key`; None: it stays.
       used: the turn that used it last.
+      worth: tokens that it saves per byte, in comparison to the entry before it.
+      rank: the lowest one has to go first; of the same worth the one that was used longest ago.
     """
 
     node: Node
@@ -44,7 +46,7 @@ class Entry:
     key: object = None
     used: int = -1
     worth: float = 0.0
-    rank: float = 0.0
+    rank: tuple[float, int] = (0.0, 0)
     away: bool = False
     host: list[int] = dataclasses.field(default_factory=list)
 
@@ -79,7 +81,7 @@ class Prefixes:
         self._tree = Tree()
         self._openings: dict[bytes, tuple[str, ...]] = {}  # the namespaces of the newest prompts
         self._entries: dict[int, Entry] = {}  # by snapshot
-        self._clock = 0.0
+        self._clock, self._stamp = 0.0, 0
         self.version = 0
         self.swapped, self.swapped_pages = 0, 0  # rows in host memory, and their pages there
 
@@ -305,9 +307,10 @@ class Prefixes:
     def _refresh(self, node: Node) -> None:
         """An entry was of use, and with it those before it: without them it is not found again if
         it has to go."""
+        self._stamp += 1
         for used in (node, *node.before()):
             if used.entry is not None:
-                used.entry.rank = self._clock + used.entry.worth
+                used.entry.rank = self._clock + used.entry.worth, self._stamp
 
     def _least(self, fits: Callable[[Entry], bool]) -> Entry | None:
         """The entry that is worth least of those that fit and that this turn does not use."""
@@ -329,7 +332,7 @@ class Prefixes:
     def _evict(self, entry: Entry | None) -> None:
         """It leaves the device, for host memory if it is worth more than what is there."""
         assert entry is not None, "room for pages was counted, but nothing can go"
-        self._clock = max(self._clock, entry.rank)
+        self._clock = max(self._clock, entry.rank[0])
         self._counts.evictions["device"] += 1
         if entry.key is not None or not self._make_host_room(entry):
             self._drop(entry)
@@ -393,5 +396,5 @@ def _is_away(entry: Entry) -> bool:
     return entry.away
 
 
-def _rank(entry: Entry) -> float:
+def _rank(entry: Entry) -> tuple[float, int]:
     return entry.rank

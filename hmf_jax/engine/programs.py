@@ -27,10 +27,8 @@ from hmf_jax.engine.rows import (
     LENGTH,
     RUNNING,
     STOPPED,
-    Appends,
     Rows,
     Top,
-    map_appended,
     program,
 )
 from hmf_jax.engine.rows import Layout as Layout  # they have names here, too
@@ -106,47 +104,6 @@ def prefill(
     last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
     token = jnp.where(lengths > 0, last, rows.token)
     return dataclasses.replace(rows, state=state, seen=seen, token=token), logits
-
-
-@program(others=0, donate_argnames=("rows",))
-def insert(rows: Rows, one: Rows, row: jax.Array) -> Rows:
-    """Row 0 of `one` in place of a row."""
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=0)
-    return jax.tree.map(put, rows, one)
-
-
-@program(others=0)
-def take(rows: Rows, row: jax.Array) -> Rows:
-    """A copy of one row, as a batch of one."""
-    cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=row, slice_size=1, axis=0)
-    return jax.tree.map(cut, rows)
-
-
-@program(others=0, static_argnames=("appends",))
-def mark(rows: Rows, row: jax.Array, appends: Appends) -> Rows:
-    """What `insert` needs to bring a row back to where it is now, as a batch of one.
-
-    Nothing is copied of the arrays that tokens are only appended to: no entry of theirs is left.
-    """
-    return map_appended(lambda x: x[:, :0], take(rows, row), appends)
-
-
-@program(others=0, static_argnames=("capacity", "appends"))
-def grow(rows: Rows, capacity: int, appends: Appends) -> Rows:
-    """The same rows with room for more tokens."""
-
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, capacity - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
-
-    rows = map_appended(pad, rows, appends)
-    return dataclasses.replace(rows, state=dataclasses.replace(rows.state, capacity=capacity))
-
-
-@program(others=0, donate_argnames=("rows",))
-def clear(rows: Rows, which: jax.Array) -> Rows:
-    """Empties the rows where `which` [B] is True."""
-    seen = rows.seen & ~which[:, None]
-    return dataclasses.replace(rows, state=rows.state.reset(which), seen=seen)
 
 
 @program(others=4, donate_argnames=("rows",), static_argnames=("top", "processor"))

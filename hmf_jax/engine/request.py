@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence, Sized
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import jax
 import numpy as np
@@ -47,14 +47,6 @@ class Request:
       sampling: how to choose them.
       eos_ids: tokens that end it.
       num_iter: Chebyshev iterations of GKA layers; None = the config's.
-      after: an earlier request of the same engine that was kept: its row is continued.
-      keep: when it has ended, its row keeps what it holds until a request comes `after` it or
-        `Engine.release` is called. (A request that ends with an error is not kept.)
-      marks: numbers of tokens in the row, within this prompt, to which a later request can go back;
-        with `keep`. Each takes memory for a copy of what has a fixed size: recurrent states and
-        windows, not the keys and values of full attention. Of the marks of the row that is
-        continued, those that are not named here are given up.
-      back_to: with `after`, a mark of that row: what it holds beyond is forgotten.
       min_new_tokens: no end token before that many new tokens.
       top_logprobs: how many of the most likely tokens to tell at each place, see `New.top`.
       prompt_logprobs: also tell the log-probability of each token of the prompt, and so many of the
@@ -73,10 +65,6 @@ class Request:
     sampling: SamplingParams = GREEDY
     eos_ids: Sequence[int] = ()
     num_iter: int | None = None
-    after: int | None = None
-    keep: bool = False
-    marks: Sequence[int] = ()
-    back_to: int | None = None
     min_new_tokens: int = 0
     top_logprobs: int = 0
     prompt_logprobs: int | None = None
@@ -84,6 +72,15 @@ class Request:
     cuts: Sequence[int] = ()
     namespace: str = ""
     constraint: Constraint | None = None
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        for name in ("after", "keep", "marks", "back_to"):
+            if name in settings:
+                raise TypeError(
+                    f"Request({name}=...) is gone: submit the whole prompt, and "
+                    "Engine(prefixes='fast') finds what it has read; `cuts` say where to look."
+                )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.prompt_logprobs is not None:
@@ -102,12 +99,6 @@ class Request:
             check_whole("num_iter", self.num_iter, 0)
         if not isinstance(self.sampling, SamplingParams):
             raise ValueError(f"sampling={self.sampling!r} must be SamplingParams.")
-        for place in self.marks:
-            check_whole("marks", place, 1)
-        if self.marks and not self.keep:
-            raise ValueError("marks are for requests whose rows are kept: pass keep=True.")
-        if self.back_to is not None and self.after is None:
-            raise ValueError(f"back_to={self.back_to} needs after=, the request to go back in.")
 
 
 @dataclasses.dataclass(frozen=True)

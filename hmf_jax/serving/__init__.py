@@ -2,22 +2,28 @@
 
 Needs the extra `serve`: pip install "hmf-jax[serve]".
 
-    config    how a server is set up
-    server    a server, from the files to its end
+    config      how a server is set up
+    server      a server, from the files to its end
     background  one in a thread, for notebooks and tests
-    app       the routes
-    guard     what holds for all of them: keys, names, errors
-    protocol  the fields of requests
-    asks      what they ask of the engine
-    service   the life of requests between clients and the engines
-    reply     an answer while it is written
-    choice    one choice of it: tokens become text
-    answers   answers as JSON
-    stream    answers as server-sent events
-    metrics   numbers for Prometheus
-    engines   the engines and their memory
-    router    several engines behind one door
-    load      load for a server, and what must hold meanwhile
+    engines     the engines and their memory
+    router      several engines behind one door
+    served      the model and its names
+    app         the routes
+    guard       what holds for all of them: names, keys, errors
+    reading     bodies of requests
+    protocol    their fields
+    asks        what they ask of the engine
+    grammar     structured output
+    allowed     answers of some tokens only
+    service     the life of requests between clients and engines
+    reply       an answer while it is written
+    choice      one choice of it: tokens become text
+    answers     answers as JSON
+    stream      answers as server-sent events
+    errors      answers that are errors
+    metrics     numbers for Prometheus
+    page        the chat page
+    load        load for a server, and what must hold meanwhile
 """
 
 from __future__ import annotations

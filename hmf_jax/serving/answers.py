@@ -151,10 +151,10 @@ def _chat_choice(choice: Choice, served: Served) -> dict[str, Any]:
     ask = choice.ask
     assert isinstance(ask.fields, Chat)
     thoughts = choice.reasoning if ask.fields.include_reasoning else None
-    nothing = choice.calls or (choice.reasoning and choice.finish_reason == "length")
+    empty = None if choice.calls or choice.reasoning else ""
     message: dict[str, Any] = {
         "role": "assistant",
-        "content": choice.text or (None if nothing else ""),
+        "content": choice.text or empty,
         "reasoning": thoughts,
         "reasoning_content": thoughts,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -31,9 +31,9 @@ from hmf_jax.serving.protocol import (
     TokenizeText,
     read,
 )
-from hmf_jax.serving.reading import read_json
+from hmf_jax.serving.reading import aside, read_json
 from hmf_jax.serving.service import READY, Service
-from hmf_jax.serving.stream import EventStream, while_connected
+from hmf_jax.serving.stream import Batches, EventStream, while_connected
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class _Routes:
             await while_connected(request.receive, reply.whole())
             return JSONResponse(whole(reply, served))
 
-    async def _batches(self, ask: Ask) -> AsyncIterator[Iterable[dict[str, Any]]]:
+    async def _batches(self, ask: Ask) -> Batches:
         with self._service.open(ask) as reply:
             chunks = Chunks(reply, self._service.model)
             async for pieces in reply.pieces():
@@ -145,7 +145,9 @@ class _Routes:
 
     async def _read[Kind: Fields](self, request: Request, kind: type[Kind]) -> Kind:
         body = await read_json(request, self._service.settings.max_body)
-        fields, unknown = read(kind, body)
+        length = request.headers.get("content-length", "")
+        size = int(length) if length.isdigit() else 1 << 30
+        fields, unknown = await aside(size, read, kind, body)
         for name in unknown:
             self._service.metrics.ignored(name)
             if name not in self._ignored and len(self._ignored) < 1000:
@@ -205,7 +207,7 @@ class _Routes:
         return Response(status_code=200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
-        body, kind = self._service.metrics.text()
+        body, kind = await self._service.numbers()
         return Response(body, media_type=kind)
 
     # Text and tokens.
@@ -259,8 +261,7 @@ class _Routes:
         return JSONResponse({"aborted": self._service.abort(name)})
 
     async def prefix_cache(self, request: Request) -> Response:
-        return JSONResponse(await self._service.prefix_cache())
+        return JSONResponse({"engines": await self._service.prefix_cache()})
 
     async def reset_prefix_cache(self, request: Request) -> Response:
-        await self._service.reset_prefix_cache()
-        return JSONResponse({"reset": True})
+        return JSONResponse({"dropped": await self._service.reset_prefix_cache()})

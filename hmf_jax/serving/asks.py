@@ -143,6 +143,10 @@ def ask(
     """
     alias = served.alias(fields.model)
     check(fields, served)
+    if constrain is not None:
+        for name in ("min_tokens", "allowed_token_ids"):
+            if getattr(fields, name):  # nothing might be left to choose
+                raise unsupported(name, "it together with structured output")
     num_iter = _num_iter(fields, served, alias)
     prompts = [_truncated(prompt, fields, served) for prompt in prompts]
     seed = served.seeds.getrandbits(32) if fields.seed is None else fields.seed
@@ -202,7 +206,8 @@ def structured(fields: Completion | Chat) -> dict[str, Any] | None:
         choice = fields.tool_choice
         given["tools"] = [tool.model_dump(exclude_unset=True) for tool in fields.tools]
         given["tool_choice"] = choice.model_dump() if isinstance(choice, NamedFunction) else choice
-        given["parallel_tool_calls"] = fields.parallel_tool_calls
+        if "parallel_tool_calls" in fields.model_fields_set:
+            given["parallel_tool_calls"] = fields.parallel_tool_calls
     try:
         return structured_output(**given)
     except ValueError as e:
@@ -280,22 +285,22 @@ def _truncated(prompt: Prompt, fields: Completion | Chat, served: Served) -> Pro
             "truncate_prompt_tokens",
         )
     if most == -1:
-        most = max(served.length - (_most_new(fields) or 1), 1)
+        most = max(served.length - (_most_new(fields)[0] or 1), 1)
     if len(prompt.tokens) <= most:
         return prompt
     return Prompt(prompt.tokens[-most:], thinking=prompt.thinking)
 
 
-def _most_new(fields: Completion | Chat) -> int | None:
-    """Most new tokens that the client wants; None: it does not say."""
+def _most_new(fields: Completion | Chat) -> tuple[int | None, str]:
+    """Most new tokens that the client wants, None: it does not say; and the field that says so."""
     if isinstance(fields, Chat) and fields.max_completion_tokens is not None:
-        return fields.max_completion_tokens
-    return fields.max_tokens
+        return fields.max_completion_tokens, "max_completion_tokens"
+    return fields.max_tokens, "max_tokens"
 
 
 def _limit(fields: Completion | Chat, length: int, served: Served, param: str) -> int:
     """Most new tokens after a prompt of this length."""
-    most, room = _most_new(fields), served.length - length
+    (most, name), room = _most_new(fields), served.length - length
     if isinstance(fields, Chat):
         param = "messages"
     if room < 1:
@@ -309,9 +314,9 @@ def _limit(fields: Completion | Chat, length: int, served: Served, param: str) -
         return room if isinstance(fields, Chat) else min(16, room)
     if most > room:
         raise invalid(
-            f"max_tokens: {most} after a prompt of {length} tokens are too many; this model takes "
+            f"{name}: {most} after a prompt of {length} tokens are too many; this model takes "
             f"at most {served.length} tokens, prompt and answer together",
-            "max_tokens",
+            name,
             "context_length_exceeded",
         )
     return most

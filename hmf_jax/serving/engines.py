@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine import Engine
@@ -22,8 +23,8 @@ from hmf_jax.sharding import make_mesh
 _HEADROOM = 0.98  # of the memory that JAX may use: the rest is lost between arrays
 
 
-def checked(config: HybridConfig, options: EngineConfig) -> EngineConfig:
-    """The options with a `prefill_chunk`.
+def checked(config: HybridConfig, options: EngineConfig) -> tuple[HybridConfig, EngineConfig]:
+    """The config with the options' num_iter, and the options with a `prefill_chunk`.
 
     Raises:
       ValueError: what a model of this config, or the devices, cannot do.
@@ -52,7 +53,10 @@ def checked(config: HybridConfig, options: EngineConfig) -> EngineConfig:
             f"max_position_embeddings={longest}."
         )
     config.check_num_iter(options.num_iter)
-    return dataclasses.replace(options, prefill_chunk=chunk)
+    if options.num_iter is not None and config.gka is not None:
+        gka = dataclasses.replace(config.gka, num_iter=options.num_iter)
+        config = dataclasses.replace(config, gka=gka)
+    return config, dataclasses.replace(options, prefill_chunk=chunk)
 
 
 def on_gpu() -> bool:
@@ -138,6 +142,17 @@ def make(model: HybridLM, options: EngineConfig, plan: EnginePlan) -> Engine:
         fixed=True,
         explain=False,
     )
+
+
+def compile_ahead(config: HybridConfig, options: EngineConfig, plan: EnginePlan) -> None:
+    """Compiles all programs of an engine on the first device, before there is a model for it.
+
+    An engine whose model has been put on that device finds them in JAX's caches.
+    """
+    place = SingleDeviceSharding(jax.devices()[0])
+    model = nnx.eval_shape(lambda: HybridLM(config, dtype=options.dtype))
+    model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model)
+    make(model, options, plan).warm()
 
 
 def host_bytes(options: EngineConfig) -> int:

@@ -23,8 +23,8 @@ SECONDS = 10.0  # that compiling a grammar may take
 KEPT = 256  # compiled grammars
 LONGEST = 1 << 20  # characters of a grammar
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
-# A model that does not know what to write could write blanks for ever.
-_BLANKS = "[ \\n\\t]{1,32}"
+# Between the parts of JSON: a model that does not know what to write could write blanks for ever.
+_BLANKS = " "
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _NO_ARGUMENTS: Mapping[str, Any] = {
     "type": "object",
@@ -39,7 +39,7 @@ def structured_output(
     structured_outputs: Mapping[str, Any] | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     tool_choice: str | Mapping[str, Any] | None = None,
-    parallel_tool_calls: bool = True,
+    parallel_tool_calls: bool = False,
 ) -> dict[str, Any] | None:
     """What `Grammars.compile` takes, out of the fields of a request; None: no grammar is asked for.
 
@@ -52,7 +52,8 @@ def structured_output(
       tools: that the model may call.
       tool_choice: "required": it has to call one; {"name": ...} or {"function": {"name": ...}}: it
         has to call this one. With "auto" it may call one instead of what the others ask for.
-      parallel_tool_calls: whether it may call several.
+      parallel_tool_calls: it may call several in one reply. Only if the request says so: a model
+        that has to call a tool, and does not know when to stop, would call on until its limit.
 
     Raises:
       ValueError: names the field: of contradictory or unknown values.

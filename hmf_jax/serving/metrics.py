@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from hmf_jax.engine.books import Stats
+
 LABELS = ("model_name", "engine")
+disable_created_metrics()  # no second series that says since when each one counts
 
 
 def _steps(least: float, most: float) -> list[float]:
@@ -34,14 +46,21 @@ class Metrics:
     def __init__(self) -> None:
         self.registry, self.model = CollectorRegistry(), ""
 
+        self._plain: list[Any] = []  # metrics without labels of their own
+
+        def made(kind: Any, name: str, what: str, *labels: str, **options: Any) -> Any:
+            metric = kind(name, what, [*LABELS, *labels], registry=self.registry, **options)
+            self._plain += [] if labels else [metric]
+            return metric
+
         def counter(name: str, what: str, *labels: str) -> Counter:
-            return Counter(name, what, [*LABELS, *labels], registry=self.registry)
+            return made(Counter, name, what, *labels)
 
         def gauge(name: str, what: str, *labels: str) -> Gauge:
-            return Gauge(name, what, [*LABELS, *labels], registry=self.registry)
+            return made(Gauge, name, what, *labels)
 
         def histogram(name: str, what: str, bounds: list[float]) -> Histogram:
-            return Histogram(name, what, LABELS, registry=self.registry, buckets=bounds)
+            return made(Histogram, name, what, buckets=bounds)
 
         self._running = gauge("vllm:num_requests_running", "Requests that have a slot.")
         self._waiting = gauge("vllm:num_requests_waiting", "Requests that wait for a slot.")
@@ -79,7 +98,7 @@ class Metrics:
         )
         self._prompts = histogram("vllm:request_prompt_tokens", "Tokens per prompt.", _TOKENS)
         self._answers = histogram("vllm:request_generation_tokens", "Tokens per answer.", _TOKENS)
-        self._turn = histogram("vllm:iteration_tokens", "New tokens per turn, of all.", _TOKENS)
+        self._turn = histogram("vllm:iteration_tokens_total", "New tokens per turn.", _TOKENS)
         self._n = histogram("vllm:request_params_n", "Choices asked for.", _steps(1, 100))
         self._limit = histogram(
             "vllm:request_params_max_tokens", "Most new tokens asked for.", _TOKENS
@@ -94,10 +113,26 @@ class Metrics:
             "hmf:num_iter_requests", "Requests by iterations of GKA layers.", "num_iter"
         )
         self._broken = counter("hmf:nonfinite", "Requests whose logits were not finite.")
+        self._slots = gauge("hmf:slots", "Slots by what they do.", "state")
+        self._bytes = gauge("hmf:prefix_bytes", "Bytes of the prefix cache.", "place", "kind")
+        self._entries = gauge("hmf:prefix_entries", "Prefixes that can be hit.", "place")
+        self._evictions = counter("hmf:prefix_evictions", "Prefixes that had to leave.", "place")
+        self._compiles = counter("hmf:compiles", "Programs compiled since the server is ready.")
+        self._told: dict[tuple[Any, ...], float] = {}  # of what engines count themselves
         self._ignored = Counter(
             "hmf:ignored_fields", "Unknown fields of requests.", ["field"], registry=self.registry
         )
         self._fields: set[str] = set()
+
+    def begin(self, model: str, engines: int, cache: Mapping[str, str]) -> None:
+        """What is served from now on: so many engines, with memory shared out like this."""
+        self.model = model
+        for engine in range(engines):
+            self._of(self._info, engine).info(dict(cache))
+            for metric in self._plain:  # what has not happened yet is 0, not unknown
+                self._of(metric, engine)
+            for reason in ("stop", "length", "abort", "error"):
+                self._of(self._success, engine, reason)
 
     def text(self) -> tuple[bytes, str]:
         """Everything as Prometheus reads it, and its media type."""
@@ -112,14 +147,10 @@ class Metrics:
     def _of(self, metric: Any, engine: int, *labels: str) -> Any:
         return metric.labels(self.model, str(engine), *labels)
 
-    def info(self, values: dict[str, str], engine: int = 0) -> None:
-        """How the cache is set up."""
-        self._of(self._info, engine).info(values)
-
     def queue(self, waiting: int, running: int, engine: int = 0) -> None:
-        """How many requests there are now."""
-        self._of(self._waiting, engine).set(waiting)
-        self._of(self._running, engine).set(running)
+        """So many more requests wait and run."""
+        self._of(self._waiting, engine).inc(waiting)
+        self._of(self._running, engine).inc(running)
 
     def asked(self, n: int, limit: int, num_iter: int | None, engine: int = 0) -> None:
         """A request was given to the engine."""
@@ -177,6 +208,28 @@ class Metrics:
             self._of(self._decode, engine).observe(last - first)
             if answer > 1:
                 self._of(self._per_token, engine).observe((last - first) / (answer - 1))
+
+    def engine(self, stats: Stats, compiled: int, engine: int = 0) -> None:
+        """What an engine counts itself: where everything is, and how many programs it has."""
+        pages = sum(stats.pages.values())
+        used = pages - stats.pages.get("free", 0)
+        self._of(self._usage, engine).set(used / pages if pages else 0)
+        for state, count in stats.slots.items():
+            self._of(self._slots, engine, state).set(count)
+        for labels, size in stats.prefix_bytes.items():
+            self._of(self._bytes, engine, *labels).set(size)
+        for place, count in stats.entries.items():
+            self._of(self._entries, engine, place).set(count)
+        for place, count in stats.evictions.items():
+            self._up(self._evictions, count, engine, place)
+        self._up(self._swaps, stats.preemptions, engine)
+        self._up(self._compiles, compiled, engine)
+
+    def _up(self, metric: Counter, count: float, engine: int, *labels: str) -> None:
+        """A counter says `count` now."""
+        key = (id(metric), engine, *labels)
+        self._of(metric, engine, *labels).inc(count - self._told.get(key, 0))
+        self._told[key] = count
 
     def nonfinite(self, engine: int = 0) -> None:
         """The logits of a request were not finite."""

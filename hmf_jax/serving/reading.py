@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -13,7 +14,7 @@ from hmf_jax.serving.errors import ApiError, invalid
 
 SECONDS = 30.0  # for the whole body
 DEEPEST = 64  # lists and objects inside of each other
-_LARGE = 1 << 18  # bytes; parsing more takes long enough to keep others waiting
+_LARGE = 1 << 16  # bytes; more would keep others waiting
 
 
 async def read_json(request: Request, most: int) -> dict[str, Any]:
@@ -36,9 +37,14 @@ async def read_json(request: Request, most: int) -> dict[str, Any]:
     except TimeoutError:
         message = f"the body of the request did not arrive within {SECONDS:.0f} seconds"
         raise ApiError(408, message, headers={"connection": "close"}) from None
-    if len(body) > _LARGE:
-        return await asyncio.to_thread(parse, body)
-    return parse(body)
+    return await aside(len(body), parse, body)
+
+
+async def aside[T](size: int, work: Callable[..., T], *arguments: Any) -> T:
+    """The result of work on so many bytes, in another thread if that takes long."""
+    if size > _LARGE:
+        return await asyncio.to_thread(work, *arguments)
+    return work(*arguments)
 
 
 async def _body(request: Request, most: int) -> bytes:

@@ -12,6 +12,7 @@ import signal
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def serve(
     enable_compilation_cache()
     directory = resolve(model, revision=revision, progress=progress)
     hybrid = HybridConfig.from_json(directory).override(options.overrides)
-    options = engines.checked(hybrid, options)
+    hybrid, options = engines.checked(hybrid, options)
     for name, settings in config.aliases.items():
         try:
             hybrid.check_num_iter(settings.get("num_iter"))
@@ -150,9 +151,9 @@ class Life:
 
     async def _load(self, service: Service, began: float) -> None:
         """From the files to a server that is ready."""
-        model = await asyncio.to_thread(self._read)
-        made = await asyncio.to_thread(self._make, model)
-        await asyncio.to_thread(self._warm, made)
+        model, _ = await asyncio.gather(_apart(self._read), _apart(self._compile_ahead))
+        made = await _apart(lambda: self._make(model))
+        await _apart(lambda: self._warm(made))
         self._loaded = True
         peak = engines.check_memory(self._plan, self._devices)
         if peak is not None:
@@ -178,8 +179,18 @@ class Life:
                 config_overrides=options.overrides,
                 progress=self._progress,
             )
+            # Said to belong there, as `compile_ahead` assumes.
+            model = model if model.mesh is not None else jax.device_put(model, jax.devices()[0])
             jax.block_until_ready(model)
         return model
+
+    def _compile_ahead(self) -> None:
+        """While files are read, which takes no less time."""
+        options = self._options
+        if options.tp > 1 or options.dtype == "auto" or options.max_stall is not None:
+            return
+        with self._timed("compiled while it was loaded"):
+            engines.compile_ahead(self._hybrid, options, self._plan)
 
     def _make(self, model: HybridLM) -> list[Engine]:
         with self._timed("made room for requests"):
@@ -242,6 +253,27 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # pyright: ignore
         yield
+
+
+def _apart[T](function: Callable[[], T]) -> asyncio.Future[T]:
+    """Runs it in a thread that nobody waits for when the process ends."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(settling: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(lambda: None if future.done() else settling())
+
+    def run() -> None:
+        try:
+            result = function()
+        except BaseException as e:
+            settle(functools.partial(future.set_exception, e))
+        else:
+            settle(functools.partial(future.set_result, result))
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hmf_jax.engine import Engine, Event, Finished, New, Started
+from hmf_jax.engine.books import Stats
 from hmf_jax.engine.request import Constraint
 from hmf_jax.serving.asks import Ask
 from hmf_jax.serving.choice import Choice
@@ -23,6 +24,7 @@ from hmf_jax.serving.router import Router
 from hmf_jax.serving.served import Served
 
 log = logging.getLogger(__name__)
+PATIENCE = 1.0  # seconds that engines have to tell their numbers
 SILENCE = 60.0  # seconds without a sign of life, after which an engine counts as dead
 STARTING, READY, DRAINING, DEAD = "starting", "ready", "draining", "engine_dead"
 _WHY = {
@@ -38,6 +40,7 @@ class Row:
 
     reply: Reply
     choice: Choice
+    engine: int
     submitted: float
     started: float = 0.0
     first: float = 0.0
@@ -91,11 +94,14 @@ class Service:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
                 loop.call_soon_threadsafe(self._hear, events)
 
-        self.served, self.settings, self.metrics.model = served, served.settings, served.names[0]
-        self.metrics.info(dict(served.cache))
+        self.served, self.settings = served, served.settings
         self._router = make(deliver)
+        self._engines = [thread.engine for thread in self._router.threads]
+        self._compiled = [engine.compiled() for engine in self._engines]
+        self.metrics.begin(served.names[0], len(self._engines), served.cache)
         self._router.start()
-        self.state = READY
+        if self.state == STARTING:  # and not told to end meanwhile
+            self.state = READY
 
     async def stop(self) -> None:
         """Ends the engine."""
@@ -142,14 +148,29 @@ class Service:
         except ValueError as e:
             raise invalid(str(e), "tools" if "tools" in structured else None) from None
 
-    async def prefix_cache(self) -> dict[str, Any]:
-        """What the engine tells about its prefix cache."""
-        return {"engines": await self.call(_stats)}
+    async def numbers(self) -> tuple[bytes, str]:
+        """All numbers as Prometheus reads them, and their media type."""
+        if self.served is not None and self.alive:
+            with contextlib.suppress(ApiError, TimeoutError):  # engines may be busy for long
+                found = await asyncio.wait_for(self.call(_counted), PATIENCE)
+                for i, (stats, compiled) in enumerate(found):
+                    self.metrics.engine(stats, compiled - self._compiled[i], i)
+        return self.metrics.text()
 
-    async def reset_prefix_cache(self) -> None:
-        """Drops what no running request uses."""
-        await self.call(_reset)
+    async def prefix_cache(self) -> list[dict[str, Any]]:
+        """What the engines tell about their prefix caches, as JSON."""
+        found = []
+        for stats, _ in await self.call(_counted):
+            told = dataclasses.asdict(stats)
+            told["prefix_bytes"] = {f"{a}_{b}": n for (a, b), n in stats.prefix_bytes.items()}
+            found.append(told)
+        return found
+
+    async def reset_prefix_cache(self) -> int:
+        """Drops what no running request uses; how many prefixes."""
+        dropped = await self.call(lambda engine: engine.reset_prefixes())
         self._router.forget()
+        return sum(dropped)
 
     def check(self, tokens: int = 0) -> None:
         """Raises ApiError if a request cannot be taken now."""
@@ -184,6 +205,7 @@ class Service:
         try:
             for choice in choices:
                 self._submit(reply, choice)
+            self._asked(ask, self._rows[self._numbers[choices[0]]].engine)
             yield reply
         finally:
             for timer in timers:
@@ -195,7 +217,7 @@ class Service:
 
     async def drain(self) -> None:
         """Takes no more requests, and waits for those that run, as long as they may go on."""
-        if self.state == READY:
+        if self.state != DEAD:
             self.state = DRAINING
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), self.settings.shutdown_timeout)
@@ -235,6 +257,11 @@ class Service:
             timers.append(loop.call_later(settings.request_timeout, lasted))
         return timers
 
+    def _asked(self, ask: Ask, engine: int) -> None:
+        first, own = ask.requests[0], self.model.config.gka
+        num_iter = first.num_iter if first.num_iter is not None else own and own.num_iter
+        self.metrics.asked(ask.fields.n, first.max_new_tokens, num_iter, engine)
+
     def _submit(self, reply: Reply, choice: Choice) -> None:
         try:
             number = self._router.submit(choice.request)
@@ -242,9 +269,10 @@ class Service:
             raise ApiError(400, str(e)) from None
         except RuntimeError:
             raise self._dead() from None
-        self._rows[number] = Row(reply, choice, time.monotonic())
+        engine = number % len(self._engines)
+        self._rows[number] = Row(reply, choice, engine, time.monotonic())
         self._numbers[choice] = number
-        self._count(waiting=1, tokens=len(choice.request.prompt))
+        self._count(engine, waiting=1, tokens=len(choice.request.prompt))
 
     def _cancel(self, choice: Choice) -> None:
         number = self._numbers.get(choice)
@@ -257,14 +285,18 @@ class Service:
     def _hear(self, events: Sequence[Event]) -> None:
         """What the engine tells, once per turn."""
         now = time.monotonic()
-        self.metrics.turn(sum(len(e.tokens) for e in events if isinstance(e, New)))
+        made = sum(len(e.tokens) for e in events if isinstance(e, New))
+        self.metrics.turn(made, events[0].id % len(self._engines))  # events of one engine
         for event in events:
             row = self._rows[event.id]
             if isinstance(event, Started):
                 self._started(row, event, now)
             elif isinstance(event, New):
                 self._timed(row, event, now)
-            if not (isinstance(event, Finished) and event.reason == "error"):
+            if isinstance(event, Finished) and event.reason in ("stop", "error"):
+                if not row.choice.done:  # its own fault, or the end of everything
+                    row.reply.fail(self._fault(row, event))
+            else:
                 row.reply.push(row.choice, event)
             if isinstance(event, Finished):
                 self._ended(row, event)
@@ -273,54 +305,52 @@ class Service:
             log.error("the engine has stopped: %r", self._router.error)
             self._on_end()
 
-    def _count(self, *, waiting: int = 0, running: int = 0, tokens: int = 0) -> None:
+    def _count(self, engine: int, *, waiting: int = 0, running: int = 0, tokens: int = 0) -> None:
         self.waiting += waiting
         self.running += running
         self.waiting_tokens += tokens
-        self.metrics.queue(self.waiting, self.running)
+        self.metrics.queue(waiting, running, engine)
 
     def _started(self, row: Row, event: Started, now: float) -> None:
         row.started, length = now, len(row.choice.request.prompt)
-        self._count(waiting=-1, running=1, tokens=-length)
+        self._count(row.engine, waiting=-1, running=1, tokens=-length)
         waited = now - row.submitted
-        self.metrics.started(length, event.cached, event.missed, waited)
+        self.metrics.started(length, event.cached, event.missed, waited, row.engine)
 
     def _timed(self, row: Row, event: New, now: float) -> None:
         if not row.first:
             row.first = now
             read = len(row.choice.request.prompt)
             self._speed = max(self._speed, read / max(now - row.started, 1e-3))
-            self.metrics.first(row.submitted, row.started, now)
-        self.metrics.tokens(len(event.tokens), now - row.last if row.last else None)
+            self.metrics.first(row.submitted, row.started, now, row.engine)
+        since = now - row.last if row.last else None
+        self.metrics.tokens(len(event.tokens), since, row.engine)
         row.last = now
 
     def _ended(self, row: Row, event: Finished) -> None:
         del self._rows[event.id], self._numbers[row.choice]
         choice, length = row.choice, len(row.choice.request.prompt)
         if row.started:
-            self._count(running=-1)
+            self._count(row.engine, running=-1)
         else:
-            self._count(waiting=-1, tokens=-length)
+            self._count(row.engine, waiting=-1, tokens=-length)
         reason = event.reason if event.reason == "error" else choice.finish_reason or "abort"
-        self.metrics.ended(reason, length, choice.count, row.submitted, row.first, row.last)
-        if event.reason == "error":
-            row.reply.fail(self._fault(row, event.error or "the engine has failed"))
+        times = row.submitted, row.first, row.last
+        self.metrics.ended(reason, length, choice.count, *times, row.engine)
 
-    def _fault(self, row: Row, error: str) -> ApiError:
-        """What to tell of a request that the engine has ended with an error."""
+    def _fault(self, row: Row, event: Finished) -> ApiError:
+        """What to tell of a request that the engine has ended by itself."""
+        if event.reason == "stop":
+            return busy(_WHY[DRAINING], DRAINING, 5)
         if self._router.error is not None:
             return self._dead()
+        error = event.error or "the engine has failed"
         log.error("request %s failed: %s", row.reply.ask.id, error)
         own = "NaN" in error  # of this row alone, and so it would be again
         if own:
-            self.metrics.nonfinite()
+            self.metrics.nonfinite(row.engine)
         return failed(error, again=not own)
 
 
-def _stats(engine: Any) -> dict[str, Any]:
-    return engine.stats() if hasattr(engine, "stats") else {}
-
-
-def _reset(engine: Any) -> None:
-    if hasattr(engine, "reset_prefixes"):
-        engine.reset_prefixes()
+def _counted(engine: Engine) -> tuple[Stats, int]:
+    return engine.stats(), engine.compiled()

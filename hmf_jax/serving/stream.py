@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -14,6 +14,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from hmf_jax.serving.errors import ApiError, failed
+
+Batches = AsyncGenerator[Iterable[dict[str, Any]]]
 
 log = logging.getLogger(__name__)
 PING = 15.0  # seconds without data, after which a comment is sent
@@ -69,7 +71,7 @@ class EventStream(Response):
       batches: lists of JSON values; is closed whatever happens.
     """
 
-    def __init__(self, batches: AsyncIterator[Iterable[dict[str, Any]]]) -> None:
+    def __init__(self, batches: Batches) -> None:
         self.status_code, self.background, self._batches = 200, None, batches
         self.raw_headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
@@ -108,7 +110,7 @@ class EventStream(Response):
         finally:
             await frames.aclose()
 
-    async def _frames(self) -> AsyncIterator[bytes]:
+    async def _frames(self) -> AsyncGenerator[bytes]:
         """What is to be sent, the pings included."""
         pending: asyncio.Future[Any] | None = None
         try:

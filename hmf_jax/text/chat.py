@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Unpack
 
-from hmf_jax.engine import Engine, Finished, Request, capacity_for, check_prompts
+from hmf_jax.engine import Engine, Finished, Request, Started, capacity_for, check_prompts
+from hmf_jax.engine.api import conversation_engine
 from hmf_jax.engine.request import sampling_of, tell_errors
 from hmf_jax.generation_config import generation_defaults
 from hmf_jax.model import HybridLM
@@ -15,12 +16,12 @@ from hmf_jax.sampling import SamplingParams, SamplingSettings
 from hmf_jax.text.detokenizer import TextStream, check_stop
 from hmf_jax.text.generate import Reply, run
 from hmf_jax.text.messages import Message, Said, check_messages, check_tools, said
-from hmf_jax.text.parts import TAGS, THINK, Piece, ReplyParts
-from hmf_jax.text.template import render, texts
+from hmf_jax.text.parts import TAGS, Piece, ReplyParts
+from hmf_jax.text.prompt import Rendered, render_prompt
+from hmf_jax.text.template import texts
 from hmf_jax.text.tokenizer import directory_of, stop_ids, tag_ids, tokenizer_of
 
 MAX_NEW_TOKENS = 1024  # where neither the caller nor the model's directory says
-MARKS = 4  # turns of which the beginning is remembered
 
 
 class ConversationFull(ValueError):
@@ -30,11 +31,11 @@ class ConversationFull(ValueError):
 class ChatSession:
     """A conversation with a model; remembers the messages and keeps the model's state warm.
 
-    A new turn prefills only what the state does not hold yet. What it holds is compared token by
-    token with the conversation as the chat template writes it now. Templates that drop earlier
-    thinking, or add an empty thinking block only to the newest turn, change what comes after the
-    question; the state before the reply is therefore kept, too, of the last few turns, and the last
-    one that still fits is continued.
+    A new turn reads only what is new. The conversation as the chat template writes it now is
+    compared token by token with what was read before, and the newest state that fits is continued.
+    Templates that drop earlier thinking, or add an empty thinking block only to the newest turn,
+    change what comes after the question; so the state before each reply is kept, and the one after
+    it (recurrent states and windows are copied, keys and values are not).
 
     Several threads may use a session: a turn waits until the one before it is complete. Several
     sessions may use a model.
@@ -108,8 +109,7 @@ class ChatSession:
         if messages is None:
             messages = [] if system is None else [{"role": "system", "content": system}]
         self._messages = check_messages(messages)
-        self._engine: Engine | None = None  # its one row holds the conversation so far
-        self._steps: set[int] = set()  # marks at results of tools
+        self._engine: Engine | None = None  # of one slot; holds what was read before
 
     @property
     def messages(self) -> list[Message]:
@@ -184,10 +184,19 @@ class ChatSession:
 
     def _turn(self, message: Said, steps: int) -> Generator[Piece, None, Reply]:
         with self._turns:
-            messages, tokens, start, opened = self._prepare(message)
-            engine, request = self._place(tokens, start, messages[-1]["role"] == "tool")
+            messages, prompt = self._prepare(message)
+            count = len(prompt.tokens)
+            engine = self._ready(count)
+            request = Request(
+                prompt.tokens,
+                self._limit(count),
+                self.sampling,
+                self.stop_ids,
+                self.num_iter,
+                cuts=prompt.cuts,
+            )
             id = engine.add(request)
-            self._engine = None  # until this reply is complete, nobody else may continue its state
+            self._engine = None  # until this reply is complete, nobody else may use it
             text = TextStream(
                 self.tokenizer,
                 self.stop,
@@ -196,19 +205,20 @@ class ChatSession:
             )
             parts = ReplyParts(
                 self._tags,
-                opened=opened,
+                opened=prompt.thinking,
                 thinking=self.thinking is not False,
                 tools=bool(self.tools),
             )
+            started: dict[int, Started] = {}
             ended: dict[int, Finished] = {}
             whole, intact = True, True
             try:
-                for (piece,) in run(engine, {id: text}, ended, steps):
+                for (piece,) in run(engine, {id: text}, started, ended, steps):
                     yield from parts.push(piece, text.places)
                 tell_errors({id: e.error for id, e in ended.items() if e.error}, 1)
                 yield from parts.finish()
             except BaseException as e:
-                # Closed by the caller: keep the state. Anything else, a keyboard interrupt for
+                # Closed by the caller: keep the engine. Anything else, a keyboard interrupt for
                 # example, may have come between a dispatch and its result.
                 intact, whole = isinstance(e, GeneratorExit), not isinstance(e, Exception)
                 raise
@@ -220,7 +230,8 @@ class ChatSession:
                     while intact and engine.busy:
                         engine.step()
                     reason = ended[id].reason if id in ended else "stop"
-                    self._end(messages, parts, text, reason, len(request.prompt))
+                    cached = started[id].cached if id in started else 0
+                    self._end(messages, parts, text, reason, count - cached)
                     self._engine = engine if intact else None
             assert self.last is not None
             return self.last
@@ -245,36 +256,21 @@ class ChatSession:
         )
         self._messages = [*messages, answer]
 
-    def _prepare(self, message: Said) -> tuple[list[Message], list[int], int, bool]:
-        """What a turn begins with: the messages, the tokens of the whole prompt, how many of them
-        come before the reply's own beginning, and whether that opens a block of thinking."""
+    def _prepare(self, message: Said) -> tuple[list[Message], Rendered]:
+        """What a turn begins with: the messages, and the prompt that they make."""
         messages = check_messages([*self._messages, *said(message)])
-        options: dict[str, Any] = (
-            {} if self.thinking is None else {"enable_thinking": self.thinking}
-        )
-        if self.tools:
-            options["tools"] = self.tools
-        before, prompt = (
-            render(self.tokenizer, messages, add_generation_prompt=begins, **options)
-            for begins in (False, True)
-        )
-        for i, m in enumerate(messages):
-            if m["role"] in ("system", "developer") and m["content"].strip() not in prompt:
-                raise ValueError(f"the chat template leaves out messages[{i}], of the {m['role']}")
-        own = prompt[_common(before, prompt) :]
-        tokens, start = (
-            self.tokenizer.encode(text, add_special_tokens=False) for text in (prompt, before)
-        )
-        (tokens,) = check_prompts([tokens], self.model.config.vocab_size)
-        capacity = self._capacity(len(tokens))
-        if len(tokens) >= capacity:
+        options = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        prompt = render_prompt(self.tokenizer, messages, tools=self.tools, **options)
+        check_prompts([prompt.tokens], self.model.config.vocab_size)
+        capacity, count = self._capacity(len(prompt.tokens)), len(prompt.tokens)
+        if count >= capacity:
             raise ConversationFull(
-                f"The conversation has {len(tokens)} tokens, which leaves no room for a reply in a "
+                f"The conversation has {count} tokens, which leaves no room for a reply in a "
                 f"capacity of {capacity}. Start over with reset(), forget_oldest(), or make a "
                 "ChatSession with a larger capacity (at most "
                 f"{self.model.config.max_position_embeddings})."
             )
-        return messages, tokens, _common(tokens, start), own.rstrip().endswith(THINK)
+        return messages, prompt
 
     def _limit(self, tokens: int) -> int:
         if self.max_new_tokens is not None:
@@ -284,50 +280,16 @@ class ChatSession:
     def _capacity(self, tokens: int) -> int:
         return capacity_for(self.model.config, tokens + self._limit(tokens), self.capacity)
 
-    def _place(self, tokens: list[int], start: int, step: bool) -> tuple[Engine, Request]:
-        """Where the prompt is to be read, and the request that reads what is not held there.
-
-        Args:
-          tokens: the whole prompt.
-          start: what comes before the reply's own beginning; will be a mark.
-          step: the prompt ends with the result of a tool. Only the newest such mark is kept: when
-            the user says something, templates may drop what was thought since the last time.
-        """
-        capacity, engine = self._capacity(len(tokens)), self._engine
-        held, after, back_to, marks = 0, None, None, []
-        if engine is not None:
-            (id,) = engine.held
-            context, marks = engine.context(id), engine.marks(id)
-            for place in [len(context), *reversed(marks)]:
-                if place < len(tokens) and context[:place] == tokens[:place]:
-                    held, after = place, id
-                    back_to = None if place == len(context) else place
-                    engine.grow(max(capacity, engine.capacity))
-                    break
-        if engine is None or after is None:
-            self._engine = None  # its memory is free before the new one is made
-            engine = Engine(
-                self.model,
-                1,
-                capacity=capacity,
-                prefill_chunk=self.prefill_chunk,
-                together=True,
+    def _ready(self, tokens: int) -> Engine:
+        """The engine, with room for a prompt of so many tokens and the reply to it."""
+        capacity = self._capacity(tokens)
+        if self._engine is None:
+            return conversation_engine(
+                self.model, capacity=capacity, prefill_chunk=self.prefill_chunk
             )
-        kept = [m for m in marks if m <= held and not (step and m in self._steps)]
-        if held < start:
-            kept = [*kept[-(MARKS - 1) :], start]
-        self._steps = {m for m in kept if m in self._steps} | ({start} if step else set())
-        return engine, Request(
-            tokens[held:],
-            self._limit(len(tokens)),
-            self.sampling,
-            self.stop_ids,
-            self.num_iter,
-            after=after,
-            keep=True,
-            marks=kept,
-            back_to=back_to,
-        )
+        if capacity > self._engine.capacity:
+            self._engine.grow(capacity)
+        return self._engine
 
     def _check_template(self) -> None:
         if not self.tokenizer.chat_template:
@@ -376,11 +338,3 @@ class _OneAtATime:
 def _is_system(messages: Sequence[Message]) -> bool:
     """Whether the conversation begins with a system message."""
     return bool(messages) and messages[0]["role"] in ("system", "developer")
-
-
-def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How long the beginning is that two sequences share."""
-    shorter = min(len(a), len(b))
-    if a[:shorter] == b[:shorter]:
-        return shorter
-    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)

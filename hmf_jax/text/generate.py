@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
-from hmf_jax.engine import Engine, Finished, New, requests
+from hmf_jax.engine import Engine, Finished, New, Started, requests
 from hmf_jax.engine.batch import Batch
 from hmf_jax.engine.request import Sampling, tell_errors
 from hmf_jax.generation_config import generation_defaults
@@ -94,7 +94,7 @@ def generate_text(
         **settings,
     )
     ended: dict[int, Finished] = {}
-    for _ in run(batch, texts, ended, 32):
+    for _ in run(batch, texts, {}, ended, 32):
         pass
     errors = {i: f"Prompt {i}, {e.error}" for i in texts if (e := ended[i]).error}
     tell_errors(errors, len(texts))
@@ -120,7 +120,7 @@ def stream_text(
 
     def pieces() -> Iterator[str]:
         ended: dict[int, Finished] = {}
-        for (piece,) in run(batch, texts, ended, 8):
+        for (piece,) in run(batch, texts, {}, ended, 8):
             if piece:
                 yield piece
         tell_errors({id: e.error for id, e in ended.items() if e.error}, 1)
@@ -166,6 +166,7 @@ def _begin(
 def run(
     engine: Engine | Batch,
     texts: Mapping[int, TextStream],
+    started: dict[int, Started],
     ended: dict[int, Finished],
     steps: int,
 ) -> Iterator[list[str]]:
@@ -174,7 +175,7 @@ def run(
     Args:
       engine: what runs these requests and no others.
       texts: by request; a stop string that one finds ends its request.
-      ended: gets how each request has ended.
+      started, ended: get how each request has begun, and how it has ended.
       steps: tokens per row that one call of the device makes.
     """
     while engine.busy:
@@ -185,6 +186,8 @@ def run(
                 pieces[event.id] += text.push(event.tokens, event.logprobs)
                 if text.stopped:
                     engine.abort(event.id)
+            elif isinstance(event, Started):
+                started[event.id] = event
             elif isinstance(event, Finished):
                 text = texts[event.id]
                 pieces[event.id] += text.finish()

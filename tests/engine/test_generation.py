@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.engine import Engine, Finished, New, Request, generate, programs, score, stream, warmup
+from hmf_jax.engine import Engine, New, Request, generate, programs, score, stream, warmup
 from hmf_jax.engine.batch import Batch
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
@@ -133,21 +133,6 @@ def test_repetition_penalty_sees_prompt_and_output(model):
     out, _ = generate(model, [prompt] * 2, max_new_tokens=60, sampling=strong)
     # Seen tokens are pushed to about 0 or far below; unseen ones with positive logits win.
     assert len(set(out.tokens)) == 60 and not set(out.tokens) & set(prompt)
-
-
-def test_stream_yields_the_tokens_of_generate(model):
-    prompts = prompts_of(5, 12)
-    limits = [21, 4]
-    expected = [g.tokens for g in generate(model, prompts, max_new_tokens=limits)]
-    steps = list(stream(model, prompts, max_new_tokens=limits, tokens_per_dispatch=6))
-    assert [[len(new) for new in step] for step in steps] == [
-        [1, 1],
-        [6, 3],
-        [6, 0],
-        [6, 0],
-        [2, 0],
-    ]
-    assert [sum((step[i] for step in steps), []) for i in range(2)] == expected
 
 
 def test_end_tokens(model):
@@ -270,41 +255,6 @@ def tokens_of(events, id: int) -> list[int]:
     return [t for e in events if isinstance(e, New) and e.id == id for t in e.tokens]
 
 
-def test_continuing_a_request(model):
-    """Prompt, some output, then more tokens: the same as one prompt of all of them."""
-    prompt, more = prompts_of(11, 6, seed=3)
-    engine = Engine(model, 1, capacity=256)
-    one = engine.add(Request(prompt, 50, keep=True))
-    with pytest.raises(ValueError, match=f"request {one} has no row: it waits"):
-        engine.context(one)
-    tokens = tokens_of(engine.step() + engine.step(5), one)
-    with pytest.raises(ValueError, match=f"request {one} cannot be released: it is not held"):
-        engine.release(one)  # it runs, and goes on to run
-    assert len(tokens) == 6
-    # The newest token is not in the state yet.
-    assert engine.context(one) == prompt + tokens[:-1]
-    engine.abort(one)
-    assert engine.step(5) == [Finished(one, "stop")]
-    assert not engine.busy and engine.held == [one]
-    two = engine.add(Request(more, 8, after=one, keep=True))
-    with pytest.raises(ValueError, match=f"request {one} is not held"):
-        engine.add(Request(more, 8, after=one))
-    with pytest.raises(ValueError, match="in the queue comes after it"):
-        engine.release(one)
-    new = tokens_of(engine.step() + engine.step(), two)
-    whole = prompt + tokens[:-1] + more
-    (expected,) = generate(model, [whole], max_new_tokens=8, capacity=256)
-    assert new == expected.tokens
-    assert engine.context(two) == whole + new[:-1] and engine.held == [two]
-    # Its row is free again, and what it held leaves no trace.
-    engine.release(two)
-    assert engine.held == []
-    three = engine.add(Request(whole, 8))
-    assert tokens_of(engine.step() + engine.step(), three) == expected.tokens
-    with pytest.raises(ValueError, match=f"request {two} is not held"):
-        engine.add(Request(more, 8, after=two))
-
-
 def test_stopping_one_row_leaves_the_other(model):
     prompts = prompts_of(5, 12)
     expected = generate(model, prompts, max_new_tokens=20)[1].tokens
@@ -358,8 +308,6 @@ def test_one_program_each_on_every_mesh(axes):
     # A first and a later piece of a prompt are two programs.
     assert compiled(2) == {"decode": 1, "empty": 1, "first": 1, "prefill": 2}
     assert compiled(2) == {}
-    # Those of one row; the two rows decode as before.
-    assert compiled(3, slots=2) == {"empty": 1, "first": 1, "insert": 1, "prefill": 2}
 
 
 def test_rows_are_donated():
@@ -368,13 +316,10 @@ def test_rows_are_donated():
     rows, logits = programs.empty.on(None)(packed, 2, 256)
     ask = programs.stack_settings(30, [SamplingParams()] * 2, [[]] * 2, [None] * 2)
     tokens, lengths, mask = np.ones((2, 64), np.int32), np.ones(2, np.int32), np.ones(2, bool)
-    one, _ = programs.empty.on(None)(packed, 1, 256)
     calls = {
         "prefill": (packed, rows, logits, tokens, lengths, None),
         "first": (rows, logits, mask, lengths, ask),
         "decode": (packed, rows, mask, np.int32(1), ask),
-        "insert": (rows, one, np.int32(0)),
-        "clear": (rows, mask),
     }
     held = sum(x.nbytes for x in jax.tree.leaves(rows))
     for name, args in calls.items():
@@ -411,11 +356,16 @@ def test_bad_requests(model):
         (lambda: Request([1], sampling=0.5), "must be SamplingParams"),  # pyright: ignore
         (lambda: Request([]), "Prompt 0 is empty"),
         (lambda: Request([1] * 64), "Prompt 0 has 64 tokens, which leaves no room"),
-        (lambda: Request([1], after=7), "request 7 is not held"),
     ]:
         with pytest.raises(ValueError, match=message):
             engine.add(request())
     assert not engine.busy and engine.step() == []
+    with pytest.raises(ValueError, match="less than the 64 there is"):
+        engine.grow(32)
+    with pytest.raises(ValueError, match="max_position_embeddings=4096"):
+        engine.grow(5000)
+    with pytest.raises(TypeError, match=r"Request\(after=...\) is gone: submit the whole prompt"):
+        Request([1], after=7)  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize(

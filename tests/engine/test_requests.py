@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from hmf_jax import engine as of_requests
-from hmf_jax.engine import Engine, Finished, New, Request, programs, stream
+from hmf_jax.engine import Engine, Finished, Request, programs, stream
 from hmf_jax.engine.batch import Batch
 from hmf_jax.engine.failure import first_bad_layer
 from hmf_jax.model import HybridLM
@@ -66,6 +66,15 @@ def test_a_smaller_limit_gives_a_prefix(model, plain):
     assert [g.tokens for g in some] == [plain[0].tokens[:4], plain[1].tokens[:7]]
     other = generate(model, [TWO, TWO], max_new_tokens=12, sampling=HOT, **SMALL)
     assert [g.tokens for g in other] == [plain[1].tokens] * 2
+
+
+def test_stream_yields_the_tokens_of_generate(model, plain):
+    limits, options = [12, 4], dict(tokens_per_dispatch=6, sampling=HOT, **SMALL)
+    steps = list(stream(model, [ONE, TWO], max_new_tokens=limits, **options))
+    found = [sum((step[i] for step in steps), []) for i in range(2)]
+    assert found == [plain[0].tokens, plain[1].tokens[:4]]
+    # With the token after its prompt, a row may decode at once.
+    assert all(0 < max(map(len, step)) <= 7 for step in steps) and len(steps) == 2
 
 
 def test_everything_at_once(model):
@@ -268,21 +277,23 @@ def test_a_row_that_fails_later(model):
     assert second == expected
 
 
-def test_a_failed_row_is_not_kept(model, plain):
-    engine = Engine(broken(model), 2, capacity=64, together=True)
-    ask = Request(ONE, 12, HOT, keep=True)
-    one, two = engine.add(dataclasses.replace(ask, prompt=[1, 63])), engine.add(ask)
-    ends = [e for _ in range(9) if engine.busy for e in engine.step() if isinstance(e, Finished)]
-    assert [(e.id, e.reason) for e in ends] == [(one, "error"), (two, "length")]
-    assert ends[0].error is not None and ends[0].error.startswith("new token 0: the logits")
-    assert engine.held == [two] and not engine.busy
-    with pytest.raises(ValueError, match=f"request {one} is not held"):
-        engine.add(Request([1], after=one))
-    # Its row is used again, and nothing is left of it.
-    three = engine.add(ask)
-    events = engine.step() + engine.step()
-    tokens = [t for e in events if isinstance(e, New) and e.id == three for t in e.tokens]
-    assert tokens == plain[0].tokens
+def test_nobody_goes_on_from_a_row_that_failed(model, plain):
+    """Its slot is used again, and nothing is left of it."""
+    engine = Engine(broken(model), 2, capacity=64, pages=2, prefixes="fast", spacing=1)
+
+    def answer(prompt, **ask):
+        id, events = engine.add(Request(prompt, 12, HOT, **ask)), []
+        while engine.busy:
+            events += engine.step()
+        return [e for e in events if e.id == id]
+
+    bad = [*TWO, 63, 2]
+    for _ in range(2):
+        started, end = answer(bad, cuts=(5, 6))
+        assert started.cached == 0 and end.reason == "error"
+        assert end.error.startswith("new token 0: the logits are NaN")
+    started, new, end = answer(ONE)
+    assert (started.cached, new.tokens, end.reason) == (0, plain[0].tokens, "length")
 
 
 def test_finite_is_read_off_what_is_there(model):
@@ -317,25 +328,20 @@ def test_first_bad_layer(model):
     )
 
 
-def test_all_rows_are_held(model):
-    engine = Engine(model, 1, capacity=64, state=model.init_state(1, 64))
-    engine.add(Request([1]))
-    with pytest.raises(RuntimeError, match=r"All rows are held \(\[0\]\)"):
-        engine.step()
-    engine.release(0)
-    assert engine.busy
-
-
 def test_an_exception_in_a_step_stops_the_engine(model, monkeypatch):
-    engine = Engine(model, 2, capacity=64, together=True)
-    engine.add(Request(ONE))
-    monkeypatch.setattr(engine._buffers, "collect", lambda ticket: 1 / 0)
+    engine = Engine(model, 2, capacity=64)
+    id = engine.add(Request(ONE))
+    monkeypatch.setattr(engine._device, "collect", lambda ticket: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        engine.step()
-    monkeypatch.undo()
+        while True:
+            engine.step()
     for call in (engine.step, lambda: engine.add(Request(ONE))):
-        with pytest.raises(RuntimeError, match=r"middle of a step \(ZeroDivisionError.*new one"):
+        with pytest.raises(RuntimeError, match=r"middle of a step \(ZeroDivisionError.*recover"):
             call()
+    (end,) = engine.recover()
+    assert end == Finished(id, "error", end.error) and "ZeroDivisionError" in end.error
+    engine.add(Request(ONE, 2))
+    assert [e for _ in range(3) for e in engine.step() if isinstance(e, Finished)]
 
 
 def test_states_that_run_ahead(model):

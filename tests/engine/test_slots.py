@@ -14,6 +14,7 @@ from hmf_jax.engine import generate
 from hmf_jax.sampling import SamplingParams
 
 VOCAB = 64
+SLOTS: dict[str, Any] = dict(slots=3, capacity=128, prefill_chunk=64)  # shared, as programs are
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,11 @@ def test_slots_change_nothing(model: HybridLM) -> None:
         ],
         eos_ids=[[], [3], [], list(range(8)), [], [], [1, 2]],
         num_iter=[30, 30, 2, 30, 30, 5, 30],
-        capacity=128,
-        prefill_chunk=64,
         logprobs=True,
     )
-    together = generate(model, prompts, **options)
+    together = generate(model, prompts, **options, **{**SLOTS, "slots": None})
     assert {g.finish_reason for g in together} == {"length", "eos"}
-    in_slots = generate(model, prompts, slots=3, **options)
+    in_slots = generate(model, prompts, **options, **SLOTS)
     assert [(g.tokens, g.finish_reason) for g in in_slots] == [
         (g.tokens, g.finish_reason) for g in together
     ]
@@ -57,14 +56,25 @@ def test_slots_of_a_mesh(model: HybridLM, sizes: dict[str, int]) -> None:
     assert generate(spread, prompts, slots=2, **options) == generate(model, prompts, **options)
 
 
-def test_more_slots_than_prompts(model: HybridLM) -> None:
-    (one,) = generate(model, [[1, 2, 3]], max_new_tokens=4, slots=100, capacity=128)
-    assert one == generate(model, [[1, 2, 3]], max_new_tokens=4, capacity=128)[0]
+def test_alone_as_with_others(model: HybridLM) -> None:
+    """Slots are there whether anybody uses them or not, so that not even a last bit differs."""
+    options: dict[str, Any] = dict(SLOTS, logprobs=True, prompt_logprobs=2, eos_ids=())
+    prompts = [[1, 2, 3], [9] * 70, [4, 5], [7] * 30]
+    together = generate(model, prompts, max_new_tokens=[30, 9, 40, 11], **options)
+    for prompt, expected in zip(prompts[:2], together, strict=False):
+        count = len(expected.tokens)
+        assert generate(model, [prompt], max_new_tokens=count, **options) == [expected]
+    # Read as a prompt, an answer has the log-probabilities that it was made with.
+    again = [*prompts[0], *together[0].tokens]
+    (read,) = generate(model, [again], max_new_tokens=1, **options)
+    assert read.prompt_logprobs is not None and read.prompt_top_logprobs is not None
+    assert read.prompt_logprobs[0] is None and len(read.prompt_top_logprobs) == len(again)
+    scores = read.prompt_logprobs[len(prompts[0]) :]
+    np.testing.assert_allclose(scores, together[0].logprobs or [], atol=1e-4)  # type: ignore[arg-type]
 
 
 def test_a_row_is_as_full_as_it_may_be(model: HybridLM) -> None:
-    options: dict[str, Any] = dict(slots=1, capacity=128, prefill_chunk=64, eos_ids=())
-    (one,) = generate(model, [[1] * 122], max_new_tokens=50, **options)
+    (one,) = generate(model, [[1] * 122], max_new_tokens=50, eos_ids=(), **SLOTS)
     assert (len(one.tokens), one.finish_reason) == (6, "capacity")
 
 

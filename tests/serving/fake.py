@@ -7,13 +7,14 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
 
 from hmf_jax import HybridConfig
 from hmf_jax.engine import Finished, New, Request, Scored, Started
+from hmf_jax.engine.books import Stats
 from hmf_jax.generation_config import GenerationDefaults
 from hmf_jax.serving.background import Running
 from hmf_jax.serving.config import ServeConfig
@@ -69,11 +70,21 @@ class FakeEngine:
         if id in self._requests:
             self._end(id, "stop")
 
-    def stats(self) -> dict[str, Any]:
-        return {"entries": 3}
+    def stats(self) -> Stats:
+        return Stats(
+            slots={"free": 3, "decode": 1},
+            pages={"free": 6, "held": 2},
+            prefix_bytes={("device", "kv"): 7},
+            entries={"device": 3},
+            preemptions=5,
+        )
 
-    def reset_prefixes(self) -> None:
+    def compiled(self) -> int:
+        return 2
+
+    def reset_prefixes(self) -> int:
         self.resets += 1
+        return 3
 
     def recover(self) -> list[Any]:
         ended = [Finished(id, "error", "it was the fault of nobody") for id in self._requests]
@@ -121,7 +132,7 @@ class FakeEngine:
         del self._requests[id]
 
 
-def told(tokens: list[int], top: int) -> tuple[list[float], list[dict[int, float]]]:
+def told(tokens: Sequence[int], top: int) -> tuple[list[float], list[dict[int, float]]]:
     """Log-probabilities as an engine tells them: token t has -t / 1000; the most likely are 0, 1,
     ... and say so."""
     best = [{token: -token / 1000 for token in range(top)} for _ in tokens] if top else []

@@ -105,10 +105,10 @@ def test_kinds_of_grammars():
     lark = 'start: "a" b+\nb: "b" | "(" b ")"'
     assert spell(make({"grammar": lark}), "demo", "ab((b))")
     assert not spell(make({"grammar": lark}), "demo", "a")
-    for text in ("{}", '{"a": [1, {"b": null}]}', '{\n  "a": 1\n}'):
+    for text in ("{}", '{"a": [1, {"b": null}]}', '{"a":1,"b":"c"}', '{ "a" : 1 }'):
         assert spell(make({"json_object": True}), "demo", text)
     assert not spell(make({"json_object": True}), "demo", "[1]")
-    assert not spell(make({"json_object": True}), "demo", "{" + " " * 40 + "}")  # for ever
+    assert not spell(make({"json_object": True}), "demo", "{  }")  # and so on, for ever
     assert spell(make({"json": json.dumps({"type": "null"})}), "demo", "null")
     assert spell(make({"json": True}), "demo", "[1]")
 
@@ -117,7 +117,7 @@ def test_kinds_of_grammars():
 @pytest.mark.parametrize("choice", ["required", {"function": {"name": "count"}}])
 def test_calls_of_tools(kind, choice):
     """Tags are tokens of one tokenizer, and text of the others."""
-    structured = structured_output(tools=TOOLS, tool_choice=choice)
+    structured = structured_output(tools=TOOLS, tool_choice=choice, parallel_tool_calls=True)
     tokenizer = TOKENIZERS[kind]
     tags = tag_ids(tokenizer, TAGS)
     for seed in range(4):
@@ -145,11 +145,11 @@ def test_how_many_calls_there_may_be():
         assert spell(make(structured, "tools"), "tools", call)
         return spell(make(structured, "tools"), "tools", f"{call}\n{call}")
 
-    assert two(tool_choice="required")
-    assert not two(tool_choice="required", parallel_tool_calls=False)
-    assert not two(tool_choice={"name": "stop"})
+    assert two(tool_choice="required", parallel_tool_calls=True)
+    assert not two(tool_choice="required")
+    assert not two(tool_choice={"name": "stop"}, parallel_tool_calls=True)
     # What a response may be, and what it may call instead.
-    assert two(tool_choice="auto", response_format={"type": "json_object"})
+    assert not two(tool_choice="auto", response_format={"type": "json_object"})
     structured = structured_output(tools=TOOLS, response_format={"type": "json_object"})
     assert spell(make(structured, "tools"), "tools", "{}")
 

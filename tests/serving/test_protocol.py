@@ -71,6 +71,7 @@ def test_null_is_absent_everywhere(path, what, fake):
     assert answer.status_code == 200, answer.text
 
 
+GRAMMAR = {"structured_outputs": {"choice": ["yes", "no"]}}
 BAD: dict[str, tuple[dict, str]] = {
     "n above the slots": ({"n": 5}, "n"),
     "n and greedy": ({"n": 2, "temperature": 0}, "n"),
@@ -94,6 +95,8 @@ BAD: dict[str, tuple[dict, str]] = {
     "too many prompts": ({"prompt": ["a"] * 513}, "prompt"),
     "17 stops": ({"stop": ["x"] * 17}, "stop"),
     "an empty stop": ({"stop": ""}, "stop"),
+    "a grammar and a length": ({**GRAMMAR, "min_tokens": 9}, "min_tokens"),
+    "a grammar and tokens": ({**GRAMMAR, "allowed_token_ids": [9]}, "allowed_token_ids"),
 }
 
 

@@ -11,15 +11,15 @@ from hmf_jax.engine import Engine, Finished, New
 
 
 def script(monkeypatch: pytest.MonkeyPatch, replies: Sequence[Sequence[int]]) -> None:
-    """Makes engines "generate" given tokens, whatever the model says (state included)."""
+    """Makes engines "generate" given tokens, whatever the model says (what they keep included)."""
     add, step, rest = Engine.add, Engine.step, iter(replies)
     scripted: dict[int, tuple[list[int], Sequence[int]]] = {}
 
-    def scripted_add(engine, request):
+    def scripted_add(engine, request, id=None):
         reply = list(next(rest))
-        # Feeding prompt + reply[:-1] leaves the state exactly as generating reply would.
+        # A prompt that goes on with reply[:-1] leaves an engine as generating the reply would.
         prompt = [*request.prompt, *reply[:-1]]
-        id = add(engine, dataclasses.replace(request, prompt=prompt, max_new_tokens=1))
+        id = add(engine, dataclasses.replace(request, prompt=prompt, max_new_tokens=1), id)
         scripted[id] = reply, request.eos_ids
         return id
 
@@ -28,7 +28,6 @@ def script(monkeypatch: pytest.MonkeyPatch, replies: Sequence[Sequence[int]]) ->
         for event in step(engine, steps):
             reply, ends = scripted[event.id]
             if isinstance(event, New):
-                engine._rows[event.id].newest = reply[-1]
                 event = New(event.id, reply, [0.0] * len(reply))
             elif isinstance(event, Finished):
                 event = Finished(event.id, "eos" if reply[-1] in ends else "length")

@@ -111,7 +111,7 @@ def by_pages(inputs: Paged, *, scale: float, axes: tuple[str, ...]) -> jax.Array
     """`paged_decode_attention` by cuDNN."""
     q, k, v, table, owner, first, lengths = localise(inputs, axes)
     (B, H, D), (P, page) = q.shape, k.shape[:2]
-    M, lengths = table.shape[1], lengths.astype(jnp.int32)
+    M, lengths = table.shape[1], jnp.asarray(lengths, jnp.int32)
     total = lengths.at[owner].get(mode="fill", fill_value=0)
     o, lse = cudnn.with_lse(
         q[jnp.minimum(owner, B - 1)][:, None],
