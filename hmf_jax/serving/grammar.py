@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import llguidance
-import llguidance.hf
 import numpy as np
 
 from hmf_jax.text.parts import CALL, END_CALL, END_THINK, TAGS
@@ -188,6 +187,8 @@ class Grammars:
         """The library's own tokenizer, which takes a second to make."""
         with self._building:
             if self._library is None:
+                import llguidance.hf  # brings transformers, which takes seconds
+
                 size = max(self._vocab_size, len(self._tokenizer))
                 try:
                     self._library = llguidance.hf.from_tokenizer(

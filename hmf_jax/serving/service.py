@@ -24,6 +24,7 @@ from hmf_jax.serving.router import Router
 from hmf_jax.serving.served import Served
 
 log = logging.getLogger(__name__)
+MEASURED = 512  # tokens of a prompt that say how quickly prompts are read
 PATIENCE = 1.0  # seconds that engines have to tell their numbers
 SILENCE = 60.0  # seconds without a sign of life, after which an engine counts as dead
 STARTING, READY, DRAINING, DEAD = "starting", "ready", "draining", "engine_dead"
@@ -42,6 +43,7 @@ class Row:
     choice: Choice
     engine: int
     submitted: float
+    unread: int = 0  # tokens of its prompt that were not in the cache
     started: float = 0.0
     first: float = 0.0
     last: float = 0.0
@@ -187,7 +189,8 @@ class Service:
         """How many tokens may wait."""
         if self.settings.max_queued_tokens is not None:
             return self.settings.max_queued_tokens
-        return max(60 * self._speed, self.model.length) if self._speed else float("inf")
+        least = self.settings.slots * self.model.length
+        return max(60 * self._speed, least) if self._speed else float("inf")
 
     @contextlib.contextmanager
     def open(self, ask: Ask) -> Iterator[Reply]:
@@ -313,6 +316,7 @@ class Service:
 
     def _started(self, row: Row, event: Started, now: float) -> None:
         row.started, length = now, len(row.choice.request.prompt)
+        row.unread = length - event.cached
         self._count(row.engine, waiting=-1, running=1, tokens=-length)
         waited = now - row.submitted
         self.metrics.started(length, event.cached, event.missed, waited, row.engine)
@@ -320,8 +324,8 @@ class Service:
     def _timed(self, row: Row, event: New, now: float) -> None:
         if not row.first:
             row.first = now
-            read = len(row.choice.request.prompt)
-            self._speed = max(self._speed, read / max(now - row.started, 1e-3))
+            if row.unread >= MEASURED:
+                self._speed = max(self._speed, row.unread / max(now - row.started, 1e-3))
             self.metrics.first(row.submitted, row.started, now, row.engine)
         since = now - row.last if row.last else None
         self.metrics.tokens(len(event.tokens), since, row.engine)

@@ -200,7 +200,7 @@ class Site:
         """The chunks of an answer."""
         with self.http.stream("POST", path, json={**body, "stream": True}) as response:
             assert response.status_code == 200
-            return events("".join(response.iter_text()))
+            return events("\n".join(response.iter_lines()))
 
     def error(self, path: str, status: int, **body: Any) -> dict[str, Any]:
         """The error that a request is answered with."""
@@ -221,7 +221,7 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
 
 def events(text: str) -> list[dict[str, Any]]:
     """The values of a stream that ends as it should."""
-    lines = [line for line in text.split("\n\n") if line and not line.startswith(":")]
+    lines = [line for line in text.strip().split("\n\n") if not line.startswith(":")]
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
