@@ -14,6 +14,7 @@ from hmf_jax.engine.request import Request
 from hmf_jax.engine.turn import Event, Finished
 
 IDLE = 0.5  # seconds between signs of life of a thread that has nothing to do
+FEW = 3  # with fewer requests than these, tokens are told one by one: little is lost by it
 FAILURES, WITHIN = 3, 60.0  # so many failures in so many seconds: it is no use to go on
 
 
@@ -30,7 +31,7 @@ class EngineThread:
       engine: nobody else may use it until `stop` has returned.
       deliver: gets what has happened, once per turn for all requests, in the engine's thread; it
         must not wait. Every request that `submit` has returned ends with exactly one `Finished`.
-      steps: tokens that a row decodes per turn, at most.
+      steps: tokens that a row decodes per turn, at most; 1 while there are few requests.
 
     If a turn raises an exception, all requests that wait or run end with it and the engine starts
     over; after three of them in a minute, or one of the GPU, the thread ends.
@@ -135,7 +136,7 @@ class EngineThread:
 
     def _step(self) -> list[Event]:
         try:
-            return self.engine.step(self._steps)
+            return self.engine.step(1 if len(self._known) < FEW else self._steps)
         except Exception as e:
             now = time.monotonic()
             self._failed = [*(at for at in self._failed if now - at < WITHIN), now]
