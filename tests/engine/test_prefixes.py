@@ -59,6 +59,14 @@ def test_the_second_one_where_the_caller_says_that_prompts_part():
         assert run.ask(base + prompt(50, 2), cuts=[40]) == place
 
 
+def test_short_questions_about_one_text():
+    """The ends of such prompts are nearer to where they part than snapshots may be."""
+    run = Run(limits(mode="fast", chunk=64, **MANY))
+    base = prompt(40)
+    cached = [run.ask(base + prompt(3, n), cuts=[40, 42]) for n in range(4)]
+    assert cached == [0, 0, 40, 40]
+
+
 def test_conversations_in_fast_mode():
     """The next message comes after the reply, or after the prompt if the reply is rewritten."""
     run = Run(limits(mode="fast", **MANY))
