@@ -35,6 +35,7 @@ class Ticket:
     Attributes:
       first, decode: tokens, logprobs [B, n], reasons [B] and the most likely tokens there.
       slots: those that `first` is about.
+      ids: whose each slot was.
       top: how many of the most likely tokens each slot asks for.
       scores: log-probabilities of the chunk's tokens, and the most likely ones there.
       scored: how many of them count.
@@ -44,6 +45,7 @@ class Ticket:
     first: tuple[Any, ...] | None
     decode: tuple[Any, ...] | None
     slots: frozenset[int]
+    ids: Sequence[int]
     top: Sequence[int]
     scores: tuple[Any, ...] | None
     scored: int
@@ -105,7 +107,7 @@ class Device:
         self._all = Storage(model, **numbers, processor=processor, solver=solver)
         self.slots, self._config = slots, model.config
         self._processed, self._fixed = processor is not None, fixed
-        self._asked: list[Request] = [_NOBODY] * slots
+        self._ids, self._asked = [-1] * slots, [_NOBODY] * slots  # of the request of each slot
         self._settings: Settings | None = None
         self._all.count(self._counts())
         self.page_bytes, self.snapshot_bytes = self._all.page_bytes, self._all.snapshot_bytes
@@ -143,7 +145,7 @@ class Device:
         decode = self._decode(turn) if turn.steps else None
         slots = frozenset(one.slot for one in turn.firsts)
         top = [request.top_logprobs for request in self._asked]
-        ticket = Ticket(first, decode, slots, top, scores, scored, top_scores)
+        ticket = Ticket(first, decode, slots, (*self._ids,), top, scores, scored, top_scores)
         for array in jax.tree.leaves(ticket.wanted()):
             array.copy_to_host_async()
         return ticket
@@ -167,7 +169,9 @@ class Device:
                     top[slot] += as_dicts(*(x[slot, :count, :n] for x in likely))
                 # That a row was stopped from outside is known there.
                 reasons[slot] = RUNNING if ended[slot] == STOPPED else int(ended[slot])
-        self._ended(slot for slot, reason in enumerate(reasons) if reason)
+        for slot, reason in enumerate(reasons):
+            if reason and self._ids[slot] == ticket.ids[slot]:  # else it is already another's
+                self._ended(slot)
         told, told_top = [], []
         if scores is not None:
             values, likely = scores
@@ -217,7 +221,7 @@ class Device:
         self._snapshots[save.snapshot] = Snapshot(*self._all.save(save.slot, save.logits)())
 
     def _load(self, load: Load, request: Request) -> None:
-        self._ask(load.slot, request)
+        self._ask(load.slot, load.id, request)
         seen = np.zeros((1, self._config.vocab_size), bool)
         if request.sampling.repetition_penalty != 1 or self._processed:
             seen[0, list(request.prompt[: load.length])] = True
@@ -231,7 +235,7 @@ class Device:
 
     def _chunk(self, chunk: Chunk, request: Request) -> tuple[Any, int]:
         """Reads it; log-probabilities of its tokens, if they were asked for, and how many count."""
-        self._ask(chunk.slot, request)
+        self._ask(chunk.slot, chunk.id, request)
         prompt = request.prompt[chunk.start : chunk.start + chunk.count + 1]
         tokens, targets = np.zeros((2, 1, chunk.width), np.int32)
         tokens[0, : chunk.count] = prompt[: chunk.count]
@@ -248,7 +252,7 @@ class Device:
     def _first(self, firsts: Sequence[First], asked: Mapping[int, Request]) -> tuple[Any, ...]:
         starts, left = np.zeros(self.slots, bool), np.zeros(self.slots, np.int32)
         for one in firsts:
-            self._ask(one.slot, asked[one.id])
+            self._ask(one.slot, one.id, asked[one.id])
             starts[one.slot], left[one.slot] = True, asked[one.id].max_new_tokens
             self._live.add(one.slot)
         allowed = self._allowed(one.slot for one in firsts)
@@ -269,7 +273,8 @@ class Device:
                 self._allowed(constrained - waiting),
             )
         )  # fmt: skip
-        self._ended(self._ends)
+        for slot in self._ends:
+            self._ended(slot)
         self._ends = set()
         return found
 
@@ -281,19 +286,18 @@ class Device:
 
     # What slots were asked for.
 
-    def _ask(self, slot: int, request: Request) -> None:
+    def _ask(self, slot: int, id: int, request: Request) -> None:
         """From now on the slot is this request's."""
         self._ends.discard(slot)
-        if self._asked[slot] is not request:
+        if self._ids[slot] != id or self._asked[slot] is not request:
             self._live.discard(slot)
-            self._asked[slot], self._settings = request, None
+            self._ids[slot], self._asked[slot], self._settings = id, request, None
             self._all.count(self._counts())
 
-    def _ended(self, slots: Iterable[int]) -> None:
-        for slot in slots:
-            self._live.discard(slot)
-            if self._fixed and self._asked[slot] is not _NOBODY:  # nothing is compiled again
-                self._asked[slot], self._settings = _NOBODY, None
+    def _ended(self, slot: int) -> None:
+        self._live.discard(slot)
+        if self._fixed and self._asked[slot] is not _NOBODY:  # nothing is compiled again
+            self._ids[slot], self._asked[slot], self._settings = -1, _NOBODY, None
 
     def _allowed(self, slots: Iterable[int]) -> np.ndarray | None:
         """The tokens that the constraints of these slots allow; None: all."""

@@ -124,6 +124,7 @@ class Engine:
         self._device = Device(model, capacity=capacity, **self._options)
         if prefix_bytes is None:
             prefix_bytes = 4 * max(slots, 4) * self._device.snapshot_bytes
+        parts = 1 if model.mesh is None else row_parts(model.mesh)
         self._limits = Limits(
             slots=slots,
             pages=pages,
@@ -135,7 +136,7 @@ class Engine:
             mode=prefixes,
             device_bytes=prefix_bytes,
             host_bytes=host_bytes,
-            groups=1 if model.mesh is None else row_parts(model.mesh),
+            groups=1 if slots % parts else parts,  # what cannot be split evenly is not
             every=every,
             spacing=spacing,
         )

@@ -19,7 +19,7 @@ from hmf_jax.engine.rows import STOPPED, Appends, Rows, Top, map_appended, progr
 from hmf_jax.engine.scores import of_tokens
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
-from hmf_jax.state import ModelState, advance
+from hmf_jax.state import ModelState, advance, with_pools
 
 Array = jax.Array
 
@@ -238,8 +238,5 @@ def _put(x: Array, one: Array, slot: Array) -> Array:
 
 def _with_pools(state: ModelState, pools: ModelState, appends: Appends) -> ModelState:
     """`state` with the pools of another one."""
-    layers = tuple(
-        dataclasses.replace(layer, **{name: getattr(other, name) for name in names})
-        for layer, other, names in zip(state.layers, pools.layers, appends, strict=True)
-    )
+    layers = tuple(map(with_pools, state.layers, pools.layers, appends))
     return dataclasses.replace(state, layers=layers)

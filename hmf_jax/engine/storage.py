@@ -20,7 +20,9 @@ from hmf_jax.sharding import row_parts
 
 SMALLEST_CHUNK = programs.SMALLEST_CHUNK
 STEP = 4  # from one width of chunks to the next, and of what the attention of a chunk reads
-PAGE_SIZE = 512  # tokens of a page, unless told otherwise
+# Tokens of a page, unless told otherwise. Attention takes 2% longer than from pages of 2048 and
+# from buffers, a decode step as long (benchmarks/results); half a page per row is lost.
+PAGE_SIZE = 1024
 MOST_PAGES = 64  # that one call copies, or fills with zeros
 
 

@@ -296,6 +296,10 @@ class Service:
                 self._started(row, event, now)
             elif isinstance(event, New):
                 self._timed(row, event, now)
+            broken = getattr(row.choice.request.constraint, "error", None)
+            if isinstance(event, Finished) and broken:
+                told = f"the grammar cannot be kept to: {broken}"
+                event = dataclasses.replace(event, reason="error", error=told)
             if isinstance(event, Finished) and event.reason in ("stop", "error"):
                 if not row.choice.done:  # its own fault, or the end of everything
                     row.reply.fail(self._fault(row, event))
@@ -353,7 +357,7 @@ class Service:
         own = "NaN" in error  # of this row alone, and so it would be again
         if own:
             self.metrics.nonfinite(row.engine)
-        return failed(error, again=not own)
+        return failed(error, again=not own and "grammar" not in error)
 
 
 def _counted(engine: Engine) -> tuple[Stats, int]:

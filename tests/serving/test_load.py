@@ -29,7 +29,7 @@ def loaded(live: Live, count: int, wrong: int, connections: int, *, seed: int, *
     users += [[call] for call in malformed(wrong, SCHEMAS, model=name, seed=seed)]
     users += [[call] for call in unusual(wrong // 5, model=name, seed=seed)]
     random.Random(seed).shuffle(users)
-    plan = Plan(users, connections=connections, retries=1000, timeout=120, watch=True)
+    plan = Plan(users, connections=connections, retries=60, timeout=60, watch=True)
     report = asyncio.run(run_load(live.url, plan))
     assert report.problems == []
     live.rests()
