@@ -150,6 +150,10 @@ class Device:
             array.copy_to_host_async()
         return ticket
 
+    def done(self, ticket: Ticket) -> bool:
+        """Whether the device has done all that a turn asked for."""
+        return all(array.is_ready() for array in jax.tree.leaves(ticket.wanted()))
+
     def collect(self, ticket: Ticket) -> Result:
         """Waits for what a turn has produced."""
         first, decode, scores = jax.device_get(ticket.wanted())
