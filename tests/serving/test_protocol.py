@@ -125,7 +125,7 @@ BAD_CHATS: dict[str, tuple[dict, str]] = {
     "a template": ({"chat_template": "x"}, "chat_template"),
     "begins and goes on": (
         {"add_generation_prompt": True, "continue_final_message": True},
-        "messages",
+        "continue_final_message",
     ),
     "a switch that is none": (
         {"chat_template_kwargs": {"enable_thinking": "no"}},
