@@ -24,6 +24,7 @@ from hmf_jax.engine.request import (
 from hmf_jax.engine.scheduler import Scheduler
 from hmf_jax.engine.settings import Processor
 from hmf_jax.engine.storage import PAGE_SIZE
+from hmf_jax.engine.timings import Timing, Timings
 from hmf_jax.engine.turn import Event, Finished, New, Turn
 from hmf_jax.model import HybridLM, check_solver
 from hmf_jax.options import check_choice
@@ -144,6 +145,7 @@ class Engine:
         self._requests: dict[int, Request] = {}  # that have not ended
         self._new: dict[int, list[int]] = {}  # tokens that each has made
         self._pending: tuple[Turn, Ticket] | None = None  # handed to the device, not collected
+        self._timings = Timings(clock)
 
     @property
     def busy(self) -> bool:
@@ -208,6 +210,10 @@ class Engine:
         """What runs and waits, and what the prefix cache holds and has found."""
         return self._scheduler.stats()
 
+    def timings(self) -> list[Timing]:
+        """How long the newest turns took, without those that were told before."""
+        return self._timings.take()
+
     def reset_prefixes(self) -> int:
         """Forgets all prefixes that no request uses; how many."""
         return self._scheduler.reset_prefixes()
@@ -260,13 +266,18 @@ class Engine:
             if self._pending is not None and self._pending[0].waits:
                 events += self._collect()
             turn = self._scheduler.plan(max(1, min(steps, MOST_STEPS)))
+            idle = self._pending is None or self._device.done(self._pending[1])
             ticket = None if turn is None else self._device.enqueue(turn, self._requests)
+            if turn is not None:
+                self._timings.enqueued(idle)
             events += self._collect()
             if turn is not None and ticket is not None:
                 self._pending = turn, ticket
         except BaseException as e:
             self._broken = f"{type(e).__name__}: {e}".rstrip(": ")
             raise
+        if not self.busy:
+            self._timings.rest()
         return events
 
     def recover(self) -> list[Event]:
@@ -276,7 +287,7 @@ class Engine:
           The ends of all requests that there were, each with the error.
         """
         error = self._broken or "the engine was started over"
-        self._pending, self._broken = None, ""
+        self._pending, self._broken, self._timings = None, "", Timings(self._clock)
         self._device = Device(self.model, capacity=self.capacity, **self._options)
         self._scheduler = Scheduler(self._limits, clock=self._clock)
         ended: list[Event] = [Finished(id, "error", error) for id in self._requests]
@@ -289,6 +300,7 @@ class Engine:
         if self._pending is not None:
             turn, ticket = self._pending
             result = self._device.collect(ticket)
+            self._timings.collected(turn)
             self._pending = None
         return [self._booked(event) for event in self._scheduler.commit(turn, result)]
 
