@@ -122,6 +122,7 @@ class Engine:
         )
         self._clock, self._ids, self._broken = clock, itertools.count(), ""
         self._device = Device(model, capacity=capacity, **self._options)
+        parts = 1 if model.mesh is None else row_parts(model.mesh)
         if prefix_bytes is None:
             prefix_bytes = 4 * max(slots, 4) * self._device.snapshot_bytes
         self._limits = Limits(
@@ -135,7 +136,7 @@ class Engine:
             mode=prefixes,
             device_bytes=prefix_bytes,
             host_bytes=host_bytes,
-            groups=1 if model.mesh is None else row_parts(model.mesh),
+            groups=parts if slots % parts == 0 else 1,  # else every device has all rows
             every=every,
             spacing=spacing,
         )
@@ -227,7 +228,8 @@ class Engine:
         """Makes room for `capacity` tokens in every row; what has been read stays.
 
         Raises:
-          ValueError: less than there is, or more than max_position_embeddings allows.
+          ValueError: less than there is, or more than max_position_embeddings allows; a mesh
+            splits the slots.
         """
         if capacity < self.capacity:
             raise ValueError(f"capacity={capacity} is less than the {self.capacity} there is.")
@@ -236,8 +238,8 @@ class Engine:
             size = self._limits.page_size
             more = self.slots * (-(-capacity // size) - -(-self.capacity // size))
             pages = self._limits.pages + more
-            self._device.grow(capacity, pages)
             self._scheduler.grow(capacity, pages)
+            self._device.grow(capacity, pages)
             self._limits = dataclasses.replace(self._limits, capacity=capacity, pages=pages)
             self._options["pages"], self.capacity = pages, capacity
 
