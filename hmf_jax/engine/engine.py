@@ -59,7 +59,7 @@ class Engine:
         "fast": wherever a request's `cuts` say, too, and where a reply ended, which changes the
         result by rounding; "off": nothing is kept.
       prefix_bytes: most bytes of the device for snapshots of prefixes, beside pages; None: those of
-        four times as many snapshots as there are slots, at least 16.
+        twice as many snapshots as there are slots, at least 8.
       host_bytes: most bytes of the host's memory for prefixes.
       every: also keep a snapshot after every so many tokens, a multiple of prefill_chunk; 0: no.
       spacing: fewest tokens between two snapshots of one prompt.
@@ -124,7 +124,7 @@ class Engine:
         self._device = Device(model, capacity=capacity, **self._options)
         parts = 1 if model.mesh is None else row_parts(model.mesh)
         if prefix_bytes is None:
-            prefix_bytes = 4 * max(slots, 4) * self._device.snapshot_bytes
+            prefix_bytes = 2 * max(slots, 4) * self._device.snapshot_bytes
         self._limits = Limits(
             slots=slots,
             pages=pages,
