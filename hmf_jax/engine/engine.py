@@ -60,7 +60,7 @@ class Engine:
         "fast": wherever a request's `cuts` say, too, and where a reply ended, which changes the
         result by rounding; "off": nothing is kept.
       prefix_bytes: most bytes of the device for snapshots of prefixes, beside pages; None: those of
-        four times as many snapshots as there are slots, at least 16.
+        twice as many snapshots as there are slots, at least 8.
       host_bytes: most bytes of the host's memory for prefixes.
       every: also keep a snapshot after every so many tokens, a multiple of prefill_chunk; 0: no.
       spacing: fewest tokens between two snapshots of one prompt.
@@ -123,9 +123,9 @@ class Engine:
         )
         self._clock, self._ids, self._broken = clock, itertools.count(), ""
         self._device = Device(model, capacity=capacity, **self._options)
-        if prefix_bytes is None:
-            prefix_bytes = 4 * max(slots, 4) * self._device.snapshot_bytes
         parts = 1 if model.mesh is None else row_parts(model.mesh)
+        if prefix_bytes is None:
+            prefix_bytes = 2 * max(slots, 4) * self._device.snapshot_bytes
         self._limits = Limits(
             slots=slots,
             pages=pages,
@@ -137,7 +137,7 @@ class Engine:
             mode=prefixes,
             device_bytes=prefix_bytes,
             host_bytes=host_bytes,
-            groups=1 if slots % parts else parts,  # what cannot be split evenly is not
+            groups=parts if slots % parts == 0 else 1,  # else every device has all rows
             every=every,
             spacing=spacing,
         )
@@ -234,7 +234,8 @@ class Engine:
         """Makes room for `capacity` tokens in every row; what has been read stays.
 
         Raises:
-          ValueError: less than there is, or more than max_position_embeddings allows.
+          ValueError: less than there is, or more than max_position_embeddings allows; a mesh
+            splits the slots.
         """
         if capacity < self.capacity:
             raise ValueError(f"capacity={capacity} is less than the {self.capacity} there is.")
@@ -243,8 +244,8 @@ class Engine:
             size = self._limits.page_size
             more = self.slots * (-(-capacity // size) - -(-self.capacity // size))
             pages = self._limits.pages + more
-            self._device.grow(capacity, pages)
             self._scheduler.grow(capacity, pages)
+            self._device.grow(capacity, pages)
             self._limits = dataclasses.replace(self._limits, capacity=capacity, pages=pages)
             self._options["pages"], self.capacity = pages, capacity
 
