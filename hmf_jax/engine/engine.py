@@ -69,6 +69,8 @@ class Engine:
         nothing, and the first request that does may wait for a compiler.
       explain: find out in which layer it began if the logits of a row are not finite; the others
         wait meanwhile.
+      record: gets lines that say what was asked and what was done, prompts included; see
+        `hmf_jax.engine.replay`.
       clock: seconds, for `Started.waited`.
 
     Raises:
@@ -93,6 +95,7 @@ class Engine:
         solver: str = "chebyshev",
         fixed: bool = False,
         explain: bool = True,
+        record: Callable[[str], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         named = {"slots": slots, "capacity": capacity, "prefill_chunk": prefill_chunk}
@@ -141,7 +144,8 @@ class Engine:
             every=every,
             spacing=spacing,
         )
-        self._scheduler = Scheduler(self._limits, clock=clock)
+        self._record = record
+        self._scheduler = self._begin()
         self._requests: dict[int, Request] = {}  # that have not ended
         self._new: dict[int, list[int]] = {}  # tokens that each has made
         self._pending: tuple[Turn, Ticket] | None = None  # handed to the device, not collected
@@ -290,10 +294,17 @@ class Engine:
         error = self._broken or "the engine was started over"
         self._pending, self._broken, self._timings = None, "", Timings(self._clock)
         self._device = Device(self.model, capacity=self.capacity, **self._options)
-        self._scheduler = Scheduler(self._limits, clock=self._clock)
+        self._scheduler = self._begin()
         ended: list[Event] = [Finished(id, "error", error) for id in self._requests]
         self._requests, self._new = {}, {}
         return ended
+
+    def _begin(self) -> Scheduler:
+        if self._record is None:
+            return Scheduler(self._limits, clock=self._clock)
+        from hmf_jax.engine.replay import Recorder  # here, since that module is also a program
+
+        return Recorder(self._limits, self._record, clock=self._clock)
 
     def _collect(self) -> list[Event]:
         """What the turn that the device has been given before has produced."""
