@@ -222,6 +222,23 @@ def test_a_grammar_that_cannot_be_kept_to_is_a_fault_of_that_request(fake):
     at_rest(fake)
 
 
+def test_a_tokenizer_that_raises_is_a_fault_of_that_request_only(fake, monkeypatch):
+    from hmf_jax.serving.choice import Choice
+
+    push = Choice.push
+
+    def raising(self, event):
+        if self.ask.request_id == "bad":
+            raise RuntimeError("cannot decode")
+        push(self, event)
+
+    monkeypatch.setattr(Choice, "push", raising)
+    response = fake.post("/v1/completions", prompt="a", request_id="bad", n=2)
+    assert "log" in error(response, 500)["message"]
+    assert fake.text()["choices"][0]["text"] == "ok"
+    at_rest(fake)
+
+
 def test_an_engine_that_starts_over_goes_on(fake):
     endless(fake)
     with background(fake, 2) as answers:
