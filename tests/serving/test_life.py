@@ -160,7 +160,7 @@ def test_abort_by_name(fake):
 def test_shutting_down_lets_requests_end():
     with site(shutdown_timeout=5.0) as fake:
         fake.says("one two three four five six seven eight")
-        fake.engine.turn = 0.05
+        fake.engine.turn = 0.01
         answers = []
 
         def ask():
