@@ -158,6 +158,13 @@ def test_a_stop_string_frees_the_row(fake):
     assert not fake.engine._left
 
 
+def test_stop_strings_are_not_for_calls_that_have_to_be(fake):
+    fake.says(CALL)
+    (choice,) = fake.chat(tools=TOOLS, tool_choice="required", stop=["name", "}"])["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"].endswith("[1, {}]}")
+    assert choice["finish_reason"] == "tool_calls"
+
+
 def test_ends(fake):
     fake.says("abc<|endoftext|>def")
     pad = fake.tokenizer.pad_token_id

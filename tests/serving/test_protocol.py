@@ -209,6 +209,11 @@ def test_bodies_over_http():
             assert told["type"] == "invalid_request_error"
         assert error(send(b"prompt=a", "application/x-www-form-urlencoded"), 415)
         assert send(b'{"prompt": "a"}', "application/json; charset=utf-8").status_code == 200
+        pieces = (b"x" * 1000 for _ in range(1000))
+        told = small.http.post(
+            "/v1/completions", content=pieces, headers={"content-type": "application/json"}
+        )
+        error(told, 413)
         assert error(small.http.post("/v1/completions"), 400)["code"] == "invalid_json"
         error(small.http.get("/v1/completions"), 405)
         error(small.http.get("/nowhere"), 404)
