@@ -120,6 +120,8 @@ class Device:
 
     def enqueue(self, turn: Turn, asked: Mapping[int, Request]) -> Ticket:
         """Hands a turn to the device; `asked` has the requests that it names, by id."""
+        if self._all.pool is None:  # no layer has anything in pages
+            turn = turn._replace(pages_out=(), zeroed=(), pages_in=(), copies=())
         self._ends |= set(turn.ends)
         self._live -= set(turn.ends)
         self._move_out(turn)
@@ -147,6 +149,10 @@ class Device:
         for array in jax.tree.leaves(ticket.wanted()):
             array.copy_to_host_async()
         return ticket
+
+    def done(self, ticket: Ticket) -> bool:
+        """Whether the device has done all that a turn asked for."""
+        return all(array.is_ready() for array in jax.tree.leaves(ticket.wanted()))
 
     def collect(self, ticket: Ticket) -> Result:
         """Waits for what a turn has produced."""
