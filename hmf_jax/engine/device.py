@@ -360,10 +360,8 @@ class Device:
         for allowed in masks:
             yield all.decode(none, 1, settings, top, table, none, allowed)
             yield all.first(none, zeros, settings, top, allowed)
-        for start in all.starts():
-            for width in reversed(all.widths()):
-                tokens = np.zeros((1, width), np.int32)
-                yield all.prefill(0, start, tokens, 1, (), iterations)
+        for start, width in reversed(all.starts()):
+            yield all.prefill(0, start, np.zeros((1, width), np.int32), 1, (), iterations)
         seen, token = np.zeros((1, V), bool), np.zeros(1, np.int32)
         for logits in (False, True):
             yield (save := all.save(0, logits))

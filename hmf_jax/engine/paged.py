@@ -34,6 +34,7 @@ def prefill_slot(
     tokens: Array,
     length: Array,
     num_iter: Any,
+    begins: Array | bool = False,
     fresh: bool = False,
     impl: str = "auto",
     solver: str = "chebyshev",
@@ -43,7 +44,8 @@ def prefill_slot(
     Args:
       table: [n] int32, the first pages of the row, which hold what it has so far and these tokens;
         attention reads all of them.
-      fresh: the slot is emptied first.
+      begins: whether the slot is emptied first.
+      fresh: it is, and attention need not read any page: see `ModelState.fresh`.
 
     Returns the rows, logits [B, V] and, for `score`, [1, T, d], the output of the last layer.
     """
@@ -51,8 +53,8 @@ def prefill_slot(
     apart = map_appended(lambda x: None, rows, model.appends)
     held = apart.state, apart.seen, apart.token
     state, seen, token = jax.tree.map(functools.partial(_cut, slot=slot), held)
-    if fresh:
-        state, seen = jax.tree.map(jnp.zeros_like, (state, seen))
+    empty = functools.partial(jnp.where, begins | fresh, 0)
+    state, seen = jax.tree.map(lambda x: empty(x).astype(x.dtype), (state, seen))
     state = with_pages(model, _with_pools(state, rows.state, model.appends), table[None])
     state, last, hidden = _feed(
         model, dataclasses.replace(state, fresh=fresh), tokens, length, num_iter, impl, solver

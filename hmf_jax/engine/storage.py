@@ -19,7 +19,7 @@ from hmf_jax.packed import PackedModel
 from hmf_jax.sharding import row_parts
 
 SMALLEST_CHUNK = programs.SMALLEST_CHUNK
-STEP = 4  # from one width of chunks to the next, and of what the attention of a chunk reads
+STEP = 4  # from one width of chunks to the next
 # Tokens of a page, unless told otherwise. Attention takes 2% longer than from pages of 2048 and
 # from buffers, a decode step as long (benchmarks/results); half a page per row is lost.
 PAGE_SIZE = 1024
@@ -148,23 +148,13 @@ class Storage:
             widths.append(min(widths[-1] * STEP, self.prefill_chunk))
         return widths
 
-    def starts(self) -> list[int]:
-        """Beginnings of chunks, one for each number of pages that the attention of one reads."""
-        starts = {}
-        for start in range(self.prefill_chunk, self.capacity, self.prefill_chunk):
-            starts.setdefault(self._read_pages(start + 1), start)
-        return [0, *starts.values()]
+    def starts(self) -> list[tuple[int, int]]:
+        """(start, width) of one chunk for each program that reads chunks."""
+        return [*((1, width) for width in self.widths()), (0, self.prefill_chunk)]
 
     @property
     def _most_pages(self) -> int:
         return -(-self.capacity // self.page_size)
-
-    def _read_pages(self, tokens: int) -> int:
-        """How many pages a chunk's attention reads, of a row of so many tokens: few sizes."""
-        room = self.prefill_chunk
-        while room < tokens:
-            room *= STEP
-        return min(-(-room // self.page_size), self._most_pages)
 
     def _pool_of(self, pages: int) -> tuple[int, int] | None:
         if not any(self.appends):
@@ -204,14 +194,18 @@ class Storage:
         num_iter: np.ndarray | None,
     ) -> Call:
         """See `paged.prefill_slot`; `pages` of the whole row."""
-        table = np.full(self._read_pages(start + count if start else 0), self.nowhere, np.int32)
+        # Only whole chunks have a program of their own for the beginning of a row; and all others
+        # gather a row of full length, which costs little: each program takes seconds to compile.
+        fresh = start == 0 and tokens.shape[1] == self.prefill_chunk
+        room = tokens.shape[1] if fresh else self.capacity
+        table = np.full(-(-min(room, self.capacity) // self.page_size), self.nowhere, np.int32)
         pages = pages[: len(table)]
         table[: len(pages)] = pages
         args = (
             self._packed, self.rows, self.logits, np.int32(slot), table, tokens,
             np.array([count], np.int32), num_iter,
         )  # fmt: skip
-        options = dict(fresh=start == 0, solver=self._solver)
+        options = dict(begins=np.bool_(start == 0), fresh=fresh, solver=self._solver)
         return Call(paged.prefill_slot.on(self._layout(), self.counts), args, options)
 
     def score(self, hidden: jax.Array, targets: np.ndarray, top: int) -> Call:
