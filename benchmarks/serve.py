@@ -91,8 +91,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def write_model(settings: Settings, directory: Path) -> None:
     """A random checkpoint with a tokenizer that has a word for every number."""
+    import jax
+
     from benchmarks.full_size import write_checkpoint
 
+    jax.config.update("jax_platforms", "cpu")  # the devices are for what is measured
     write_checkpoint(settings.config, directory, alike=True)
     write_tokenizer(settings.config.vocab_size, directory)
 

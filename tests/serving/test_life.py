@@ -207,6 +207,21 @@ def test_a_row_that_fails_is_a_fault_of_that_request_only(fake):
     at_rest(fake)
 
 
+def test_a_grammar_that_cannot_be_kept_to_is_a_fault_of_that_request(fake):
+    def breaks(request):
+        request.constraint.error = "too many lexer states"
+        return [fake.tokenizer.eos_token_id]
+
+    fake.engine.script = breaks
+    body = {"prompt": "a", "structured_outputs": {"choice": ["yes"]}}
+    response = fake.post("/v1/completions", **body)
+    assert "too many lexer states" in error(response, 500)["message"]
+    assert response.headers["x-should-retry"] == "false"
+    fake.says("yes")
+    assert fake.text(**body)["choices"][0]["text"] == "yes"
+    at_rest(fake)
+
+
 def test_an_engine_that_starts_over_goes_on(fake):
     endless(fake)
     with background(fake, 2) as answers:
@@ -369,6 +384,8 @@ def test_numbers(fake):
         f"vllm:kv_cache_usage_perc{{{label}}} 0.25",
         f"vllm:num_preemptions_total{{{label}}} 5.0",
         f"hmf:compiles_total{{{label}}} 0.0",
+        f"hmf:host_gap_seconds_sum{{{label}}} 0.25",
+        'hmf:dispatch_seconds_sum{engine="0",kind="decode",model_name="m"} 0.5',
         'hmf:slots{engine="0",model_name="m",state="decode"} 1.0',
         'hmf:prefix_bytes{engine="0",kind="kv",model_name="m",place="device"} 7.0',
     ):
