@@ -120,6 +120,8 @@ class Device:
 
     def enqueue(self, turn: Turn, asked: Mapping[int, Request]) -> Ticket:
         """Hands a turn to the device; `asked` has the requests that it names, by id."""
+        if self._all.pool is None:  # no layer has anything in pages
+            turn = turn._replace(pages_out=(), zeroed=(), pages_in=(), copies=())
         self._ends |= set(turn.ends)
         self._live -= set(turn.ends)
         self._move_out(turn)
@@ -147,6 +149,10 @@ class Device:
         for array in jax.tree.leaves(ticket.wanted()):
             array.copy_to_host_async()
         return ticket
+
+    def done(self, ticket: Ticket) -> bool:
+        """Whether the device has done all that a turn asked for."""
+        return all(array.is_ready() for array in jax.tree.leaves(ticket.wanted()))
 
     def collect(self, ticket: Ticket) -> Result:
         """Waits for what a turn has produced."""
@@ -235,7 +241,9 @@ class Device:
         """Reads it; log-probabilities of its tokens, if they were asked for, and how many count."""
         self._ask(chunk.slot, chunk.id, request)
         prompt = request.prompt[chunk.start : chunk.start + chunk.count + 1]
-        tokens, targets = np.zeros((2, 1, chunk.width), np.int32)
+        widths = self._all.widths(chunk.start + chunk.count)
+        width = next(width for width in widths if width >= chunk.width)
+        tokens, targets = np.zeros((2, 1, width), np.int32)
         tokens[0, : chunk.count] = prompt[: chunk.count]
         targets[0, : len(prompt) - 1] = prompt[1:]
         iterations = self._iterations(request)
@@ -361,7 +369,7 @@ class Device:
             yield all.decode(none, 1, settings, top, table, none, allowed)
             yield all.first(none, zeros, settings, top, allowed)
         for start in all.starts():
-            for width in reversed(all.widths()):
+            for width in reversed(all.widths(start + 1)):
                 tokens = np.zeros((1, width), np.int32)
                 yield all.prefill(0, start, tokens, 1, (), iterations)
         seen, token = np.zeros((1, V), bool), np.zeros(1, np.int32)

@@ -24,6 +24,7 @@ from hmf_jax.engine.request import (
 from hmf_jax.engine.scheduler import Scheduler
 from hmf_jax.engine.settings import Processor
 from hmf_jax.engine.storage import PAGE_SIZE
+from hmf_jax.engine.timings import Timing, Timings
 from hmf_jax.engine.turn import Event, Finished, New, Turn
 from hmf_jax.model import HybridLM, check_solver
 from hmf_jax.options import check_choice
@@ -59,7 +60,7 @@ class Engine:
         "fast": wherever a request's `cuts` say, too, and where a reply ended, which changes the
         result by rounding; "off": nothing is kept.
       prefix_bytes: most bytes of the device for snapshots of prefixes, beside pages; None: those of
-        four times as many snapshots as there are slots, at least 16.
+        twice as many snapshots as there are slots, at least 8.
       host_bytes: most bytes of the host's memory for prefixes.
       every: also keep a snapshot after every so many tokens, a multiple of prefill_chunk; 0: no.
       spacing: fewest tokens between two snapshots of one prompt.
@@ -68,6 +69,8 @@ class Engine:
         nothing, and the first request that does may wait for a compiler.
       explain: find out in which layer it began if the logits of a row are not finite; the others
         wait meanwhile.
+      record: gets lines that say what was asked and what was done, prompts included; see
+        `hmf_jax.engine.replay`.
       clock: seconds, for `Started.waited`.
 
     Raises:
@@ -92,6 +95,7 @@ class Engine:
         solver: str = "chebyshev",
         fixed: bool = False,
         explain: bool = True,
+        record: Callable[[str], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         named = {"slots": slots, "capacity": capacity, "prefill_chunk": prefill_chunk}
@@ -122,9 +126,9 @@ class Engine:
         )
         self._clock, self._ids, self._broken = clock, itertools.count(), ""
         self._device = Device(model, capacity=capacity, **self._options)
-        if prefix_bytes is None:
-            prefix_bytes = 4 * max(slots, 4) * self._device.snapshot_bytes
         parts = 1 if model.mesh is None else row_parts(model.mesh)
+        if prefix_bytes is None:
+            prefix_bytes = 2 * max(slots, 4) * self._device.snapshot_bytes
         self._limits = Limits(
             slots=slots,
             pages=pages,
@@ -136,14 +140,16 @@ class Engine:
             mode=prefixes,
             device_bytes=prefix_bytes,
             host_bytes=host_bytes,
-            groups=1 if slots % parts else parts,  # what cannot be split evenly is not
+            groups=parts if slots % parts == 0 else 1,  # else every device has all rows
             every=every,
             spacing=spacing,
         )
-        self._scheduler = Scheduler(self._limits, clock=clock)
+        self._record = record
+        self._scheduler = self._begin()
         self._requests: dict[int, Request] = {}  # that have not ended
         self._new: dict[int, list[int]] = {}  # tokens that each has made
         self._pending: tuple[Turn, Ticket] | None = None  # handed to the device, not collected
+        self._timings = Timings(clock)
 
     @property
     def busy(self) -> bool:
@@ -208,6 +214,10 @@ class Engine:
         """What runs and waits, and what the prefix cache holds and has found."""
         return self._scheduler.stats()
 
+    def timings(self) -> list[Timing]:
+        """How long the newest turns took, without those that were told before."""
+        return self._timings.take()
+
     def reset_prefixes(self) -> int:
         """Forgets all prefixes that no request uses; how many."""
         return self._scheduler.reset_prefixes()
@@ -228,7 +238,8 @@ class Engine:
         """Makes room for `capacity` tokens in every row; what has been read stays.
 
         Raises:
-          ValueError: less than there is, or more than max_position_embeddings allows.
+          ValueError: less than there is, or more than max_position_embeddings allows; a mesh
+            splits the slots.
         """
         if capacity < self.capacity:
             raise ValueError(f"capacity={capacity} is less than the {self.capacity} there is.")
@@ -237,8 +248,8 @@ class Engine:
             size = self._limits.page_size
             more = self.slots * (-(-capacity // size) - -(-self.capacity // size))
             pages = self._limits.pages + more
-            self._device.grow(capacity, pages)
             self._scheduler.grow(capacity, pages)
+            self._device.grow(capacity, pages)
             self._limits = dataclasses.replace(self._limits, capacity=capacity, pages=pages)
             self._options["pages"], self.capacity = pages, capacity
 
@@ -260,13 +271,18 @@ class Engine:
             if self._pending is not None and self._pending[0].waits:
                 events += self._collect()
             turn = self._scheduler.plan(max(1, min(steps, MOST_STEPS)))
+            idle = self._pending is None or self._device.done(self._pending[1])
             ticket = None if turn is None else self._device.enqueue(turn, self._requests)
+            if turn is not None:
+                self._timings.enqueued(idle)
             events += self._collect()
             if turn is not None and ticket is not None:
                 self._pending = turn, ticket
         except BaseException as e:
             self._broken = f"{type(e).__name__}: {e}".rstrip(": ")
             raise
+        if not self.busy:
+            self._timings.rest()
         return events
 
     def recover(self) -> list[Event]:
@@ -276,12 +292,19 @@ class Engine:
           The ends of all requests that there were, each with the error.
         """
         error = self._broken or "the engine was started over"
-        self._pending, self._broken = None, ""
+        self._pending, self._broken, self._timings = None, "", Timings(self._clock)
         self._device = Device(self.model, capacity=self.capacity, **self._options)
-        self._scheduler = Scheduler(self._limits, clock=self._clock)
+        self._scheduler = self._begin()
         ended: list[Event] = [Finished(id, "error", error) for id in self._requests]
         self._requests, self._new = {}, {}
         return ended
+
+    def _begin(self) -> Scheduler:
+        if self._record is None:
+            return Scheduler(self._limits, clock=self._clock)
+        from hmf_jax.engine.replay import Recorder  # here, since that module is also a program
+
+        return Recorder(self._limits, self._record, clock=self._clock)
 
     def _collect(self) -> list[Event]:
         """What the turn that the device has been given before has produced."""
@@ -289,6 +312,7 @@ class Engine:
         if self._pending is not None:
             turn, ticket = self._pending
             result = self._device.collect(ticket)
+            self._timings.collected(turn)
             self._pending = None
         return [self._booked(event) for event in self._scheduler.commit(turn, result)]
 

@@ -77,6 +77,7 @@ class Running:
             log_config=None,
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=75,
             timeout_graceful_shutdown=5,
         )
         self._server = uvicorn.Server(config)

@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from hmf_jax.engine import Engine, Event, Finished, New, Started
 from hmf_jax.engine.books import Stats
 from hmf_jax.engine.request import Constraint
+from hmf_jax.engine.timings import Timing
 from hmf_jax.serving.asks import Ask
 from hmf_jax.serving.choice import Choice
 from hmf_jax.serving.config import ServeConfig
@@ -25,7 +28,7 @@ from hmf_jax.serving.served import Served
 
 log = logging.getLogger(__name__)
 MEASURED = 512  # tokens of a prompt that say how quickly prompts are read
-PATIENCE = 1.0  # seconds that engines have to tell their numbers
+FRESH, PATIENCE = 0.5, 1.0  # seconds that engines' numbers hold, and that they have to tell them
 SILENCE = 60.0  # seconds without a sign of life, after which an engine counts as dead
 STARTING, READY, DRAINING, DEAD = "starting", "ready", "draining", "engine_dead"
 _WHY = {
@@ -73,6 +76,7 @@ class Service:
         self.served: Served | None = None
         self.metrics = Metrics()
         self._grammars: Grammars | None = None
+        self._asked_at = 0.0  # when the engines told their numbers
         self.replies: set[Reply] = set()
         self.waiting = self.waiting_tokens = self.running = 0
         self._speed = 0.0  # tokens per second: the best so far at reading prompts
@@ -152,17 +156,21 @@ class Service:
 
     async def numbers(self) -> tuple[bytes, str]:
         """All numbers as Prometheus reads them, and their media type."""
-        if self.served is not None and self.alive:
+        now = time.monotonic()
+        if self.served is not None and self.alive and now - self._asked_at > FRESH:
+            self._asked_at = now
             with contextlib.suppress(ApiError, TimeoutError):  # engines may be busy for long
                 found = await asyncio.wait_for(self.call(_counted), PATIENCE)
-                for i, (stats, compiled) in enumerate(found):
-                    self.metrics.engine(stats, compiled - self._compiled[i], i)
+                for i, (stats, compiled, timings) in enumerate(found):
+                    self.metrics.engine(stats, compiled - self._compiled[i], timings, i)
+            told = (device.memory_stats() or {} for device in jax.local_devices())
+            self.metrics.memory(max(one.get("peak_bytes_in_use", 0) for one in told))
         return self.metrics.text()
 
     async def prefix_cache(self) -> list[dict[str, Any]]:
         """What the engines tell about their prefix caches, as JSON."""
         found = []
-        for stats, _ in await self.call(_counted):
+        for stats in await self.call(lambda engine: engine.stats()):
             told = dataclasses.asdict(stats)
             told["prefix_bytes"] = {f"{a}_{b}": n for (a, b), n in stats.prefix_bytes.items()}
             found.append(told)
@@ -360,5 +368,5 @@ class Service:
         return failed(error, again=not own and "grammar" not in error)
 
 
-def _counted(engine: Engine) -> tuple[Stats, int]:
-    return engine.stats(), engine.compiled()
+def _counted(engine: Engine) -> tuple[Stats, int, list[Timing]]:
+    return engine.stats(), engine.compiled(), engine.timings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import jax.numpy as jnp
@@ -98,8 +99,9 @@ def test_engines_of_a_mesh_go_back_and_grow(sizes):
     config = tiny_config(SOME)
     spread = HybridLM.init(config, dtype=jnp.float32, mesh=mesh_of(sizes))
     alone = HybridLM.init(config, dtype=jnp.float32)
-    first = words(0, 30)
-    engine = make(spread, 2, capacity=64)
+    first, engine = words(0, 30), make(spread, capacity=64)
     answer(engine, first, 12, cuts=(9, 21))
     engine.grow(128)
     check(alone, engine, [*first[:21], *words(1, 12)], 21)
+    with pytest.raises(ValueError, match="only with one group") if "dp" in sizes else nullcontext():
+        make(spread, 2, capacity=64).grow(128)

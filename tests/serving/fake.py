@@ -15,6 +15,7 @@ import httpx
 from hmf_jax import HybridConfig
 from hmf_jax.engine import Finished, New, Request, Scored, Started
 from hmf_jax.engine.books import Stats
+from hmf_jax.engine.timings import Timing
 from hmf_jax.generation_config import GenerationDefaults
 from hmf_jax.serving.background import Running
 from hmf_jax.serving.config import ServeConfig
@@ -78,6 +79,9 @@ class FakeEngine:
             entries={"device": 3},
             preemptions=5,
         )
+
+    def timings(self) -> list[Timing]:
+        return [Timing("decode", 0.5, 0.25)]
 
     def compiled(self) -> int:
         return 2

@@ -384,6 +384,8 @@ def test_numbers(fake):
         f"vllm:kv_cache_usage_perc{{{label}}} 0.25",
         f"vllm:num_preemptions_total{{{label}}} 5.0",
         f"hmf:compiles_total{{{label}}} 0.0",
+        f"hmf:host_gap_seconds_sum{{{label}}} 0.25",
+        'hmf:dispatch_seconds_sum{engine="0",kind="decode",model_name="m"} 0.5',
         'hmf:slots{engine="0",model_name="m",state="decode"} 1.0',
         'hmf:prefix_bytes{engine="0",kind="kv",model_name="m",place="device"} 7.0',
     ):
