@@ -92,6 +92,7 @@ BAD: dict[str, tuple[dict, str]] = {
     "no token of the prompt": ({"prompt": [1, 320]}, "prompt"),
     "an empty prompt": ({"prompt": ["a", ""]}, "prompt[1]"),
     "texts and tokens": ({"prompt": ["a", [1]]}, "prompt"),
+    "too many tokens": ({"prompt": [1] * (2**21 + 1)}, "prompt"),
     "too many prompts": ({"prompt": ["a"] * 513}, "prompt"),
     "17 stops": ({"stop": ["x"] * 17}, "stop"),
     "an empty stop": ({"stop": ""}, "stop"),
