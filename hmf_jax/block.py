@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from hmf_jax.layers import MLP, backbone_norm, untabulated
 from hmf_jax.mixers import Context, Mixer, make_mixer, split_symbol
 from hmf_jax.moe import MoE, Routing
 from hmf_jax.sharding import constrain
+from hmf_jax.state import with_pools
 
 Array = jax.Array
 
@@ -46,6 +48,15 @@ class Block(nnx.Module):
         """
         x, mixed, _, state, routing = self.run(self.mixer, x, ctx, state, experts)
         return x, mixed, state, routing
+
+    def init_state(
+        self, batch: int, capacity: int, pages: Any, names: Sequence[str], dtype: Any, mesh: Any
+    ) -> Any:
+        """The mixer's empty state; with `pages` (P, page), these arrays of it are pools."""
+        state = self.mixer.init_state(batch, capacity, dtype, mesh)
+        if not pages:
+            return state
+        return with_pools(state, self.mixer.init_state(*pages, dtype, mesh), names)
 
     @untabulated
     def run(

@@ -220,9 +220,8 @@ class HybridLM(nnx.Module):
         `ModelState.fresh`.
 
         Memory: full attention layers take capacity entries per row, all other kinds a size that
-        does not depend on capacity. With `pages` (P, page), those layers have pools of P pages of
-        `page` tokens each instead, see `ModelState.pages`; no row has a page yet. A mesh that
-        splits the rows must split the pages, too.
+        does not depend on it. With `pages` (P, page) those layers have pools of P pages of `page`
+        tokens, see `ModelState.pages`; a mesh that splits the rows must split the pages, too.
         """
         if self.mesh is not None and self.mesh.shape["sp"] > 1:
             raise ValueError(
@@ -232,14 +231,10 @@ class HybridLM(nnx.Module):
         for name, value in (("batch", batch), ("capacity", capacity)):
             check_int(name, value, 1, MOST_POSITIONS)
 
-        def empty(block: Block, names: Sequence[str]) -> Any:
-            state = block.mixer.init_state(batch, capacity, self.dtype, self.mesh)
-            if pages is None or not names:
-                return state
-            pool = block.mixer.init_state(*pages, self.dtype, self.mesh)
-            return dataclasses.replace(state, **{name: getattr(pool, name) for name in names})
-
-        layers = tuple(map(empty, self.layers, self.appends))
+        layers = tuple(
+            block.init_state(batch, capacity, names and pages, names, self.dtype, self.mesh)
+            for block, names in zip(self.layers, self.appends, strict=True)
+        )
         length, position = (zeros((batch,), (None,), jnp.int32, self.mesh) for _ in range(2))
         return ModelState(layers, length, position, capacity, fresh=True)
 
@@ -248,9 +243,7 @@ class HybridLM(nnx.Module):
         """For each layer, the arrays of its state with an entry per token, see `Kind.appends`."""
         return tuple(KINDS[symbol].appends for symbol in self.config.student_kinds)
 
-    def abstract_state(
-        self, batch: int, capacity: int, *, pages: tuple[int, int] | None = None
-    ) -> ModelState:
+    def abstract_state(self, batch: int, capacity: int, *, pages: Any = None) -> ModelState:
         """`init_state` as `jax.ShapeDtypeStruct`s with shardings (without a mesh: None)."""
         with abstract_zeros():
             return self.init_state(batch, capacity, pages=pages)

@@ -108,6 +108,11 @@ def advance(
     return ModelState(tuple(layers), length, ctx.position, state.capacity, pages=state.pages)
 
 
+def with_pools(layer: Any, pool: Any, names: Sequence[str]) -> Any:
+    """The state of a layer with these arrays of another one."""
+    return dataclasses.replace(layer, **{name: getattr(pool, name) for name in names})
+
+
 __getattr__ = moved(
     __name__,
     {

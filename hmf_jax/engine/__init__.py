@@ -12,6 +12,7 @@
     rows       what a batch carries from program to program
     settings   what the rows were asked for, as arrays
     engine     add, abort, step -> events
+    timings    how long turns take
     thread     an engine in a thread of its own
     replay     runs of the scheduler from a file, without a device
     batch      prompts that begin and decode together: no scheduler, no pages

@@ -172,7 +172,8 @@ class Row:
         self.host: list[int] = []  # its pages there
         self.found: Any = None  # what `Prefixes.find` said, and of which version
         self.version = -1
-        self.shared: dict[int, int] = {}  # tokens in common with other prompts, by request
+        # A request that is being read, and how many tokens both begin with.
+        self.shared: tuple[int, int] = -1, 0
 
     @property
     def order(self) -> tuple[int, bool, int]:
@@ -236,10 +237,9 @@ class Draft:
     def _idle(self) -> bool:
         return self.chunk is None and not any(map(self.__getattribute__, _LISTS))
 
-    @property
     def due(self) -> bool:
-        """Whether there is something to do now. A turn that would use nothing does not hinder
-        anybody from giving things up."""
+        """Whether there is something to do now. A turn that would do nothing else does not use
+        anything, so what is to be given up after it can go at once."""
         if self._idle:
             (self.dropped, self.dropped_host), self._later = self._later, ([], [])
         return not self.empty

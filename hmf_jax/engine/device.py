@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from hmf_jax.engine.host import to_device, to_host
-from hmf_jax.engine.programs import MOST_STEPS, power_of_two
+from hmf_jax.engine.programs import ALL, MOST_STEPS, power_of_two
 from hmf_jax.engine.request import GREEDY, Request
 from hmf_jax.engine.rows import RUNNING, STOPPED, as_dicts
 from hmf_jax.engine.settings import MOST_LIKELY, Processor, Settings, stack_settings
@@ -35,6 +35,7 @@ class Ticket:
     Attributes:
       first, decode: tokens, logprobs [B, n], reasons [B] and the most likely tokens there.
       slots: those that `first` is about.
+      ids: whose each slot was.
       top: how many of the most likely tokens each slot asks for.
       scores: log-probabilities of the chunk's tokens, and the most likely ones there.
       scored: how many of them count.
@@ -44,6 +45,7 @@ class Ticket:
     first: tuple[Any, ...] | None
     decode: tuple[Any, ...] | None
     slots: frozenset[int]
+    ids: Sequence[int]
     top: Sequence[int]
     scores: tuple[Any, ...] | None
     scored: int
@@ -105,7 +107,7 @@ class Device:
         self._all = Storage(model, **numbers, processor=processor, solver=solver)
         self.slots, self._config = slots, model.config
         self._processed, self._fixed = processor is not None, fixed
-        self._asked: list[Request] = [_NOBODY] * slots
+        self._ids, self._asked = [-1] * slots, [_NOBODY] * slots  # of the request of each slot
         self._settings: Settings | None = None
         self._all.count(self._counts())
         self.page_bytes, self.snapshot_bytes = self._all.page_bytes, self._all.snapshot_bytes
@@ -118,6 +120,8 @@ class Device:
 
     def enqueue(self, turn: Turn, asked: Mapping[int, Request]) -> Ticket:
         """Hands a turn to the device; `asked` has the requests that it names, by id."""
+        if self._all.pool is None:  # no layer has anything in pages
+            turn = turn._replace(pages_out=(), zeroed=(), pages_in=(), copies=())
         self._ends |= set(turn.ends)
         self._live -= set(turn.ends)
         self._move_out(turn)
@@ -141,10 +145,14 @@ class Device:
         decode = self._decode(turn) if turn.steps else None
         slots = frozenset(one.slot for one in turn.firsts)
         top = [request.top_logprobs for request in self._asked]
-        ticket = Ticket(first, decode, slots, top, scores, scored, top_scores)
+        ticket = Ticket(first, decode, slots, (*self._ids,), top, scores, scored, top_scores)
         for array in jax.tree.leaves(ticket.wanted()):
             array.copy_to_host_async()
         return ticket
+
+    def done(self, ticket: Ticket) -> bool:
+        """Whether the device has done all that a turn asked for."""
+        return all(array.is_ready() for array in jax.tree.leaves(ticket.wanted()))
 
     def collect(self, ticket: Ticket) -> Result:
         """Waits for what a turn has produced."""
@@ -165,7 +173,9 @@ class Device:
                     top[slot] += as_dicts(*(x[slot, :count, :n] for x in likely))
                 # That a row was stopped from outside is known there.
                 reasons[slot] = RUNNING if ended[slot] == STOPPED else int(ended[slot])
-        self._ended(slot for slot, reason in enumerate(reasons) if reason)
+        for slot, reason in enumerate(reasons):
+            if reason and self._ids[slot] == ticket.ids[slot]:  # else it is already another's
+                self._ended(slot)
         told, told_top = [], []
         if scores is not None:
             values, likely = scores
@@ -215,7 +225,7 @@ class Device:
         self._snapshots[save.snapshot] = Snapshot(*self._all.save(save.slot, save.logits)())
 
     def _load(self, load: Load, request: Request) -> None:
-        self._ask(load.slot, request)
+        self._ask(load.slot, load.id, request)
         seen = np.zeros((1, self._config.vocab_size), bool)
         if request.sampling.repetition_penalty != 1 or self._processed:
             seen[0, list(request.prompt[: load.length])] = True
@@ -229,9 +239,11 @@ class Device:
 
     def _chunk(self, chunk: Chunk, request: Request) -> tuple[Any, int]:
         """Reads it; log-probabilities of its tokens, if they were asked for, and how many count."""
-        self._ask(chunk.slot, request)
+        self._ask(chunk.slot, chunk.id, request)
         prompt = request.prompt[chunk.start : chunk.start + chunk.count + 1]
-        tokens, targets = np.zeros((2, 1, chunk.width), np.int32)
+        widths = self._all.widths(chunk.start + chunk.count)
+        width = next(width for width in widths if width >= chunk.width)
+        tokens, targets = np.zeros((2, 1, width), np.int32)
         tokens[0, : chunk.count] = prompt[: chunk.count]
         targets[0, : len(prompt) - 1] = prompt[1:]
         iterations = self._iterations(request)
@@ -246,7 +258,7 @@ class Device:
     def _first(self, firsts: Sequence[First], asked: Mapping[int, Request]) -> tuple[Any, ...]:
         starts, left = np.zeros(self.slots, bool), np.zeros(self.slots, np.int32)
         for one in firsts:
-            self._ask(one.slot, asked[one.id])
+            self._ask(one.slot, one.id, asked[one.id])
             starts[one.slot], left[one.slot] = True, asked[one.id].max_new_tokens
             self._live.add(one.slot)
         allowed = self._allowed(one.slot for one in firsts)
@@ -267,7 +279,8 @@ class Device:
                 self._allowed(constrained - waiting),
             )
         )  # fmt: skip
-        self._ended(self._ends)
+        for slot in self._ends:
+            self._ended(slot)
         self._ends = set()
         return found
 
@@ -279,35 +292,37 @@ class Device:
 
     # What slots were asked for.
 
-    def _ask(self, slot: int, request: Request) -> None:
+    def _ask(self, slot: int, id: int, request: Request) -> None:
         """From now on the slot is this request's."""
         self._ends.discard(slot)
-        if self._asked[slot] is not request:
+        if self._ids[slot] != id or self._asked[slot] is not request:
             self._live.discard(slot)
-            self._asked[slot], self._settings = request, None
+            self._ids[slot], self._asked[slot], self._settings = id, request, None
             self._all.count(self._counts())
 
-    def _ended(self, slots: Iterable[int]) -> None:
-        for slot in slots:
-            self._live.discard(slot)
-            if self._fixed and self._asked[slot] is not _NOBODY:  # nothing is compiled again
-                self._asked[slot], self._settings = _NOBODY, None
+    def _ended(self, slot: int) -> None:
+        self._live.discard(slot)
+        if self._fixed and self._asked[slot] is not _NOBODY:  # nothing is compiled again
+            self._ids[slot], self._asked[slot], self._settings = -1, _NOBODY, None
 
-    def _allowed(self, slots: Iterable[int]) -> np.ndarray | None:
-        """The tokens that the constraints of these slots allow; None: all."""
+    def _allowed(self, slots: Iterable[int]) -> Any:
+        """The tokens that the constraints of these slots allow, see `programs.next_token`."""
         constraints = ((slot, self._asked[slot].constraint) for slot in slots)
         masks = {slot: one.mask() for slot, one in constraints if one is not None}
         if all(mask is None for mask in masks.values()):
-            return None
-        allowed = self._all_allowed()
+            return self._all_allowed if self._fixed else None
+        allowed = np.full(self._all_allowed.shape, ALL, np.uint32)
         for slot, mask in masks.items():
             if mask is not None:
                 allowed[slot] = mask
-        return allowed
+        return jax.device_put(allowed, self._all_allowed.sharding)
 
-    def _all_allowed(self) -> np.ndarray:
+    @functools.cached_property
+    def _all_allowed(self) -> jax.Array:
+        """On the device, so that it is not sent there again and again."""
         words = -(-self._config.vocab_size // 32)
-        return np.full((self.slots, words), 0xFFFFFFFF, np.uint32)
+        every = np.full((self.slots, words), ALL, np.uint32)
+        return jax.device_put(every, self._all.rows.reason.sharding)
 
     def _counts(self) -> bool:
         """Whether it must be known how often each token was generated."""
@@ -351,13 +366,12 @@ class Device:
         all, V = self._all, self._config.vocab_size
         none, zeros = np.zeros(self.slots, bool), np.zeros(self.slots, np.int32)
         settings, top = self._settings_and_top()
-        masks = (None, self._all_allowed()) if self._fixed else (None,)
+        allowed = self._allowed(())
         iterations, table = self._iterations(_NOBODY), all.table(())
-        for allowed in masks:
-            yield all.decode(none, 1, settings, top, table, none, allowed)
-            yield all.first(none, zeros, settings, top, allowed)
+        yield all.decode(none, 1, settings, top, table, none, allowed)
+        yield all.first(none, zeros, settings, top, allowed)
         for start in all.starts():
-            for width in reversed(all.widths()):
+            for width in reversed(all.widths(start + 1)):
                 tokens = np.zeros((1, width), np.int32)
                 yield all.prefill(0, start, tokens, 1, (), iterations)
         seen, token = np.zeros((1, V), bool), np.zeros(1, np.int32)

@@ -24,6 +24,7 @@ from hmf_jax.engine.request import (
 from hmf_jax.engine.scheduler import Scheduler
 from hmf_jax.engine.settings import Processor
 from hmf_jax.engine.storage import PAGE_SIZE
+from hmf_jax.engine.timings import Timing, Timings
 from hmf_jax.engine.turn import Event, Finished, New, Turn
 from hmf_jax.model import HybridLM, check_solver
 from hmf_jax.options import check_choice
@@ -68,6 +69,8 @@ class Engine:
         nothing, and the first request that does may wait for a compiler.
       explain: find out in which layer it began if the logits of a row are not finite; the others
         wait meanwhile.
+      record: gets lines that say what was asked and what was done, prompts included; see
+        `hmf_jax.engine.replay`.
       clock: seconds, for `Started.waited`.
 
     Raises:
@@ -92,6 +95,7 @@ class Engine:
         solver: str = "chebyshev",
         fixed: bool = False,
         explain: bool = True,
+        record: Callable[[str], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         named = {"slots": slots, "capacity": capacity, "prefill_chunk": prefill_chunk}
@@ -141,9 +145,15 @@ class Engine:
             spacing=spacing,
         )
         self._scheduler = Scheduler(self._limits, clock=clock)
+        if record is not None:
+            from hmf_jax.engine.replay import Recorder  # here, since that module is also a program
+
+            self._scheduler = Recorder(self._limits, record, clock=clock)
         self._requests: dict[int, Request] = {}  # that have not ended
         self._new: dict[int, list[int]] = {}  # tokens that each has made
         self._pending: tuple[Turn, Ticket] | None = None  # handed to the device, not collected
+        self._events: list[Event] = []  # that `step` has not told yet
+        self._timings = Timings(clock)
 
     @property
     def busy(self) -> bool:
@@ -208,6 +218,10 @@ class Engine:
         """What runs and waits, and what the prefix cache holds and has found."""
         return self._scheduler.stats()
 
+    def timings(self) -> list[Timing]:
+        """How long the newest turns took, without those that were told before."""
+        return self._timings.take()
+
     def reset_prefixes(self) -> int:
         """Forgets all prefixes that no request uses; how many."""
         return self._scheduler.reset_prefixes()
@@ -256,42 +270,50 @@ class Engine:
           RuntimeError: an earlier `step` raised an exception.
         """
         self._check_intact()
-        events: list[Event] = []
         try:
             if self._pending is not None and self._pending[0].waits:
-                events += self._collect()
+                self._collect()
             turn = self._scheduler.plan(max(1, min(steps, MOST_STEPS)))
+            idle = self._pending is None or self._device.done(self._pending[1])
             ticket = None if turn is None else self._device.enqueue(turn, self._requests)
-            events += self._collect()
+            if turn is not None:
+                self._timings.enqueued(idle)
+            self._collect()
             if turn is not None and ticket is not None:
                 self._pending = turn, ticket
         except BaseException as e:
             self._broken = f"{type(e).__name__}: {e}".rstrip(": ")
             raise
-        return events
+        if not self.busy:
+            self._timings.rest()
+        told, self._events = self._events, []
+        return told
 
     def recover(self) -> list[Event]:
         """Starts over with empty rows after an exception in `step`.
 
         Returns:
-          The ends of all requests that there were, each with the error.
+          What has not been told, and the ends of all requests that there were, with the error.
         """
         error = self._broken or "the engine was started over"
-        self._pending, self._broken = None, ""
+        self._pending, self._broken, self._timings = None, "", Timings(self._clock)
         self._device = Device(self.model, capacity=self.capacity, **self._options)
-        self._scheduler = Scheduler(self._limits, clock=self._clock)
-        ended: list[Event] = [Finished(id, "error", error) for id in self._requests]
-        self._requests, self._new = {}, {}
-        return ended
+        self._scheduler.fail()
+        told: list[Event] = [*self._events]
+        told += [Finished(id, "error", error) for id in self._requests]
+        self._requests, self._new, self._events = {}, {}, []
+        return told
 
-    def _collect(self) -> list[Event]:
-        """What the turn that the device has been given before has produced."""
+    def _collect(self) -> None:
+        """Books what the turn that the device has been given before has produced."""
         turn = result = None
         if self._pending is not None:
             turn, ticket = self._pending
             result = self._device.collect(ticket)
+            self._timings.collected(turn)
             self._pending = None
-        return [self._booked(event) for event in self._scheduler.commit(turn, result)]
+        for event in self._scheduler.commit(turn, result):
+            self._events.append(self._booked(event))
 
     def _booked(self, event: Event) -> Event:
         if isinstance(event, New):

@@ -19,12 +19,12 @@ from hmf_jax.engine.rows import STOPPED, Appends, Rows, Top, map_appended, progr
 from hmf_jax.engine.scores import of_tokens
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
-from hmf_jax.state import ModelState, advance
+from hmf_jax.state import ModelState, advance, with_pools
 
 Array = jax.Array
 
 
-@program(others=2, donate_argnames=("rows", "logits"), static_argnames=("fresh", "impl", "solver"))
+@program(others=2, donate_argnames=("rows", "logits"), static_argnames=("impl", "solver"))
 def prefill_slot(
     packed: PackedModel,
     rows: Rows,
@@ -34,7 +34,7 @@ def prefill_slot(
     tokens: Array,
     length: Array,
     num_iter: Any,
-    fresh: bool = False,
+    begins: Array,
     impl: str = "auto",
     solver: str = "chebyshev",
 ) -> tuple[Rows, Array, Array]:
@@ -43,7 +43,8 @@ def prefill_slot(
     Args:
       table: [n] int32, the first pages of the row, which hold what it has so far and these tokens;
         attention reads all of them.
-      fresh: the slot is emptied first.
+      begins: bool, the slot is emptied first. (One program serves the first chunk and the others:
+        each takes seconds to compile.)
 
     Returns the rows, logits [B, V] and, for `score`, [1, T, d], the output of the last layer.
     """
@@ -51,12 +52,9 @@ def prefill_slot(
     apart = map_appended(lambda x: None, rows, model.appends)
     held = apart.state, apart.seen, apart.token
     state, seen, token = jax.tree.map(functools.partial(_cut, slot=slot), held)
-    if fresh:
-        state, seen = jax.tree.map(jnp.zeros_like, (state, seen))
+    state, seen = jax.tree.map(lambda x: jnp.where(begins, 0, x).astype(x.dtype), (state, seen))
     state = with_pages(model, _with_pools(state, rows.state, model.appends), table[None])
-    state, last, hidden = _feed(
-        model, dataclasses.replace(state, fresh=fresh), tokens, length, num_iter, impl, solver
-    )
+    state, last, hidden = _feed(model, state, tokens, length, num_iter, impl, solver)
     valid = jnp.arange(tokens.shape[1]) < length
     seen = seen.at[0, tokens[0]].max(valid)
     newest = tokens[:, jnp.maximum(length[0] - 1, 0)]
@@ -238,8 +236,5 @@ def _put(x: Array, one: Array, slot: Array) -> Array:
 
 def _with_pools(state: ModelState, pools: ModelState, appends: Appends) -> ModelState:
     """`state` with the pools of another one."""
-    layers = tuple(
-        dataclasses.replace(layer, **{name: getattr(other, name) for name in names})
-        for layer, other, names in zip(state.layers, pools.layers, appends, strict=True)
-    )
+    layers = tuple(map(with_pools, state.layers, pools.layers, appends))
     return dataclasses.replace(state, layers=layers)

@@ -122,14 +122,14 @@ class Prefixes:
     def places(self, cuts: Sequence[int], prompt: array[int], found: Found) -> list[int]:
         """Where to take snapshots of a prompt, in numbers of tokens, ascending.
 
-        In the order of what they are worth: where the caller says that prompts begin to differ, the
-        last places first; where this one and an earlier one do; the last one that lies on the grid;
-        regular ones. Each at a distance from the others.
+        In the order of what they are worth: where this one and an earlier one part, as others may;
+        where the caller says that prompts begin to differ, the last places first; the last one that
+        lies on the grid; regular ones. Each at a distance from the others.
         """
         limits, last = self.limits, len(prompt) - 1
         if limits.mode == "off":
             return []
-        wanted = [*sorted(cuts, reverse=True), found.shared, last // limits.chunk * limits.chunk]
+        wanted = [found.shared, *sorted(cuts, reverse=True), last // limits.chunk * limits.chunk]
         if limits.every:
             wanted += range(limits.every, last + 1, limits.every)
         taken: list[int] = []

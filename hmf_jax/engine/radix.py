@@ -106,8 +106,14 @@ class Tree:
 
 def common(a: array[int], b: array[int]) -> int:
     """How many tokens two lists have in common at the beginning."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
+    low, most, step = 0, min(len(a), len(b)), 8
+    while low < most and a[low : low + step] == b[low : low + step]:  # ever longer pieces
+        low += step
+        step *= 2
+    if low >= most:  # the last piece was the rest of the shorter one
+        return most
+    high = min(low + step, most)
+    if a[low:high] == b[low:high]:
         return high
     while high - low > 1:  # the first `low` are the same, the first `high` are not
         middle = (low + high) // 2

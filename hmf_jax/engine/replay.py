@@ -1,12 +1,12 @@
 """A run of the scheduler as lines of JSON, which can be done again without model and device.
 
-    scheduler = Recorder(limits, file.write)      # in place of a Scheduler
+    engine = Engine(model, 8, capacity=4096, record=file.write)
 
     python -m hmf_jax.engine.replay FILE          # the same turns again, or the first that differs
 
-A line is one call: `limits` first, then `submit`, `cancel`, `plan` with the turn that came of it,
-`commit` with what the device produced, `reset`, `grow` and `fail`. Prompts are token ids, so a
-recording has what users wrote.
+A line is one call of the scheduler: `limits` first, then `submit`, `cancel`, `plan` with the turn
+that came of it, `commit` with what the device produced, `reset`, `grow` and `fail`. Prompts are
+token ids, so a recording has what users wrote.
 """
 
 from __future__ import annotations
@@ -103,20 +103,20 @@ def replay(lines: Iterable[str]) -> int:
     """
     scheduler: Scheduler | None = None
     turns: dict[int, Turn] = {}
+    count = 0
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)
             if scheduler is None:
                 scheduler = Scheduler(Limits(**line["limits"]))
-            else:
-                turn = _again(scheduler, line, turns)
-                if turn is not None:
-                    turns[turn.number] = turn
+            elif (turn := _again(scheduler, line, turns)) is not None:
+                turns[turn.number] = turn
+                count += 1
         except (KeyError, TypeError, json.JSONDecodeError) as e:
             raise ValueError(f"line {number} is not one of a recording: {e!r}") from e
         except _Different as e:
             raise ValueError(f"line {number}: {e}") from e
-    return len(turns)
+    return count
 
 
 class _Different(Exception):

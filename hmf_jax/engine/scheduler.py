@@ -41,7 +41,7 @@ from hmf_jax.engine.turn import (
     Turn,
 )
 
-LOOK = 256  # so many of the requests that wait are looked at in each turn
+LOOK = 128  # so many of the requests that wait are looked at in each turn
 
 
 class _Part(NamedTuple):
@@ -138,7 +138,7 @@ class Scheduler:
             row.coming += comes
             first = parts[row.id].tokens if row.id in parts else 0
             parts[row.id] = _Part(row, row.slot, first + comes)
-        if not self._draft.due and not steps:
+        if not self._draft.due() and not steps:
             return None
         tables: list[tuple[int, ...]] = [()] * self.limits.slots if steps else []
         for row in rows if steps else ():
@@ -164,23 +164,17 @@ class Scheduler:
         return told
 
     def fail(self) -> list[Event]:
-        """The device has lost what it held: everything that runs ends with "error"; what waits goes
-        on waiting. Turns that are under way must not be committed.
+        """The device has lost what it held: everything ends with "error", and the books are those
+        of a device that holds nothing. Turns that are under way must not be committed.
 
         Returns:
           All events that have not been told.
         """
-        for row in list(self._rows.values()):
-            if row.state != "waiting":
-                self._events.append(Finished(row.id, "error"))
-                row.state = "ended"
-                del self._rows[row.id]
-        self._waiting = [row for row in self._waiting if row.state == "waiting"]
-        for row in self._waiting:
-            row.found = None
+        told = [*self._events, *(Finished(id, "error") for id in self._rows)]
+        self._rows, self._waiting, self._events = {}, [], []
+        self._equal.clear()
         self._draft.clear()
         self._begin()
-        told, self._events = self._events, []
         return told
 
     def slot(self, id: int) -> int | None:
@@ -254,7 +248,7 @@ class Scheduler:
 
     def _admit(self, steps: int) -> list[Row]:
         """Lets in requests that wait; those of which nothing is left to be read."""
-        starts = []
+        starts, reading = [], self._reading()
         for row in self._waiting[:LOOK]:
             if None not in self._slots.rows and not self._slots.below(row):
                 break
@@ -262,13 +256,15 @@ class Scheduler:
                 if not self._slots.resume(row, steps):
                     break  # nobody takes the pages that it waits for
                 self._waiting.remove(row)
+                reading = self._reading()
                 continue
             found = self._find(row)
             unread = len(row.prompt) - found.length
-            if self._waits(row, found) or (unread and not self._lane(row, unread)):
+            if self._waits(row, found, reading) or not self._lane(row, unread, reading):
                 continue
-            if not self._start(row, found):
+            if not self._start(row, found, reading):
                 break
+            reading = self._reading()
             if not row.unread:
                 starts.append(row)
         return starts
@@ -281,7 +277,7 @@ class Scheduler:
             row.version = self._prefixes.version
         return row.found
 
-    def _waits(self, row: Row, found: Found) -> bool:
+    def _waits(self, row: Row, found: Found, reading: list[Row]) -> bool:
         """Whether to wait since a prompt that is being read begins alike, and a snapshot of the
         common beginning will be taken. That is asked anew in each turn, so nobody waits in vain."""
         if row.ask.scored or found.length == len(row.prompt):
@@ -291,7 +287,7 @@ class Scheduler:
             other.ask.priority <= row.ask.priority
             and not other.ask.scored
             and (other.key == row.key or self._shares(row, found, other))
-            for other in self._reading()
+            for other in reading
         )
 
     def _shares(self, row: Row, found: Found, other: Row) -> bool:
@@ -299,9 +295,9 @@ class Scheduler:
         none is planned where the two part, that is done now."""
         if self.limits.mode == "off" or row.ask.namespace != other.ask.namespace:
             return False
-        if other.id not in row.shared:
-            row.shared[other.id] = common(row.prompt, other.prompt)
-        last, spacing = min(row.shared[other.id], len(row.prompt) - 1), self.limits.spacing
+        if row.shared[0] != other.id:  # prompts are compared once, not in every turn
+            row.shared = other.id, common(row.prompt, other.prompt)
+        last, spacing = min(row.shared[1], len(row.prompt) - 1), self.limits.spacing
         last = self._prefixes.place(last)
         cut = max((at for at in other.cuts if at <= last), default=0)
         if last > other.done and last - max(cut, found.length) >= spacing:
@@ -309,21 +305,23 @@ class Scheduler:
             cut = last
         return cut - found.length >= spacing
 
-    def _lane(self, row: Row, unread: int) -> bool:
+    def _lane(self, row: Row, unread: int, reading: list[Row]) -> bool:
         """Whether a prompt's turn to be read has come: nobody as urgent is being read, or one that
         has more than four times as much left. That one is overtaken only once per chunk."""
-        before = [r for r in self._reading() if r.ask.priority <= row.ask.priority]
+        if not unread:
+            return True
+        before = [r for r in reading if r.ask.priority <= row.ask.priority]
         if len(before) != 1:
             return not before
         (first,) = before
         short = unread * 4 < first.unread and not first.overtaken
         return short and first.ask.priority == row.ask.priority
 
-    def _start(self, row: Row, found: Found) -> bool:
+    def _start(self, row: Row, found: Found, reading: list[Row]) -> bool:
         """Gives a request its slot, if there is one with enough pages."""
         if not row.ask.scored and self.limits.mode != "off":  # more may have been read meanwhile
             found = self._prefixes.find(row.ask.namespace, row.prompt)
-        alone, reading = not self._slots.running(), self._reading()
+        alone = not self._slots.running()
         if not self._slots.enter(row, found.entry):
             if not alone or found.entry is None:
                 return False
@@ -358,7 +356,8 @@ class Scheduler:
     def _reading(self) -> list[Row]:
         """Rows whose prompts are being read. The next chunk is one of the first: the most urgent
         one, and of those the one that has least left, which is the one that overtakes."""
-        rows = [row for row in self._slots.running() if row.state == "prefill" and row.unread]
+        rows = [row for row in self._slots.rows if row is not None and row.state == "prefill"]
+        rows = [row for row in rows if row.unread]
         return sorted(rows, key=lambda row: (row.ask.priority, row.unread, row.number))
 
     def _read(self, row: Row) -> None:

@@ -44,16 +44,22 @@ class Slots:
     def running(self, group: int | None = None) -> list[Row]:
         """Rows that have slots, of one group or all; the most urgent ones first."""
         rows = [row for row in self.rows if row is not None and row.state != "ended"]
-        here = [r for r in rows if group is None or self.limits.group_of(r.slot) == group]
-        return sorted(here, key=lambda row: row.order)
+        if group is not None:
+            rows = [row for row in rows if self.limits.group_of(row.slot) == group]
+        return sorted(rows, key=_order)
 
     def below(self, row: Row) -> list[Row]:
         """Rows that may be swapped out for one that waits, the least urgent one first. Not too many
         at a time, since each takes host memory."""
         if len(self.swapped) >= self.limits.slots:
             return []
-        below = [r for r in self.running() if r.ask.priority > row.ask.priority]
-        return [r for r in reversed(below) if not self.over(r)]
+        below = [
+            other
+            for other in self.rows
+            if other is not None and other.ask.priority > row.ask.priority
+            if other.state != "ended" and not self.over(other)
+        ]
+        return sorted(below, key=_order, reverse=True)
 
     def most(self, row: Row) -> int:
         """Most new tokens it can have. The newest one needs no place, but the device stops a row
@@ -142,8 +148,10 @@ class Slots:
     def _place(self, row: Row, need: Callable[[int], int]) -> int | None:
         """A free slot of a group that has as many pages as are needed there; if there is none, less
         urgent rows make room."""
-        groups = range(self.limits.groups)
-        for group in sorted(groups, key=lambda g: need(g) - self.prefixes.reach(g)):
+        groups = list(range(self.limits.groups))
+        if len(groups) > 1:
+            groups.sort(key=lambda group: need(group) - self.prefixes.reach(group))
+        for group in groups:
             slot = self._free(group)
             if slot is not None and self.prefixes.room(group, need(group)):
                 return slot
@@ -253,3 +261,7 @@ class Slots:
     def _tell_host(self) -> None:
         self.prefixes.swapped = len(self.swapped)
         self.prefixes.swapped_pages = sum(len(row.host) for row in self.swapped)
+
+
+def _order(row: Row) -> tuple[int, bool, int]:
+    return row.order

@@ -19,8 +19,13 @@ from hmf_jax.packed import PackedModel
 from hmf_jax.sharding import row_parts
 
 SMALLEST_CHUNK = programs.SMALLEST_CHUNK
-STEP = 4  # from one width of chunks to the next, and of what the attention of a chunk reads
-PAGE_SIZE = 512  # tokens of a page, unless told otherwise
+STEP = 4  # from one width of chunks to the next
+# Chunks that attention reads up to, and the next step from there. Each size is a program that takes
+# seconds to trace; reading 32K tokens that are not there takes 1% of the time of a chunk of 2048.
+READ = 16
+# Tokens of a page, unless told otherwise. Attention takes 2% longer than from pages of 2048 and
+# from buffers, a decode step as long (benchmarks/results); half a page per row is lost.
+PAGE_SIZE = 1024
 MOST_PAGES = 64  # that one call copies, or fills with zeros
 
 
@@ -139,19 +144,23 @@ class Storage:
             table[slot, : len(pages)] = pages
         return table
 
-    def widths(self) -> list[int]:
-        """What chunks are padded to, the smallest first."""
+    def widths(self, tokens: int = 0) -> list[int]:
+        """What chunks are padded to, the smallest first, of rows that have so many tokens then.
+
+        Where rows are long there are two: the time does not matter so much there.
+        """
         widths = [min(SMALLEST_CHUNK, self.prefill_chunk)]
         while widths[-1] < self.prefill_chunk:
             widths.append(min(widths[-1] * STEP, self.prefill_chunk))
-        return widths
+        near = self._read_pages(tokens) == self._read_pages(0)
+        return widths if near else sorted({*widths[1:2], widths[-1]})
 
     def starts(self) -> list[int]:
         """Beginnings of chunks, one for each number of pages that the attention of one reads."""
         starts = {}
-        for start in range(self.prefill_chunk, self.capacity, self.prefill_chunk):
+        for start in range(0, self.capacity, self.prefill_chunk):
             starts.setdefault(self._read_pages(start + 1), start)
-        return [0, *starts.values()]
+        return list(starts.values())
 
     @property
     def _most_pages(self) -> int:
@@ -159,9 +168,9 @@ class Storage:
 
     def _read_pages(self, tokens: int) -> int:
         """How many pages a chunk's attention reads, of a row of so many tokens: few sizes."""
-        room = self.prefill_chunk
+        room = READ * self.prefill_chunk
         while room < tokens:
-            room *= STEP
+            room *= READ
         return min(-(-room // self.page_size), self._most_pages)
 
     def _pool_of(self, pages: int) -> tuple[int, int] | None:
@@ -202,14 +211,14 @@ class Storage:
         num_iter: np.ndarray | None,
     ) -> Call:
         """See `paged.prefill_slot`; `pages` of the whole row."""
-        table = np.full(self._read_pages(start + count if start else 0), self.nowhere, np.int32)
+        table = np.full(self._read_pages(start + count), self.nowhere, np.int32)
         pages = pages[: len(table)]
         table[: len(pages)] = pages
         args = (
             self._packed, self.rows, self.logits, np.int32(slot), table, tokens,
-            np.array([count], np.int32), num_iter,
+            np.array([count], np.int32), num_iter, np.bool_(start == 0),
         )  # fmt: skip
-        options = dict(fresh=start == 0, solver=self._solver)
+        options = dict(solver=self._solver)
         return Call(paged.prefill_slot.on(self._layout(), self.counts), args, options)
 
     def score(self, hidden: jax.Array, targets: np.ndarray, top: int) -> Call:

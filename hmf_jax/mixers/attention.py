@@ -200,8 +200,13 @@ class Attention(Mixer):
             return o[:, None], state
         if ctx.fresh:
             return self._own_tokens(q, k, v, ctx), state
-        keys, values = pages.read(state.k, held), pages.read(state.v, held)
-        return attention(q, keys, values, offset=ctx.offset, **ctx.options), state
+
+        def among_all() -> Array:
+            keys, values = pages.read(state.k, held), pages.read(state.v, held)
+            return attention(q, keys, values, offset=ctx.offset, **ctx.options)
+
+        begin = jnp.all(ctx.offset == 0)
+        return jax.lax.cond(begin, lambda: self._own_tokens(q, k, v, ctx), among_all), state
 
     def _windowed(self, q, k, v, ctx: Context, state):
         if state is None:

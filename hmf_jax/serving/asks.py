@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -116,7 +117,9 @@ def render(fields: Conversation, served: Served, *, effort: str | None = None) -
             **kwargs,
         )
     except (ValueError, TypeError) as e:
-        raise invalid(one_line(e), "messages") from None
+        said = one_line(e)
+        named = re.match(r"(messages|tools|chat_template|continue_final_message)[\w.\[\]]*", said)
+        raise invalid(said, named[0] if named else "messages") from None
     tokens = _checked(rendered.tokens, served, "messages")
     return Prompt(tokens, rendered.text, rendered.cuts, rendered.thinking)
 

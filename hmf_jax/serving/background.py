@@ -77,6 +77,7 @@ class Running:
             log_config=None,
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=75,
             timeout_graceful_shutdown=5,
         )
         self._server = uvicorn.Server(config)
@@ -129,7 +130,7 @@ def prepare(model: HybridLM, tokenizer: Any, settings: ServeConfig) -> tuple[Eng
         prefill_chunk=min(settings.prefill_chunk, longest),
         prefix_cache=settings.prefix_cache,
     )
-    options = engines.checked(model.config, options)
+    _, options = engines.checked(model.config, options)
     plan = engines.plan(model.config, options, model.dtype)
     where = None if directory is None else Path(directory)
     served = describe(model, tokenizer, where, settings, options, plan)

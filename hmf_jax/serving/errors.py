@@ -15,6 +15,7 @@ TYPES = {
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
+    499: "aborted_error",
     500: "server_error",
     503: "overloaded_error",
 }

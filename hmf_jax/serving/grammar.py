@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import llguidance
-import llguidance.hf
 import numpy as np
 
 from hmf_jax.text.parts import CALL, END_CALL, END_THINK, TAGS
@@ -25,6 +24,7 @@ LONGEST = 1 << 20  # characters of a grammar
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 # Between the parts of JSON: a model that does not know what to write could write blanks for ever.
 _BLANKS = " "
+_NOTHING = "there is nothing that satisfies it"
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _NO_ARGUMENTS: Mapping[str, Any] = {
     "type": "object",
@@ -180,14 +180,21 @@ class Grammars:
         if wrong:
             raise ValueError(f"the grammar is refused: {_message(messages[0])}")
         matcher = llguidance.LLMatcher(library, source, log_level=0)
-        if matcher.is_error():
-            raise ValueError(f"the grammar is refused: {_message(matcher.get_error())}")
+        for _ in range(2):  # the first mask takes longest, and may use up what the second needs
+            trial = matcher.deep_copy()
+            trial.compute_bitmask()
+            if trial.is_stopped() and not trial.is_accepting():
+                why = _message(trial.get_error())
+                known = why and not why.startswith("NoExtension")
+                raise ValueError(f"the grammar is refused: {why if known else _NOTHING}")
         return matcher
 
     def _built(self) -> llguidance.LLTokenizer:
         """The library's own tokenizer, which takes a second to make."""
         with self._building:
             if self._library is None:
+                import llguidance.hf  # brings transformers, which takes seconds
+
                 size = max(self._vocab_size, len(self._tokenizer))
                 try:
                     self._library = llguidance.hf.from_tokenizer(
@@ -346,7 +353,11 @@ def _schema(schema: Any, where: str, strict: bool) -> dict[str, Any]:
         schema = {}
     if not isinstance(schema, Mapping):
         raise ValueError(f"{where} must be an object")
-    options = {"lenient": not strict, "whitespace_pattern": _BLANKS}
+    options = {
+        "lenient": not strict,
+        "coerce_one_of": not strict,
+        "whitespace_pattern": _BLANKS,
+    }
     return {**schema, "x-guidance": options}
 
 

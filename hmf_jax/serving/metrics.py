@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client import (
@@ -17,6 +17,7 @@ from prometheus_client import (
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from hmf_jax.engine.books import Stats
+from hmf_jax.engine.timings import Timing
 
 LABELS = ("model_name", "engine")
 disable_created_metrics()  # no second series that says since when each one counts
@@ -118,6 +119,13 @@ class Metrics:
         self._entries = gauge("hmf:prefix_entries", "Prefixes that can be hit.", "place")
         self._evictions = counter("hmf:prefix_evictions", "Prefixes that had to leave.", "place")
         self._compiles = counter("hmf:compiles", "Programs compiled since the server is ready.")
+        self._turns = made(
+            Histogram, "hmf:dispatch_seconds", "How long turns take.", "kind", buckets=_SHORT
+        )
+        self._gaps = histogram(
+            "hmf:host_gap_seconds", "How long the device waited for the host, at most.", _SHORT
+        )
+        self._peak = gauge("hmf:device_peak_bytes", "Most memory in use, of one device.")
         self._told: dict[tuple[Any, ...], float] = {}  # of what engines count themselves
         self._ignored = Counter(
             "hmf:ignored_fields", "Unknown fields of requests.", ["field"], registry=self.registry
@@ -209,8 +217,13 @@ class Metrics:
             if answer > 1:
                 self._of(self._per_token, engine).observe((last - first) / (answer - 1))
 
-    def engine(self, stats: Stats, compiled: int, engine: int = 0) -> None:
-        """What an engine counts itself: where everything is, and how many programs it has."""
+    def engine(
+        self, stats: Stats, compiled: int, timings: Sequence[Timing], engine: int = 0
+    ) -> None:
+        """What an engine counts itself: where everything is, how many programs it has, turns."""
+        for timing in timings:
+            self._of(self._turns, engine, timing.kind).observe(timing.seconds)
+            self._of(self._gaps, engine).observe(timing.gap)
         pages = sum(stats.pages.values())
         used = pages - stats.pages.get("free", 0)
         self._of(self._usage, engine).set(used / pages if pages else 0)
@@ -224,6 +237,10 @@ class Metrics:
             self._up(self._evictions, count, engine, place)
         self._up(self._swaps, stats.preemptions, engine)
         self._up(self._compiles, compiled, engine)
+
+    def memory(self, peak: int) -> None:
+        """Most bytes that were in use on one device."""
+        self._of(self._peak, 0).set(peak)
 
     def _up(self, metric: Counter, count: float, engine: int, *labels: str) -> None:
         """A counter says `count` now."""

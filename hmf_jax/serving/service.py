@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from hmf_jax.engine import Engine, Event, Finished, New, Started
 from hmf_jax.engine.books import Stats
 from hmf_jax.engine.request import Constraint
+from hmf_jax.engine.timings import Timing
 from hmf_jax.serving.asks import Ask
 from hmf_jax.serving.choice import Choice
 from hmf_jax.serving.config import ServeConfig
@@ -24,7 +27,8 @@ from hmf_jax.serving.router import Router
 from hmf_jax.serving.served import Served
 
 log = logging.getLogger(__name__)
-PATIENCE = 1.0  # seconds that engines have to tell their numbers
+MEASURED = 512  # tokens of a prompt that say how quickly prompts are read
+FRESH, PATIENCE = 0.5, 1.0  # seconds that engines' numbers hold, and that they have to tell them
 SILENCE = 60.0  # seconds without a sign of life, after which an engine counts as dead
 STARTING, READY, DRAINING, DEAD = "starting", "ready", "draining", "engine_dead"
 _WHY = {
@@ -42,6 +46,7 @@ class Row:
     choice: Choice
     engine: int
     submitted: float
+    unread: int = 0  # tokens of its prompt that were not in the cache
     started: float = 0.0
     first: float = 0.0
     last: float = 0.0
@@ -71,6 +76,7 @@ class Service:
         self.served: Served | None = None
         self.metrics = Metrics()
         self._grammars: Grammars | None = None
+        self._asked_at = 0.0  # when the engines told their numbers
         self.replies: set[Reply] = set()
         self.waiting = self.waiting_tokens = self.running = 0
         self._speed = 0.0  # tokens per second: the best so far at reading prompts
@@ -150,17 +156,21 @@ class Service:
 
     async def numbers(self) -> tuple[bytes, str]:
         """All numbers as Prometheus reads them, and their media type."""
-        if self.served is not None and self.alive:
+        now = time.monotonic()
+        if self.served is not None and self.alive and now - self._asked_at > FRESH:
+            self._asked_at = now
             with contextlib.suppress(ApiError, TimeoutError):  # engines may be busy for long
                 found = await asyncio.wait_for(self.call(_counted), PATIENCE)
-                for i, (stats, compiled) in enumerate(found):
-                    self.metrics.engine(stats, compiled - self._compiled[i], i)
+                for i, (stats, compiled, timings) in enumerate(found):
+                    self.metrics.engine(stats, compiled - self._compiled[i], timings, i)
+            told = (device.memory_stats() or {} for device in jax.local_devices())
+            self.metrics.memory(max(one.get("peak_bytes_in_use", 0) for one in told))
         return self.metrics.text()
 
     async def prefix_cache(self) -> list[dict[str, Any]]:
         """What the engines tell about their prefix caches, as JSON."""
         found = []
-        for stats, _ in await self.call(_counted):
+        for stats in await self.call(lambda engine: engine.stats()):
             told = dataclasses.asdict(stats)
             told["prefix_bytes"] = {f"{a}_{b}": n for (a, b), n in stats.prefix_bytes.items()}
             found.append(told)
@@ -187,7 +197,8 @@ class Service:
         """How many tokens may wait."""
         if self.settings.max_queued_tokens is not None:
             return self.settings.max_queued_tokens
-        return max(60 * self._speed, self.model.length) if self._speed else float("inf")
+        least = self.settings.slots * self.model.length
+        return max(60 * self._speed, least) if self._speed else float("inf")
 
     @contextlib.contextmanager
     def open(self, ask: Ask) -> Iterator[Reply]:
@@ -288,22 +299,35 @@ class Service:
         made = sum(len(e.tokens) for e in events if isinstance(e, New))
         self.metrics.turn(made, events[0].id % len(self._engines))  # events of one engine
         for event in events:
-            row = self._rows[event.id]
-            if isinstance(event, Started):
-                self._started(row, event, now)
-            elif isinstance(event, New):
-                self._timed(row, event, now)
-            if isinstance(event, Finished) and event.reason in ("stop", "error"):
-                if not row.choice.done:  # its own fault, or the end of everything
-                    row.reply.fail(self._fault(row, event))
-            else:
-                row.reply.push(row.choice, event)
+            row = self._rows.get(event.id)
+            if row is None:
+                continue
+            try:
+                self._tell(row, event, now)
+            except Exception:  # of a tokenizer, for example: the others have nothing to do with it
+                log.exception("request %s failed", row.reply.ask.id)
+                row.reply.fail(failed("the answer cannot be written, see the log of the server"))
             if isinstance(event, Finished):
                 self._ended(row, event)
         if self._router.error is not None and self.state != DEAD:
             self.state = DEAD
             log.error("the engine has stopped: %r", self._router.error)
             self._on_end()
+
+    def _tell(self, row: Row, event: Event, now: float) -> None:
+        """Hands an event on to whoever waits for it."""
+        if isinstance(event, Started) and not row.started:
+            self._started(row, event, now)
+        elif isinstance(event, New):
+            self._timed(row, event, now)
+        broken = getattr(row.choice.request.constraint, "error", None)
+        if isinstance(event, Finished) and broken:
+            told = f"the grammar cannot be kept to: {broken}"
+            event = dataclasses.replace(event, reason="error", error=told)
+        if not isinstance(event, Finished) or event.reason not in ("stop", "error"):
+            row.reply.push(row.choice, event)
+        elif not row.choice.done:  # its own fault, or the end of everything
+            row.reply.fail(self._fault(row, event))
 
     def _count(self, engine: int, *, waiting: int = 0, running: int = 0, tokens: int = 0) -> None:
         self.waiting += waiting
@@ -313,6 +337,7 @@ class Service:
 
     def _started(self, row: Row, event: Started, now: float) -> None:
         row.started, length = now, len(row.choice.request.prompt)
+        row.unread = length - event.cached
         self._count(row.engine, waiting=-1, running=1, tokens=-length)
         waited = now - row.submitted
         self.metrics.started(length, event.cached, event.missed, waited, row.engine)
@@ -320,8 +345,8 @@ class Service:
     def _timed(self, row: Row, event: New, now: float) -> None:
         if not row.first:
             row.first = now
-            read = len(row.choice.request.prompt)
-            self._speed = max(self._speed, read / max(now - row.started, 1e-3))
+            if row.unread >= MEASURED:
+                self._speed = max(self._speed, row.unread / max(now - row.started, 1e-3))
             self.metrics.first(row.submitted, row.started, now, row.engine)
         since = now - row.last if row.last else None
         self.metrics.tokens(len(event.tokens), since, row.engine)
@@ -340,17 +365,17 @@ class Service:
 
     def _fault(self, row: Row, event: Finished) -> ApiError:
         """What to tell of a request that the engine has ended by itself."""
-        if event.reason == "stop":
-            return busy(_WHY[DRAINING], DRAINING, 5)
         if self._router.error is not None:
             return self._dead()
+        if event.reason == "stop":
+            return busy(_WHY[DRAINING], DRAINING, 5)
         error = event.error or "the engine has failed"
         log.error("request %s failed: %s", row.reply.ask.id, error)
         own = "NaN" in error  # of this row alone, and so it would be again
         if own:
             self.metrics.nonfinite(row.engine)
-        return failed(error, again=not own)
+        return failed(error, again=not own and "grammar" not in error)
 
 
-def _counted(engine: Engine) -> tuple[Stats, int]:
-    return engine.stats(), engine.compiled()
+def _counted(engine: Engine) -> tuple[Stats, int, list[Timing]]:
+    return engine.stats(), engine.compiled(), engine.timings()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 from collections.abc import AsyncGenerator, Coroutine, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from hmf_jax.serving.errors import ApiError, failed
 
+_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 Batches = AsyncGenerator[Iterable[dict[str, Any]]]
 
 log = logging.getLogger(__name__)
@@ -33,8 +35,9 @@ def frame(data: Any) -> bytes:
 
 
 def dumps(data: Any) -> str:
-    """JSON text."""
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """JSON text in one line, also for clients that know more line ends than SSE has."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 async def while_connected[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:

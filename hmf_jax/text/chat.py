@@ -259,7 +259,9 @@ class ChatSession:
     def _prepare(self, message: Said) -> tuple[list[Message], Rendered]:
         """What a turn begins with: the messages, and the prompt that they make."""
         messages = check_messages([*self._messages, *said(message)])
-        options = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        options: dict[str, Any] = (
+            {} if self.thinking is None else {"enable_thinking": self.thinking}
+        )
         prompt = render_prompt(self.tokenizer, messages, tools=self.tools, **options)
         check_prompts([prompt.tokens], self.model.config.vocab_size)
         capacity, count = self._capacity(len(prompt.tokens)), len(prompt.tokens)

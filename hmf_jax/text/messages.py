@@ -83,20 +83,20 @@ def _check(message: Any, where: str) -> Message:
     return found
 
 
-def _content(content: Any, where: str) -> str:
+def _content(content: Any, where: str, strict: bool = True) -> str:
     if isinstance(content, list | tuple):
-        return "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
+        return "".join(_part(part, f"{where}[{i}]", strict) for i, part in enumerate(content))
     check_text(content, where, "a string, or a list of text parts")
     return content
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, where: str, strict: bool) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind != "text":
         what = shown(part) if kind is None else f"a part of type {shown(kind)}"
         raise ValueError(f'{where} is {what}; only {{"type": "text", "text": ...}} is supported')
     check_text(part.get("text"), f"{where}.text")
-    if extra := set(part) - {"type", "text"}:
+    if strict and (extra := set(part) - {"type", "text"}):
         raise ValueError(f"{where} has the key {shown(min(map(str, extra)))}; known: type, text")
     return part["text"]
 
@@ -205,7 +205,7 @@ def _api_message(message: Any, where: str) -> Message:
     if "content" not in given and role not in ("assistant", "tool"):
         raise ValueError(f"{where}.content is missing: what does the {role} say?")
     found: Message = {"role": "system" if role == "developer" else role}
-    found["content"] = _content(given.get("content", ""), f"{where}.content")
+    found["content"] = _content(given.get("content", ""), f"{where}.content", strict=False)
     for key in ("name", "tool_call_id"):
         if key in given:
             check_text(given[key], f"{where}.{key}")

@@ -93,14 +93,16 @@ def render_prompt(
     check_system(messages, prompt)
     before = messages if add_generation_prompt else messages[:-1] if continue_final_message else ()
     others = [write(before) if before else None, _another(write, messages)]
-    written = [prompt, *(text for text in others if text is not None)]
-    encoded = tokenizer(written, add_special_tokens=add_special_tokens, verbose=False)
-    tokens, *shared = encoded["input_ids"]
+    tokens = tokenizer.encode(prompt, add_special_tokens=add_special_tokens, verbose=False)
     if not tokens:
         raise ValueError("the chat template writes nothing for this conversation")
-    places = [common(tokens, one) for one in shared]
+
+    def shared(other: str | None) -> int:
+        return 0 if other is None else _shared(tokenizer, prompt, tokens, other, add_special_tokens)
+
+    places = [shared(other) for other in others]
     replies = add_generation_prompt or continue_final_message
-    own = tokens[places[0] if before else 0 :] if replies else []
+    own = tokens[places[0] :] if replies else []
     last = _last_tag(tokenizer, own)
     cuts = tuple(sorted({place for place in places if place}))
     return Rendered(tokens, cuts, last == THINK, last == END_THINK, prompt)
@@ -124,10 +126,36 @@ def check_system(messages: Sequence[Message], prompt: str) -> None:
 
 def common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How long the beginning is that two sequences share."""
-    shorter = min(len(a), len(b))
-    if a[:shorter] == b[:shorter]:
-        return shorter
-    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    same, most = 0, min(len(a), len(b))
+    while same < most:
+        middle = (same + most + 1) // 2
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            most = middle - 1
+    return same
+
+
+def _shared(
+    tokenizer: Any, text: str, tokens: list[int], other: str, add_special_tokens: bool
+) -> int:
+    """How many of the tokens of a text another text begins with.
+
+    Encoding a long text takes longer than finding a prefix in a cache. No token reaches across a
+    special one: the other text is encoded from the last one on that both have.
+    """
+    same = common(text, other)
+    special = max(
+        tokenizer.all_special_tokens, key=lambda one: text.rfind(one, 0, same), default=""
+    )
+    start, id = text.rfind(special, 0, same), tokenizer.convert_tokens_to_ids(special)
+    places = [i for i, token in enumerate(tokens) if token == id]
+    if special and start >= 0 and len(places) == text.count(special):
+        first = places[text.count(special, 0, start)]
+        rest = tokenizer.encode(other[start:], add_special_tokens=False, verbose=False)
+        return first + common(tokens[first:], rest)
+    whole = tokenizer.encode(other, add_special_tokens=add_special_tokens, verbose=False)
+    return common(tokens, whole)
 
 
 def _another(write: Callable[..., str], messages: Sequence[Message]) -> str | None:

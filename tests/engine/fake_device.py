@@ -230,6 +230,11 @@ class Story:
     started: Started | None = None
     turn: int = -1  # in which its first token came
 
+    @property
+    def cached(self) -> int:
+        assert self.started is not None
+        return self.started.cached
+
 
 class Driver:
     """Runs a scheduler on the fake device as the engine does: one turn ahead."""

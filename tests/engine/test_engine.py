@@ -12,6 +12,7 @@ import pytest
 
 from hmf_jax import HybridConfig, HybridLM
 from hmf_jax.engine import Engine, Finished, New, Request, Scored, Started
+from hmf_jax.engine.replay import replay
 from hmf_jax.sampling import SamplingParams
 
 VOCAB, CHUNK, CAPACITY = 64, 64, 256
@@ -89,10 +90,12 @@ def test_load_and_prefixes_change_no_bit(model, alone, prefixes) -> None:
 
 
 def test_few_pages_and_host_memory_change_no_bit(model, alone) -> None:
-    """Rows are swapped out, and prefixes go to host memory and come back."""
+    """Rows are swapped out, and prefixes go to host memory and come back; and a recording of all
+    that leads to the same turns again."""
+    lines: list[str] = []
     engine = Engine(
         model, 3, prefixes="exact", prefix_bytes=10**6, host_bytes=10**9, spacing=1,
-        **SIZES | {"pages": 9},
+        record=lines.append, **SIZES | {"pages": 9},
     )  # fmt: skip
     asked = [dataclasses.replace(r, priority=i % 3) for i, r in enumerate(mixture())]
     for _ in range(2):
@@ -104,6 +107,7 @@ def test_few_pages_and_host_memory_change_no_bit(model, alone) -> None:
         engine.step()
     stats = engine.stats()
     assert stats.pages["free"] == 9 and not any(stats.entries.values())
+    assert replay(lines) > 50
 
 
 def test_fast_prefixes_hit_anywhere(model, alone) -> None:

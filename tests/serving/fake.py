@@ -15,6 +15,7 @@ import httpx
 from hmf_jax import HybridConfig
 from hmf_jax.engine import Finished, New, Request, Scored, Started
 from hmf_jax.engine.books import Stats
+from hmf_jax.engine.timings import Timing
 from hmf_jax.generation_config import GenerationDefaults
 from hmf_jax.serving.background import Running
 from hmf_jax.serving.config import ServeConfig
@@ -78,6 +79,9 @@ class FakeEngine:
             entries={"device": 3},
             preemptions=5,
         )
+
+    def timings(self) -> list[Timing]:
+        return [Timing("decode", 0.5, 0.25)]
 
     def compiled(self) -> int:
         return 2
@@ -200,7 +204,7 @@ class Site:
         """The chunks of an answer."""
         with self.http.stream("POST", path, json={**body, "stream": True}) as response:
             assert response.status_code == 200
-            return events("".join(response.iter_text()))
+            return events("\n".join(response.iter_lines()))
 
     def error(self, path: str, status: int, **body: Any) -> dict[str, Any]:
         """The error that a request is answered with."""
@@ -221,7 +225,7 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
 
 def events(text: str) -> list[dict[str, Any]]:
     """The values of a stream that ends as it should."""
-    lines = [line for line in text.split("\n\n") if line and not line.startswith(":")]
+    lines = [line for line in text.strip().split("\n\n") if not line.startswith(":")]
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]

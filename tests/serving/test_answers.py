@@ -49,6 +49,7 @@ REPLIES = {
     "all": f"<think>\nhm\n</think>\n\nWait.\n{CALL}",
     "no call": "<tool_call>\nlook(3)\n</tool_call>",
     "an empty answer": "",
+    "line ends": "a\r\n\nb\u2028c\x85d\x0be",
 }
 
 

@@ -234,6 +234,9 @@ UNSUPPORTED = {"type": "array", "uniqueItems": True}
         ({"regex": ""}, "regex must be a text that is not empty"),
         ({"grammar": "start: nothing"}, 'unknown name: "nothing"'),
         ({"grammar": 5}, "grammar must be a text"),
+        ({"grammar": "start: start"}, "refused: there is nothing that satisfies it"),
+        ({"json": {"enum": []}}, "Unsatisfiable schema"),
+        ({"regex": "x{1000000}"}, "too many expressions"),
         ({"choice": []}, "choice must be a list of texts"),
         ({"choice": ["a", ""]}, "none of which is empty"),
         ({"grammar": "#" * (1 << 20)}, "more than 1,048,576 characters"),
@@ -254,6 +257,8 @@ def test_keywords_that_are_not_supported_may_be_left_out():
     with pytest.raises(ValueError, match="uniqueItems"):
         make(structured_output(response_format=lenient))
     make({"tools": [{"name": "f", "parameters": {"not": {}}}]})
+    either = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
+    assert spell(make({"json": either, "strict": False}), "demo", "1")
 
 
 def test_tokenizers_that_are_not_of_bytes():

@@ -160,7 +160,7 @@ def test_abort_by_name(fake):
 def test_shutting_down_lets_requests_end():
     with site(shutdown_timeout=5.0) as fake:
         fake.says("one two three four five six seven eight")
-        fake.engine.turn = 0.05
+        fake.engine.turn = 0.01
         answers = []
 
         def ask():
@@ -204,6 +204,38 @@ def test_a_row_that_fails_is_a_fault_of_that_request_only(fake):
     assert fake.text()["choices"][0]["text"] == "ok"
     metrics = fake.http.get("/metrics").text
     assert 'hmf:nonfinite_total{engine="0",model_name="m"} 1.0' in metrics
+    at_rest(fake)
+
+
+def test_a_grammar_that_cannot_be_kept_to_is_a_fault_of_that_request(fake):
+    def breaks(request):
+        request.constraint.error = "too many lexer states"
+        return [fake.tokenizer.eos_token_id]
+
+    fake.engine.script = breaks
+    body = {"prompt": "a", "structured_outputs": {"choice": ["yes"]}}
+    response = fake.post("/v1/completions", **body)
+    assert "too many lexer states" in error(response, 500)["message"]
+    assert response.headers["x-should-retry"] == "false"
+    fake.says("yes")
+    assert fake.text(**body)["choices"][0]["text"] == "yes"
+    at_rest(fake)
+
+
+def test_a_tokenizer_that_raises_is_a_fault_of_that_request_only(fake, monkeypatch):
+    from hmf_jax.serving.choice import Choice
+
+    push = Choice.push
+
+    def raising(self, event):
+        if self.ask.request_id == "bad":
+            raise RuntimeError("cannot decode")
+        push(self, event)
+
+    monkeypatch.setattr(Choice, "push", raising)
+    response = fake.post("/v1/completions", prompt="a", request_id="bad", n=2)
+    assert "log" in error(response, 500)["message"]
+    assert fake.text()["choices"][0]["text"] == "ok"
     at_rest(fake)
 
 
@@ -369,6 +401,8 @@ def test_numbers(fake):
         f"vllm:kv_cache_usage_perc{{{label}}} 0.25",
         f"vllm:num_preemptions_total{{{label}}} 5.0",
         f"hmf:compiles_total{{{label}}} 0.0",
+        f"hmf:host_gap_seconds_sum{{{label}}} 0.25",
+        'hmf:dispatch_seconds_sum{engine="0",kind="decode",model_name="m"} 0.5',
         'hmf:slots{engine="0",model_name="m",state="decode"} 1.0',
         'hmf:prefix_bytes{engine="0",kind="kv",model_name="m",place="device"} 7.0',
     ):

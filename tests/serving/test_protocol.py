@@ -125,7 +125,11 @@ BAD_CHATS: dict[str, tuple[dict, str]] = {
     "a template": ({"chat_template": "x"}, "chat_template"),
     "begins and goes on": (
         {"add_generation_prompt": True, "continue_final_message": True},
-        "messages",
+        "continue_final_message",
+    ),
+    "a switch that is none": (
+        {"chat_template_kwargs": {"enable_thinking": "no"}},
+        "chat_template_kwargs.enable_thinking",
     ),
     "a format": ({"response_format": {"type": "x"}}, "response_format.type"),
 }
@@ -205,6 +209,7 @@ def test_bodies_over_http():
             assert told["type"] == "invalid_request_error"
         assert error(send(b"prompt=a", "application/x-www-form-urlencoded"), 415)
         assert send(b'{"prompt": "a"}', "application/json; charset=utf-8").status_code == 200
+        assert error(small.http.post("/v1/completions"), 400)["code"] == "invalid_json"
         error(small.http.get("/v1/completions"), 405)
         error(small.http.get("/nowhere"), 404)
         error(small.http.put("/nowhere"), 404)
@@ -288,3 +293,28 @@ def test_routes_about_tokens(fake):
     assert info["eos_token"] == "<|im_end|>" and "im_start" in info["chat_template"]
     assert fake.error("/detokenize", 400, tokens=[320])["param"] == "tokens"
     assert fake.error("/tokenize", 400, prompt=3)["param"] == "prompt"
+
+
+def test_structured_output_becomes_a_constraint(fake):
+    schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    fake.chat(response_format=wanted)
+    mask = fake.engine.seen[-1].constraint.mask()
+    allowed = {t for t in range(320) if mask[t // 32] >> (t % 32) & 1}
+    (brace,) = fake.tokenizer.encode("{")
+    assert brace in allowed and not allowed & set(fake.tokenizer.encode("abcxyz"))
+    fake.text(n=2, structured_outputs={"choice": ["yes", "no"]})
+    first, second = (request.constraint for request in fake.engine.seen[-2:])
+    assert first is not second
+    two = {"regex": "a", "choice": ["b"]}
+    assert fake.error("/v1/completions", 400, prompt="a", structured_outputs=two)["param"]
+    wrong = fake.error("/v1/completions", 400, prompt="a", structured_outputs={"regex": "("})
+    assert "regex" in wrong["message"]
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    import hmf_jax.serving
+
+    monkeypatch.setattr(hmf_jax.serving, "find_spec", lambda name: None if name == "uvicorn" else 1)
+    with pytest.raises(ImportError, match=r'needs uvicorn: pip install "hmf-jax\[serve\]"'):
+        hmf_jax.serving.running  # noqa: B018

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from hmf_jax.demo import build_tokenizer
-from hmf_jax.text import api_messages, render_prompt
-from hmf_jax.text.prompt import check_template_kwargs
-from tests.text.tokenizers import REASONING_TEMPLATE, reasoning
+from hmf_jax.text import api_messages, render, render_prompt
+from hmf_jax.text.prompt import check_template_kwargs, common
+from tests.text.tokenizers import KINDS, REASONING_TEMPLATE, reasoning
 
 TOKENIZER: Any = reasoning()
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -36,6 +36,27 @@ def test_a_prompt_is_cut_where_others_differ():
     longer = [SYSTEM, ASK, {"role": "assistant", "content": "Yes."}, ASK]
     again = render_prompt(TOKENIZER, longer).tokens
     assert again[: rendered.cuts[1]] == rendered.tokens[: rendered.cuts[1]]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "tools"])
+def test_cuts_are_those_of_whole_texts(kind):
+    """That only the ends of long texts are encoded again shows nowhere."""
+    tokenizer = reasoning() if kind == "tools" else KINDS[kind]()
+    tokenizer.chat_template = REASONING_TEMPLATE.replace("<|im_end|>", tokenizer.eos_token)
+    system = {"role": "system", "content": "world hello"}
+    said = [f"{tokenizer.eos_token} hello", "hello world", "? \n\n", "", " a", "é日本"]
+    for first in said:
+        for last in said:
+            asked = {"role": "user", "content": first}, {"role": "user", "content": last}
+            for add in (False, True):
+                options: dict[str, Any] = {"add_special_tokens": add}
+                whole = render_prompt(tokenizer, [system, *asked], **options)
+                assert whole.tokens == tokenizer.encode(whole.text, **options)
+                other = {"role": "user", "content": "!" if first.startswith("?") else "?"}
+                before = render(tokenizer, [system, *asked], add_generation_prompt=False)
+                texts = (render(tokenizer, [system, other]), before)
+                places = {common(whole.tokens, tokenizer.encode(t, **options)) for t in texts}
+                assert whole.cuts == tuple(sorted(places - {0}))
 
 
 def test_tools_are_part_of_what_is_shared():
@@ -121,6 +142,7 @@ def test_messages_of_the_interface():
     sent = [
         {"role": "developer", "content": [{"type": "text", "text": t} for t in ("Be ", "kind.")]},
         {"role": "user", "content": "", "name": "Ada", "extra": 1},
+        {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {}}]},
         {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "1", "content": "3"},
         {"role": "assistant", "content": "Three.", "tool_calls": [], "reasoning_content": "so"},
@@ -128,6 +150,7 @@ def test_messages_of_the_interface():
     assert api_messages(sent) == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "", "name": "Ada"},
+        {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [CALL]},
         {"role": "tool", "content": "3", "tool_call_id": "1"},
         {"role": "assistant", "content": "Three.", "reasoning_content": "so"},
