@@ -128,8 +128,10 @@ class Scheduler:
         parts = {row.id: _Part(row, row.slot, self._first(row)) for row in starts}
         rows = [r for r in self._slots.running() if r.state == "decode" and not self._slots.over(r)]
         waits = any(row.ask.constrained for row in (*rows, *starts))
+        if (chunk := self._draft.chunk) is not None:
+            steps = min(steps, -(-self.limits.interleave * chunk.width // self.limits.chunk))
         # What a constrained row may choose next is known when its newest token is.
-        steps = 1 if waits else steps
+        steps = min(steps, 1) if waits else steps
         rows = [row for row in rows if not (row.ask.constrained and row.id in parts)]
         steps = min(steps, max(map(self._slots.left, rows), default=0))
         steps = self._slots.fitting([row for row in starts if row in rows], steps)
