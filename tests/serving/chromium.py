@@ -97,7 +97,7 @@ class Chromium:
             raise RuntimeError(f"{code}: {result['exceptionDetails']}")
         return result["result"].get("value")
 
-    def until(self, code: str, seconds: float = 30) -> Any:
+    def until(self, code: str, seconds: float = 120) -> Any:
         """Waits until an expression is true, and returns its value."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(code)):
