@@ -155,7 +155,7 @@ class Models:
         self.threads = ThreadPoolExecutor()
         self.pending: list[Any] = []
         words = -(-self.config.vocab_size // 32)
-        self.mask = np.full((args.slots, words), 0xFFFFFFFF, np.uint32)
+        self.mask = np.full((args.slots, words), 0x55555555, np.uint32)  # even tokens
         self.top = min(20, self.config.vocab_size)
 
     def run(self, parts: Sequence[str]) -> None:

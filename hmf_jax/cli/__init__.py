@@ -7,6 +7,7 @@ does not wait for JAX.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -101,6 +102,8 @@ def _options(
 
 def main() -> None:
     """Entry point of `hmf-jax`."""
+    # transformers, of which tokenizers are used, would import PyTorch if it is there: ten seconds.
+    sys.modules.setdefault("torch", None)  # pyright: ignore[reportArgumentType]
     app(prog_name="hmf-jax")
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from hmf_jax.engine.host import to_device, to_host
-from hmf_jax.engine.programs import MOST_STEPS, power_of_two
+from hmf_jax.engine.programs import ALL, MOST_STEPS, power_of_two
 from hmf_jax.engine.request import GREEDY, Request
 from hmf_jax.engine.rows import RUNNING, STOPPED, as_dicts
 from hmf_jax.engine.settings import MOST_LIKELY, Processor, Settings, stack_settings
@@ -305,21 +305,24 @@ class Device:
         if self._fixed and self._asked[slot] is not _NOBODY:  # nothing is compiled again
             self._ids[slot], self._asked[slot], self._settings = -1, _NOBODY, None
 
-    def _allowed(self, slots: Iterable[int]) -> np.ndarray | None:
-        """The tokens that the constraints of these slots allow; None: all."""
+    def _allowed(self, slots: Iterable[int]) -> Any:
+        """The tokens that the constraints of these slots allow, see `programs.next_token`."""
         constraints = ((slot, self._asked[slot].constraint) for slot in slots)
         masks = {slot: one.mask() for slot, one in constraints if one is not None}
         if all(mask is None for mask in masks.values()):
-            return None
-        allowed = self._all_allowed()
+            return self._all_allowed if self._fixed else None
+        allowed = np.full(self._all_allowed.shape, ALL, np.uint32)
         for slot, mask in masks.items():
             if mask is not None:
                 allowed[slot] = mask
-        return allowed
+        return jax.device_put(allowed, self._all_allowed.sharding)
 
-    def _all_allowed(self) -> np.ndarray:
+    @functools.cached_property
+    def _all_allowed(self) -> jax.Array:
+        """On the device, so that it is not sent there again and again."""
         words = -(-self._config.vocab_size // 32)
-        return np.full((self.slots, words), 0xFFFFFFFF, np.uint32)
+        every = np.full((self.slots, words), ALL, np.uint32)
+        return jax.device_put(every, self._all.rows.reason.sharding)
 
     def _counts(self) -> bool:
         """Whether it must be known how often each token was generated."""
@@ -363,11 +366,10 @@ class Device:
         all, V = self._all, self._config.vocab_size
         none, zeros = np.zeros(self.slots, bool), np.zeros(self.slots, np.int32)
         settings, top = self._settings_and_top()
-        masks = (None, self._all_allowed()) if self._fixed else (None,)
+        allowed = self._allowed(())
         iterations, table = self._iterations(_NOBODY), all.table(())
-        for allowed in masks:
-            yield all.decode(none, 1, settings, top, table, none, allowed)
-            yield all.first(none, zeros, settings, top, allowed)
+        yield all.decode(none, 1, settings, top, table, none, allowed)
+        yield all.first(none, zeros, settings, top, allowed)
         for start in all.starts():
             for width in reversed(all.widths(start + 1)):
                 tokens = np.zeros((1, width), np.int32)

@@ -144,11 +144,15 @@ class Engine:
             every=every,
             spacing=spacing,
         )
-        self._record = record
-        self._scheduler = self._begin()
+        self._scheduler = Scheduler(self._limits, clock=clock)
+        if record is not None:
+            from hmf_jax.engine.replay import Recorder  # here, since that module is also a program
+
+            self._scheduler = Recorder(self._limits, record, clock=clock)
         self._requests: dict[int, Request] = {}  # that have not ended
         self._new: dict[int, list[int]] = {}  # tokens that each has made
         self._pending: tuple[Turn, Ticket] | None = None  # handed to the device, not collected
+        self._events: list[Event] = []  # that `step` has not told yet
         self._timings = Timings(clock)
 
     @property
@@ -266,16 +270,15 @@ class Engine:
           RuntimeError: an earlier `step` raised an exception.
         """
         self._check_intact()
-        events: list[Event] = []
         try:
             if self._pending is not None and self._pending[0].waits:
-                events += self._collect()
+                self._collect()
             turn = self._scheduler.plan(max(1, min(steps, MOST_STEPS)))
             idle = self._pending is None or self._device.done(self._pending[1])
             ticket = None if turn is None else self._device.enqueue(turn, self._requests)
             if turn is not None:
                 self._timings.enqueued(idle)
-            events += self._collect()
+            self._collect()
             if turn is not None and ticket is not None:
                 self._pending = turn, ticket
         except BaseException as e:
@@ -283,38 +286,34 @@ class Engine:
             raise
         if not self.busy:
             self._timings.rest()
-        return events
+        told, self._events = self._events, []
+        return told
 
     def recover(self) -> list[Event]:
         """Starts over with empty rows after an exception in `step`.
 
         Returns:
-          The ends of all requests that there were, each with the error.
+          What has not been told, and the ends of all requests that there were, with the error.
         """
         error = self._broken or "the engine was started over"
         self._pending, self._broken, self._timings = None, "", Timings(self._clock)
         self._device = Device(self.model, capacity=self.capacity, **self._options)
-        self._scheduler = self._begin()
-        ended: list[Event] = [Finished(id, "error", error) for id in self._requests]
-        self._requests, self._new = {}, {}
-        return ended
+        self._scheduler.fail()
+        told: list[Event] = [*self._events]
+        told += [Finished(id, "error", error) for id in self._requests]
+        self._requests, self._new, self._events = {}, {}, []
+        return told
 
-    def _begin(self) -> Scheduler:
-        if self._record is None:
-            return Scheduler(self._limits, clock=self._clock)
-        from hmf_jax.engine.replay import Recorder  # here, since that module is also a program
-
-        return Recorder(self._limits, self._record, clock=self._clock)
-
-    def _collect(self) -> list[Event]:
-        """What the turn that the device has been given before has produced."""
+    def _collect(self) -> None:
+        """Books what the turn that the device has been given before has produced."""
         turn = result = None
         if self._pending is not None:
             turn, ticket = self._pending
             result = self._device.collect(ticket)
             self._timings.collected(turn)
             self._pending = None
-        return [self._booked(event) for event in self._scheduler.commit(turn, result)]
+        for event in self._scheduler.commit(turn, result):
+            self._events.append(self._booked(event))
 
     def _booked(self, event: Event) -> Event:
         if isinstance(event, New):

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from hmf_jax.engine.rows import (
@@ -45,6 +46,7 @@ from hmf_jax.state import ModelState
 SMALLEST_HALF = 8192  # tokens; what has been found to gain, see docs/performance.md
 SMALLEST_CHUNK = 64  # tokens; the last chunk of a prompt is padded to this times a power of two
 SMALLEST_CAPACITY = 256  # tokens
+ALL = np.uint32(0xFFFFFFFF)  # a word of 32 tokens that are all allowed
 MOST_STEPS = 64  # tokens per row and dispatch; one compiled program serves every smaller number
 
 
@@ -266,9 +268,9 @@ def next_token(
     if processor is not None:
         scores = _processed(processor, scores, rows)
     if allowed is not None:
-        bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-        bits = bits.reshape(len(raw), -1)[:, : raw.shape[1]]
-        scores = jnp.where(bits == 1, scores, -jnp.inf)
+        scores = jax.lax.cond(
+            jnp.all(allowed == ALL), lambda s: s, lambda s: _only(s, allowed), scores
+        )
     token, ok = choose(scores, settings.sampling, rows.state.length)
     score, total = logprob(raw, token)
     makes = runs & ok & jnp.isfinite(total)
@@ -293,6 +295,13 @@ def next_token(
     )
     found = _most_likely(raw, total, top, settings.top) if top else None
     return rows, jnp.where(makes, token, -1), score, found
+
+
+def _only(scores: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Scores with -inf at all other tokens, see `next_token`."""
+    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    bits = bits.reshape(len(scores), -1)[:, : scores.shape[1]]
+    return jnp.where(bits == 1, scores, -jnp.inf)
 
 
 def _without_ends(scores: jax.Array, eos: jax.Array, rows: jax.Array) -> jax.Array:

@@ -107,7 +107,7 @@ def replay(lines: Iterable[str]) -> int:
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)
-            if scheduler is None or "limits" in line:  # also where an engine started over
+            if scheduler is None:
                 scheduler = Scheduler(Limits(**line["limits"]))
             elif (turn := _again(scheduler, line, turns)) is not None:
                 turns[turn.number] = turn

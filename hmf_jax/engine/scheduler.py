@@ -164,23 +164,17 @@ class Scheduler:
         return told
 
     def fail(self) -> list[Event]:
-        """The device has lost what it held: everything that runs ends with "error"; what waits goes
-        on waiting. Turns that are under way must not be committed.
+        """The device has lost what it held: everything ends with "error", and the books are those
+        of a device that holds nothing. Turns that are under way must not be committed.
 
         Returns:
           All events that have not been told.
         """
-        for row in list(self._rows.values()):
-            if row.state != "waiting":
-                self._events.append(Finished(row.id, "error"))
-                row.state = "ended"
-                del self._rows[row.id]
-        self._waiting = [row for row in self._waiting if row.state == "waiting"]
-        for row in self._waiting:
-            row.found = None
+        told = [*self._events, *(Finished(id, "error") for id in self._rows)]
+        self._rows, self._waiting, self._events = {}, [], []
+        self._equal.clear()
         self._draft.clear()
         self._begin()
-        told, self._events = self._events, []
         return told
 
     def slot(self, id: int) -> int | None:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.engine import Engine
+from hmf_jax.engine import Engine, Request
 from hmf_jax.engine.storage import PAGE_SIZE
 from hmf_jax.memory import EnginePlan, plan_engine, size_text
 from hmf_jax.model import HybridLM
@@ -79,7 +79,7 @@ def plan(config: HybridConfig, options: EngineConfig, dtype: Any) -> EnginePlan:
     if longest is None and not gpu:
         longest = min(config.max_position_embeddings, 8192)
     size = options.page_size or min(PAGE_SIZE if gpu else 256, longest or PAGE_SIZE)
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = memory_limit()
     fraction = _HEADROOM
     if limit is None:
         limit = host_memory() // (options.tp * options.dp)
@@ -164,30 +164,41 @@ def host_bytes(options: EngineConfig) -> int:
     return host_memory() // 4 if on_gpu() else 0
 
 
-def check_memory(plan: EnginePlan, devices: Sequence[Any]) -> int | None:
-    """Compares the plan with what devices say that they have used, after every program has run.
+def warm(engine: Engine, options: EngineConfig) -> None:
+    """Compiles everything, and runs what takes most memory; libraries take theirs at first use."""
+    assert options.prefill_chunk is not None
+    engine.warm()
+    length = min(options.prefill_chunk + 64, engine.capacity - 2)
+    engine.add(Request([0] * length, max_new_tokens=2))
+    while engine.busy:
+        engine.step()
+    engine.reset_prefixes()
 
-    Returns:
-      The most bytes that one of them had in use; None: they do not say.
+
+def peak(devices: Sequence[Any]) -> int | None:
+    """The most bytes that one of them has had in use; None: they do not say."""
+    found = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    return max((n for n in found if n is not None), default=None)
+
+
+def check_memory(plan: EnginePlan, devices: Sequence[Any]) -> None:
+    """Compares the plan with what devices say that they have used; after `warm`.
 
     Raises:
-      MemoryError: there is no room for the snapshots of prefixes, which are yet to come.
+      ValueError: there is no room for the snapshots of prefixes, which are yet to come.
     """
-    most = None
-    for device in devices:
-        stats = device.memory_stats() or {}
-        peak, limit = stats.get("peak_bytes_in_use"), stats.get("bytes_limit")
-        if peak is None or limit is None:
-            continue
-        most = max(most or 0, peak)
-        if peak + plan.prefix_bytes > limit:
-            raise MemoryError(
-                f"{device} has used {size_text(peak)} at its peak, and prefixes may take "
-                f"{size_text(plan.prefix_bytes)} more, of {size_text(limit)}; planned were "
-                f"{size_text(plan.total)} in all: ask for fewer slots, shorter rows or smaller "
-                "chunks"
-            )
-    return most
+    used, limit = peak(devices), memory_limit()
+    if used is not None and limit is not None and used + plan.prefix_bytes > limit:
+        raise ValueError(
+            f"a device has used {size_text(used)} at its peak, and prefixes may take "
+            f"{size_text(plan.prefix_bytes)} more, of {size_text(limit)}; planned were "
+            f"{size_text(plan.total)} in all: ask for fewer slots, shorter rows or smaller chunks"
+        )
+
+
+def memory_limit() -> int | None:
+    """Bytes of a device that JAX may use; None: it does not say, as on CPUs."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def cache_config(plan: EnginePlan, options: EngineConfig) -> dict[str, str]:

@@ -30,7 +30,9 @@ async def read_json(request: Request, most: int) -> dict[str, Any]:
       ClientDisconnect: nobody waits for an answer any more.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    length = request.headers.get("content-length", "0")
+    nothing = not kind and length == "0" and "transfer-encoding" not in request.headers
+    if kind != "application/json" and not nothing:
         raise ApiError(415, "send JSON, with the header Content-Type: application/json")
     try:
         body = await asyncio.wait_for(_body(request, most), SECONDS)

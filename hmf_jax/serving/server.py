@@ -135,6 +135,7 @@ class Life:
             if not self._died:
                 self._say("no new requests are taken; those that run may come to their end")
             await service.drain()
+            self._say_memory()
         finally:
             server.should_exit = True
             await listening
@@ -155,11 +156,8 @@ class Life:
         made = await _apart(lambda: self._make(model))
         await _apart(lambda: self._warm(made))
         self._loaded = True
-        peak = engines.check_memory(self._plan, self._devices)
-        if peak is not None:
-            self._say(
-                f"memory: {size_text(peak)} at the peak, {size_text(self._plan.total)} planned"
-            )
+        engines.check_memory(self._plan, self._devices)
+        self._say_memory()
         threads = [functools.partial(EngineThread, engine) for engine in made]
         served = describe(
             model, self._tokenizer, self._directory, self._config, self._options, self._plan
@@ -167,6 +165,12 @@ class Life:
         service.start(functools.partial(Router, threads), served)
         names = ", ".join(served.names)
         self._say(f"ready: {names}, in {time.perf_counter() - began:.1f} s")
+
+    def _say_memory(self) -> None:
+        peak = engines.peak(self._devices)
+        if peak is not None:
+            planned = size_text(self._plan.total)
+            self._say(f"memory of a device: {size_text(peak)} at the peak, {planned} planned")
 
     def _read(self) -> HybridLM:
         options = self._options
@@ -208,7 +212,7 @@ class Life:
     def _warm(self, made: list[Engine]) -> None:
         with self._timed("compiled all programs"):
             for engine in made:
-                engine.warm()
+                engines.warm(engine, self._options)
 
     def _quick_enough(self, model: HybridLM) -> EngineConfig:
         """The options with the largest chunk that is read in `max_stall` seconds."""

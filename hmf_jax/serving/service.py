@@ -299,26 +299,35 @@ class Service:
         made = sum(len(e.tokens) for e in events if isinstance(e, New))
         self.metrics.turn(made, events[0].id % len(self._engines))  # events of one engine
         for event in events:
-            row = self._rows[event.id]
-            if isinstance(event, Started):
-                self._started(row, event, now)
-            elif isinstance(event, New):
-                self._timed(row, event, now)
-            broken = getattr(row.choice.request.constraint, "error", None)
-            if isinstance(event, Finished) and broken:
-                told = f"the grammar cannot be kept to: {broken}"
-                event = dataclasses.replace(event, reason="error", error=told)
-            if isinstance(event, Finished) and event.reason in ("stop", "error"):
-                if not row.choice.done:  # its own fault, or the end of everything
-                    row.reply.fail(self._fault(row, event))
-            else:
-                row.reply.push(row.choice, event)
+            row = self._rows.get(event.id)
+            if row is None:
+                continue
+            try:
+                self._tell(row, event, now)
+            except Exception:  # of a tokenizer, for example: the others have nothing to do with it
+                log.exception("request %s failed", row.reply.ask.id)
+                row.reply.fail(failed("the answer cannot be written, see the log of the server"))
             if isinstance(event, Finished):
                 self._ended(row, event)
         if self._router.error is not None and self.state != DEAD:
             self.state = DEAD
             log.error("the engine has stopped: %r", self._router.error)
             self._on_end()
+
+    def _tell(self, row: Row, event: Event, now: float) -> None:
+        """Hands an event on to whoever waits for it."""
+        if isinstance(event, Started) and not row.started:
+            self._started(row, event, now)
+        elif isinstance(event, New):
+            self._timed(row, event, now)
+        broken = getattr(row.choice.request.constraint, "error", None)
+        if isinstance(event, Finished) and broken:
+            told = f"the grammar cannot be kept to: {broken}"
+            event = dataclasses.replace(event, reason="error", error=told)
+        if not isinstance(event, Finished) or event.reason not in ("stop", "error"):
+            row.reply.push(row.choice, event)
+        elif not row.choice.done:  # its own fault, or the end of everything
+            row.reply.fail(self._fault(row, event))
 
     def _count(self, engine: int, *, waiting: int = 0, running: int = 0, tokens: int = 0) -> None:
         self.waiting += waiting
@@ -356,10 +365,10 @@ class Service:
 
     def _fault(self, row: Row, event: Finished) -> ApiError:
         """What to tell of a request that the engine has ended by itself."""
-        if event.reason == "stop":
-            return busy(_WHY[DRAINING], DRAINING, 5)
         if self._router.error is not None:
             return self._dead()
+        if event.reason == "stop":
+            return busy(_WHY[DRAINING], DRAINING, 5)
         error = event.error or "the engine has failed"
         log.error("request %s failed: %s", row.reply.ask.id, error)
         own = "NaN" in error  # of this row alone, and so it would be again

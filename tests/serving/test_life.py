@@ -160,7 +160,7 @@ def test_abort_by_name(fake):
 def test_shutting_down_lets_requests_end():
     with site(shutdown_timeout=5.0) as fake:
         fake.says("one two three four five six seven eight")
-        fake.engine.turn = 0.05
+        fake.engine.turn = 0.01
         answers = []
 
         def ask():
@@ -219,6 +219,23 @@ def test_a_grammar_that_cannot_be_kept_to_is_a_fault_of_that_request(fake):
     assert response.headers["x-should-retry"] == "false"
     fake.says("yes")
     assert fake.text(**body)["choices"][0]["text"] == "yes"
+    at_rest(fake)
+
+
+def test_a_tokenizer_that_raises_is_a_fault_of_that_request_only(fake, monkeypatch):
+    from hmf_jax.serving.choice import Choice
+
+    push = Choice.push
+
+    def raising(self, event):
+        if self.ask.request_id == "bad":
+            raise RuntimeError("cannot decode")
+        push(self, event)
+
+    monkeypatch.setattr(Choice, "push", raising)
+    response = fake.post("/v1/completions", prompt="a", request_id="bad", n=2)
+    assert "log" in error(response, 500)["message"]
+    assert fake.text()["choices"][0]["text"] == "ok"
     at_rest(fake)
 
 

@@ -125,7 +125,7 @@ BAD_CHATS: dict[str, tuple[dict, str]] = {
     "a template": ({"chat_template": "x"}, "chat_template"),
     "begins and goes on": (
         {"add_generation_prompt": True, "continue_final_message": True},
-        "messages",
+        "continue_final_message",
     ),
     "a switch that is none": (
         {"chat_template_kwargs": {"enable_thinking": "no"}},
@@ -209,6 +209,7 @@ def test_bodies_over_http():
             assert told["type"] == "invalid_request_error"
         assert error(send(b"prompt=a", "application/x-www-form-urlencoded"), 415)
         assert send(b'{"prompt": "a"}', "application/json; charset=utf-8").status_code == 200
+        assert error(small.http.post("/v1/completions"), 400)["code"] == "invalid_json"
         error(small.http.get("/v1/completions"), 405)
         error(small.http.get("/nowhere"), 404)
         error(small.http.put("/nowhere"), 404)
