@@ -272,7 +272,7 @@ class Bench:
         for _ in range(40):
             await self.ask(self.prompt(self.args.long))
             now = await metrics(self.client)
-            moved = now[name] - before[name]
+            moved = now.get(name, 0.0) - before.get(name, 0.0)
             if moved >= 3:
                 break
         ms, reply = await self.first_token([*shared, *self.prompt(100)])
