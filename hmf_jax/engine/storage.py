@@ -92,7 +92,10 @@ class Storage:
         if not is_abstract(made):
             # Said to belong where they are: so is what comes back from host memory, and programs
             # are compiled for one or the other.
-            made = jax.device_put(made, jax.tree.map(lambda x: x.sharding, made))
+            place: Any = jax.tree.map(lambda x: x.sharding, made)
+            if self._layout() is None:  # with the model: on any device
+                place = self._packed.arrays[0].sharding
+            made = jax.device_put(made, place)
         self.rows, self.logits = made
         self.page_bytes, self._fixed_bytes = self._sizes(model)
 

@@ -46,7 +46,8 @@ class Nobody:
 
 def router(count=2):
     events: list[Any] = []
-    made = Router([Nobody] * count, events.append)
+    nobody: Any = Nobody
+    made = Router([nobody] * count, events.append)
     threads: list[Any] = list(made.threads)
     return made, threads, events
 
