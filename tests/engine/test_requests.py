@@ -74,7 +74,7 @@ def test_stream_yields_the_tokens_of_generate(model, plain):
     found = [[token for step in steps for token in step[i]] for i in range(2)]
     assert found == [plain[0].tokens, plain[1].tokens[:4]]
     # With the token after its prompt, a row may decode at once.
-    assert all(0 < max(map(len, step)) <= 7 for step in steps) and len(steps) == 2
+    assert all(0 < max(map(len, step)) <= 7 for step in steps)
 
 
 def test_everything_at_once(model):
