@@ -292,8 +292,9 @@ def test_nobody_goes_on_from_a_row_that_failed(model, plain):
         started, end = answer(bad, cuts=(5, 6))
         assert started.cached == 0 and end.reason == "error"
         assert end.error.startswith("new token 0: the logits are NaN")
-    started, new, end = answer(ONE)
-    assert (started.cached, new.tokens, end.reason) == (0, plain[0].tokens, "length")
+    started, *new, end = answer(ONE)
+    tokens = [token for event in new for token in event.tokens]
+    assert (started.cached, tokens, end.reason) == (0, plain[0].tokens, "length")
 
 
 def test_finite_is_read_off_what_is_there(model):
