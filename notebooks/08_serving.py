@@ -176,7 +176,7 @@ def first_token(text: str, question: str, **fields) -> tuple[float, int]:
     return first, cached
 
 
-lengths = [600, 1200, 2000, 2800]
+lengths = [550, 1000, 1500, 1950]
 read, found = [], []
 for length in lengths:
     text, known = corpus.context(rng, length, facts=4, gap=42)

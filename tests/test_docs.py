@@ -117,7 +117,7 @@ def address(tiny: Path) -> Iterator[Callable[[], str]]:
         def start() -> str:
             from hmf_jax.serving import running
 
-            small = dict(port=0, slots=2, prefill_chunk=64, max_model_len=512)
+            small: dict[str, Any] = dict(port=0, slots=2, prefill_chunk=64, max_model_len=512)
             return stack.enter_context(running(hmf_jax.from_pretrained(tiny), **small)).url
 
         yield start
@@ -165,7 +165,8 @@ def test_commands_of_a_page_run(page: Path, released, workplace, address):
             assert words[1] in targets, line
         elif words[:2] == ["hmf-jax", "serve"]:  # what follows finds a server
             options = [word for word in words[2:] if word != "&"]
-            typer.main.get_command(app).commands["serve"].make_context("serve", options)
+            serve: Any = typer.main.get_command(app)
+            serve.commands["serve"].make_context("serve", options)
         elif words[:1] == ["curl"]:
             found = subprocess.run(
                 ["curl", "--fail-with-body", "-sS", *words[1:]], capture_output=True, text=True

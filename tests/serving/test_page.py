@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
@@ -97,7 +98,8 @@ def test_page_is_one_file_without_requests_or_parsed_html():
 class Scripted:
     """A server whose answers are known; it keeps what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, url: str) -> None:
+        self.url = url
         self.asked: list[dict] = []
         self.keys: list[str | None] = []
         self.gone = 0  # streams that the client left
@@ -130,7 +132,7 @@ class Scripted:
     async def stream(self, request: Request):
         question = self.asked[-1]["messages"][-1]["content"]
         turn, made = len(self.asked[-1]["messages"]), 0
-        usage = {"prompt_tokens": 100 * turn, "completion_tokens": 0}
+        usage: dict[str, Any] = {"prompt_tokens": 100 * turn, "completion_tokens": 0}
         usage["prompt_tokens_details"] = {"cached_tokens": 100 * (turn - 1) // 2}
         deltas = [{"role": "assistant", "content": ""}]
         if "think" in question:
@@ -174,11 +176,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 @pytest.fixture
 def service() -> Iterator[Scripted]:
-    service = Scripted()
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        service = Scripted(f"http://127.0.0.1:{listener.getsockname()[1]}/")
         thread = threading.Thread(target=service.server.run, args=([listener],), daemon=True)
         thread.start()
-        service.url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         yield service
         service.server.should_exit = service.server.force_exit = True
         thread.join(10)
