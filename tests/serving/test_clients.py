@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 import openai
 import pydantic
@@ -261,8 +262,8 @@ def direct(live):
         encode
     ):  # what comes after the end changes nothing before it
         ids[row, : len(head) + len(tail)] = head + tail
-    values = np.asarray(score(live.model, ids))
-    best = np.asarray(live.model(ids)[0].argmax(-1))
+    values = np.asarray(score(live.model, jnp.asarray(ids)))
+    best = np.asarray(live.model(jnp.asarray(ids))[0].argmax(-1))
     told = []
     for row, (head, tail) in enumerate(encode):
         place = slice(len(head) - 1, len(head) + len(tail) - 1)
