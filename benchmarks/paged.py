@@ -36,7 +36,7 @@ from hmf_jax.sampling import SamplingParams
 
 STEPS = 32  # tokens per row and dispatch
 HEADS, KV_HEADS, DIM = 32, 8, 128
-PENALTIES = dict(repetition_penalty=1.1, presence_penalty=0.1, logit_bias={1: 1.0})
+PENALTIES: dict[str, Any] = dict(repetition_penalty=1.1, presence_penalty=0.1, logit_bias={1: 1.0})
 Emit = Callable[..., None]
 
 

@@ -56,7 +56,7 @@ class Block(nnx.Module):
         state = self.mixer.init_state(batch, capacity, dtype, mesh)
         if not pages:
             return state
-        return with_pools(state, self.mixer.init_state(*pages, dtype, mesh), names)
+        return with_pools(state, self.mixer.init_state(pages[0], pages[1], dtype, mesh), names)
 
     @untabulated
     def run(

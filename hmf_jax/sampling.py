@@ -256,6 +256,7 @@ def adjust(raw: Array, params: SamplingArrays, seen: Array, generated: Array | N
         penalty = params.repetition_penalty[:, None]
         scores = jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
         if params.presence_penalty is not None and params.frequency_penalty is not None:
+            assert generated is not None
             scores -= params.presence_penalty[:, None] * (generated > 0)
             scores -= params.frequency_penalty[:, None] * generated
         return scores

@@ -75,7 +75,7 @@ class ModelState:
         """(P, page) of the pools, if full attention layers have them; `HybridLM.appends`."""
         named = zip(self.layers, appends, strict=False)
         pools = (getattr(layer, name, None) for layer, names in named for name in names)
-        return next((pool.shape[:2] for pool in pools if hasattr(pool, "shape")), None)
+        return next((pool.shape[:2] for pool in pools if pool is not None), None)
 
     def _check_buffers(self) -> None:
         if self.pages is not None:

@@ -136,7 +136,7 @@ def generate(
         check_whole("slots", slots, 1)
         if prompt_logprobs:
             asked = [dataclasses.replace(one, prompt_logprobs=of_prompt) for one in asked]
-        driver, ids = _in_slots(model, asked, slots, **options)
+        driver, ids = _in_slots(model, asked, slots, interleave=0, **options)
     outputs = {id: Output([], "", [], None, [], [None], [None]) for id in ids}
     errors: dict[int, str] = {}
     if prompt_logprobs and isinstance(driver, Batch):
@@ -202,7 +202,7 @@ def stream(
     # To a power of two slots, so that similar numbers of prompts share programs.
     engine, ids = _in_slots(
         model, asked, power_of_two(len(asked)), capacity=capacity, prefill_chunk=prefill_chunk,
-        processor=processor, solver=solver,
+        processor=processor, solver=solver, interleave=tokens_per_dispatch,
     )  # fmt: skip
 
     def tokens() -> Iterator[list[list[int]]]:
@@ -260,6 +260,7 @@ def _in_slots(
     prefill_chunk: int,
     processor: Processor | None,
     solver: str,
+    interleave: int,
 ) -> tuple[Engine, list[int]]:
     """An engine with all of these requests in its queue, and their ids."""
     if capacity is not None:
@@ -268,7 +269,7 @@ def _in_slots(
     capacity = capacity_for(model.config, needed, capacity)
     engine = Engine(
         model, slots, capacity=capacity, prefill_chunk=prefill_chunk, processor=processor,
-        solver=solver,
+        solver=solver, interleave=interleave,
     )  # fmt: skip
     check_room(model.config, [request.prompt for request in asked], [0] * len(asked), capacity)
     return engine, [engine.add(request) for request in asked]

@@ -56,6 +56,9 @@ class Limits:
         lie in the part of its slot.
       spacing: fewest tokens between two snapshots of one prompt.
       every: a snapshot at each multiple of this, too; 0: not.
+      interleave: most tokens that rows decode in a turn that reads a whole chunk; in proportion in
+        one that reads less, but at least one: so rows neither wait long for a token, nor slots for
+        their rows. 0: rows wait while prompts can be read.
 
     Raises ValueError for limits with which no request could run.
     """
@@ -73,12 +76,14 @@ class Limits:
     groups: int = 1
     spacing: int = 512
     every: int = 0
+    interleave: int = 8
 
     def __post_init__(self) -> None:
         for name in ("slots", "pages", "page_size", "capacity", "chunk", "groups", "spacing"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
-        for name in ("page_bytes", "snapshot_bytes", "device_bytes", "host_bytes", "every"):
+        bytes = "page_bytes", "snapshot_bytes", "device_bytes", "host_bytes"
+        for name in (*bytes, "every", "interleave"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
         if self.mode not in ("off", "exact", "fast"):

@@ -355,10 +355,11 @@ class Device:
                 [request.min_new_tokens for request in self._asked],
                 top if self._fixed else None,
             )
-            iterations = [self._iterations(request) for request in self._asked]
+            iterations: Any = [self._iterations(request) for request in self._asked]
             if self._config.solves:
                 found = dataclasses.replace(found, num_iter=np.concatenate(iterations))
             self._settings = jax.device_put(found, self._all.rows.reason.sharding)
+        assert self._settings is not None
         return self._settings, self._most(top)
 
     def _calls(self) -> Iterator[Call]:
@@ -401,9 +402,9 @@ def compilations() -> list[float]:
     """The seconds of each compilation of this process, which are heard of from now on."""
     found: list[float] = []
 
-    def heard(event: str, seconds: float, **kwargs: Any) -> None:
+    def heard(event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            found.append(seconds)
+            found.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     return found

@@ -64,6 +64,9 @@ class Engine:
       host_bytes: most bytes of the host's memory for prefixes.
       every: also keep a snapshot after every so many tokens, a multiple of prefill_chunk; 0: no.
       spacing: fewest tokens between two snapshots of one prompt.
+      interleave: most tokens that rows decode beside a piece of prefill_chunk tokens of a prompt;
+        fewer beside shorter ones, at least one. 0: rows wait while prompts can be read, so that
+        most is done in all.
       processor, solver: see `hmf_jax.generate`; for all requests.
       fixed: one program decodes whatever requests ask for. Otherwise settings that nobody uses cost
         nothing, and the first request that does may wait for a compiler.
@@ -91,6 +94,7 @@ class Engine:
         host_bytes: int = 0,
         every: int = 0,
         spacing: int = 512,
+        interleave: int = 8,
         processor: Processor | None = None,
         solver: str = "chebyshev",
         fixed: bool = False,
@@ -143,6 +147,7 @@ class Engine:
             groups=parts if slots % parts == 0 else 1,  # else every device has all rows
             every=every,
             spacing=spacing,
+            interleave=interleave,
         )
         self._scheduler = Scheduler(self._limits, clock=clock)
         if record is not None:

@@ -91,11 +91,17 @@ def _feed(
         for layer in model.blocks(x, ctx, state):
             x = layer.x
             layers.append(layer.state)
-        state: Any = advance(state, layers, ctx, piece.shape[1])
+        state = _advanced(state, layers, ctx, piece.shape[1])
         hidden.append(x)
     x = jnp.concatenate(hidden, axis=1)
     last = jax.lax.dynamic_slice_in_dim(x, jnp.maximum(length[0] - 1, 0), 1, axis=1)
     return state, model.logits(last)[:, 0], x
+
+
+def _advanced(state: ModelState, layers: list[Any], ctx: Any, T: int) -> ModelState:
+    new = advance(state, layers, ctx, T)
+    assert new is not None
+    return new
 
 
 @functools.partial(jax.jit, static_argnames=("top",))

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Any
 
-REMEMBERED = 1 << 22  # tokens that are kept at most, besides those before an entry
+REMEMBERED = 1 << 22  # tokens; as soon as there are more, those without an entry are forgotten
 
 
 class Node:
@@ -39,7 +39,7 @@ class Tree:
 
     def __init__(self) -> None:
         self._roots: dict[str, Node] = {}
-        self._stamp, self._tokens = 0, 0
+        self._stamp, self._tokens, self._most = 0, 0, REMEMBERED
 
     def walk(self, namespace: str, tokens: array[int]) -> tuple[list[Node], int]:
         """The nodes that are beginnings of these tokens, and how many tokens the tree knows."""
@@ -83,18 +83,18 @@ class Tree:
 
     def _prune(self) -> None:
         """Forgets what was read longest ago, where there is no entry."""
-        if self._tokens <= REMEMBERED:
+        if self._tokens <= self._most:
             return
         self._roots = {name: root for name, root in self._roots.items() if root.children}
-        leaves = [node for node in self._nodes() if not node.children]
-        for leaf in sorted(leaves, key=lambda leaf: leaf.stamp):
-            node = leaf
+        leaves = sorted((node for node in self._nodes() if not node.children), key=_stamp)
+        for node in leaves:
             while node.parent is not None and not node.children and not node.entry:
                 if self._tokens <= REMEMBERED // 4 * 3 or node.stamp == self._stamp:
-                    return
+                    break
                 del node.parent.children[node.tokens[0]]
                 self._tokens -= len(node.tokens)
                 node = node.parent
+        self._most = max(REMEMBERED, 2 * self._tokens)  # entries alone may be more
 
     def _nodes(self) -> Iterator[Node]:
         stack = list(self._roots.values())
@@ -119,3 +119,7 @@ def common(a: array[int], b: array[int]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
     return low
+
+
+def _stamp(node: Node) -> int:
+    return node.stamp

@@ -126,22 +126,15 @@ class Scheduler:
                 starts.append(row)
         self._slots.move_out()
         parts = {row.id: _Part(row, row.slot, self._first(row)) for row in starts}
-        rows = [r for r in self._slots.running() if r.state == "decode" and not self._slots.over(r)]
-        waits = any(row.ask.constrained for row in (*rows, *starts))
-        # What a constrained row may choose next is known when its newest token is.
-        steps = 1 if waits else steps
-        rows = [row for row in rows if not (row.ask.constrained and row.id in parts)]
-        steps = min(steps, max(map(self._slots.left, rows), default=0))
-        steps = self._slots.fitting([row for row in starts if row in rows], steps)
+        steps, rows, waits = self._decode(steps, starts)
+        if not self._draft.due() and not steps:
+            return None
+        tables: list[tuple[int, ...]] = [()] * self.limits.slots if steps else []
         for row in rows if steps else ():
             comes = min(steps, self._slots.left(row))
             row.coming += comes
             first = parts[row.id].tokens if row.id in parts else 0
             parts[row.id] = _Part(row, row.slot, first + comes)
-        if not self._draft.due() and not steps:
-            return None
-        tables: list[tuple[int, ...]] = [()] * self.limits.slots if steps else []
-        for row in rows if steps else ():
             tables[row.slot] = tuple(row.pages)
         turn = self._draft.close(tuple(tables), steps, waits)
         self._flight[turn.number] = list(parts.values())
@@ -387,6 +380,18 @@ class Scheduler:
         row.coming += 1
         self._draft.firsts.append(First(row.id, row.slot))
         return 1
+
+    def _decode(self, steps: int, starts: list[Row]) -> tuple[int, list[Row], bool]:
+        """How many tokens to decode at most, in which rows, and whether to wait for them."""
+        rows = [r for r in self._slots.running() if r.state == "decode" and not self._slots.over(r)]
+        waits = any(row.ask.constrained for row in (*rows, *starts))
+        if (chunk := self._draft.chunk) is not None:
+            steps = min(steps, -(-self.limits.interleave * chunk.width // self.limits.chunk))
+        if waits:  # what a constrained row may choose next is known when its newest token is
+            steps = min(steps, 1)
+            rows = [row for row in rows if not (row.ask.constrained and row in starts)]
+        steps = min(steps, max(map(self._slots.left, rows), default=0))
+        return self._slots.fitting([row for row in starts if row in rows], steps), rows, waits
 
     # Requests that have ended.
 

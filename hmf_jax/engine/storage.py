@@ -195,7 +195,8 @@ class Storage:
         pages = None if self.pool is None else (parts, self.page_size)
         state = model.abstract_state(parts, self.capacity, pages=pages)
         pools: list[Any] = []
-        map_appended(pools.append, Rows(state, *[np.zeros(0)] * 5), self.appends)
+        none: Any = None
+        map_appended(pools.append, Rows(state, *[none] * 5), self.appends)
         page = device_bytes(pools)
         return page, device_bytes(state) - page
 

@@ -78,9 +78,11 @@ class Choice:
         self._stops = set(fields.stop_token_ids)
         self._late = (ends | self._stops) - set(self.request.eos_ids)  # the device does not know
         tags = tag_ids(served.tokenizer, TAGS) if ask.chat else {}
+        choice = fields.tool_choice if isinstance(fields, Chat) else None
+        has_to_call = choice not in (None, "none", "auto")  # stop strings are not for arguments
         self._stream = TextStream(
             served.tokenizer,
-            fields.stop,
+            () if has_to_call else fields.stop,
             [*(ends if fields.include_stop_str_in_output else ends | self._stops)],
             {token: tag for tag, token in tags.items()},
             special=not fields.skip_special_tokens,
@@ -88,7 +90,7 @@ class Choice:
         )
         self._parts: ReplyDeltas | None = None
         if isinstance(fields, Chat):
-            tools = bool(fields.tools) and fields.tool_choice != "none"
+            tools = bool(fields.tools) and choice != "none"
             self._parts = ReplyDeltas(tags, opened=ask.prompt(index).thinking, tools=tools)
         self._echo = isinstance(fields, Completion) and fields.echo
         self._scores: list[tuple[float | None, dict[int, float]]] = [(None, {})]

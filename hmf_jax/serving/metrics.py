@@ -243,9 +243,10 @@ class Metrics:
         self._of(self._peak, 0).set(peak)
 
     def _up(self, metric: Counter, count: float, engine: int, *labels: str) -> None:
-        """A counter says `count` now."""
+        """An engine has counted to `count`; one that has started over begins at 0 again."""
         key = (id(metric), engine, *labels)
-        self._of(metric, engine, *labels).inc(count - self._told.get(key, 0))
+        before = self._told.get(key, 0)
+        self._of(metric, engine, *labels).inc(count - before if count >= before else count)
         self._told[key] = count
 
     def nonfinite(self, engine: int = 0) -> None:

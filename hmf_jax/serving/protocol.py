@@ -14,7 +14,7 @@ from hmf_jax.text.messages import shown
 
 # Fields that say nothing about the answer: accepted, and without effect.
 SILENT = {"metadata", "prompt_cache_key", "service_tier", "store", "user"}
-MOST_PROMPTS, MOST_STOPS, LONGEST_STOP = 512, 16, 256
+MOST_PROMPTS, MOST_IDS, MOST_STOPS, LONGEST_STOP = 512, 1 << 21, 16, 256
 
 
 def _stops(value: Any) -> Any:
@@ -30,6 +30,8 @@ def _prompts(value: Any) -> Any:
     """One prompt or several, each a text or token ids, as a list of them."""
 
     def ids(prompt: Any) -> bool:
+        if isinstance(prompt, list) and len(prompt) > MOST_IDS:
+            raise ValueError(f"at most {MOST_IDS:,} token ids, not {len(prompt):,}")
         return isinstance(prompt, list) and bool(prompt) and all(type(i) is int for i in prompt)
 
     prompts = [value] if isinstance(value, str) or ids(value) else value

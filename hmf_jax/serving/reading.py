@@ -50,21 +50,18 @@ async def aside[T](size: int, work: Callable[..., T], *arguments: Any) -> T:
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """The body. What is too long is received, too, within reason: many clients look at the answer
-    only after they have sent everything."""
-    too_long = ApiError(413, f"the body of the request has more than {most} bytes")
+    """The body. Of what is too long the rest is not awaited here, but uvicorn receives it: many
+    clients look at the answer only after they have sent everything."""
     told = request.headers.get("content-length", "")
-    if told.isdigit() and int(told) > 4 * most:
-        raise too_long
-    body, size = bytearray(), 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > 4 * most:
-            break
-        if size <= most:
+    body = bytearray()
+    too_long = told.isdigit() and int(told) > most
+    if not too_long:
+        async for piece in request.stream():
             body += piece
-    if size > most:
-        raise too_long
+            if too_long := len(body) > most:
+                break
+    if too_long:
+        raise ApiError(413, f"the body of the request has more than {most} bytes")
     return bytes(body)
 
 

@@ -298,6 +298,7 @@ def test_pages_equal_buffers(monkeypatch, model, alone: Play, page: int, read: i
     )
     assert tokens[0].tolist() == alone.tokens[1]
     np.testing.assert_allclose(logprobs[0], alone.logprobs[1], atol=1e-5)
+    scores: Any
     ((scores, _),) = score_prompts(
         model, [HOT], top=0, capacity=CAPACITY, chunk=CHUNK, state=None, solver="chebyshev"
     )

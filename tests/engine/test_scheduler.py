@@ -45,6 +45,7 @@ def at_random(seed: int, requests: int) -> Driver:
             groups=groups,
             spacing=chance.choice([1, 4, 8]),
             every=chance.choice([0, 0, chunk]),
+            interleave=chance.choice([0, 1, 8]),
         ),
         seed,
         ahead=chance.random() < 0.8,
@@ -159,6 +160,19 @@ def test_one_long_prompt_and_fifty_short_ones():
         assert driver.stories[i].turn <= 2 * (i + 2), i
     chunks = [turn.chunk.id for turn in driver.log[:100] if turn.chunk]
     assert chunks.count(100) >= 49
+
+
+def test_rows_decode_beside_prompts_in_proportion():
+    """A whole chunk costs as much as some steps, a short one less; with 0 prompts go first."""
+    for interleave, steps in ((8, {2048: 8, 1024: 4, 256: 1}), (0, {2048: 0, 1024: 0, 256: 0})):
+        sizes = dict(slots=4, capacity=8192, pages=200, page_size=256, chunk=2048)
+        driver = Driver(limits(interleave=interleave, **sizes))
+        for id, length in enumerate((10, 4096, 1000, 200)):
+            driver.submit(id, Ask(prompt(length, id), 300))
+        driver.run(64)
+        beside = {t.chunk.width: t.steps for t in driver.log[1:] if t.chunk}
+        assert beside == steps
+        assert max(turn.steps for turn in driver.log if not turn.chunk) == 64
 
 
 def test_a_flood_does_not_delay_the_urgent():

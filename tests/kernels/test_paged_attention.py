@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,22 +15,22 @@ from tests.kernels.test_attention import dense_pass
 from tests.util import mesh_of, rel
 
 B, H, K, D, PAGE, M, P = 4, 4, 2, 8, 4, 3, 16
-LENGTHS = np.array([0, 12, 5, 4], np.int32)
+LENGTHS: Any = np.array([0, 12, 5, 4], np.int32)
 
 
-def buffers() -> tuple[np.ndarray, ...]:
+def buffers() -> Any:
     rng = np.random.default_rng(0)
     q = rng.standard_normal((B, H, D), np.float32)
     k, v = rng.standard_normal((2, B, M * PAGE, K, D), np.float32)
     return q, k, v
 
 
-def table_of(order: np.ndarray) -> np.ndarray:
+def table_of(order: np.ndarray) -> Any:
     """Row b has the pages order[b] as far as it has tokens."""
     return np.where(PAGE * np.arange(M) < LENGTHS[:, None], order, P).astype(np.int32)
 
 
-def pools(k: np.ndarray, v: np.ndarray, table: np.ndarray, rubbish: float) -> list[np.ndarray]:
+def pools(k: np.ndarray, v: np.ndarray, table: np.ndarray, rubbish: float) -> list[Any]:
     """The buffers in pages; everything that no row has is rubbish."""
     made = []
     for x in (k, v):
@@ -76,13 +78,13 @@ def test_a_mesh(monkeypatch, sizes):
 
 
 def test_a_table_writes_and_reads():
-    table = np.array([[2, 0], [3, P]], np.int32)
+    table: Any = np.array([[2, 0], [3, P]], np.int32)
     pages = PageTable.of(table, P, PAGE)
     assert pages.owner[:5].tolist() == [0, 2, 0, 1, 2]
     assert pages.first[:4].tolist() == [4, 0, 0, 0]
     pool = jnp.zeros((P, PAGE, 1, 1))
-    slots = np.array([[3, 4, -1], [0, 4, 99]])  # the last two of row 1 have no page
-    values = np.arange(1.0, 7.0).reshape(2, 3, 1, 1)
+    slots: Any = np.array([[3, 4, -1], [0, 4, 99]])  # the last two of row 1 have no page
+    values: Any = np.arange(1.0, 7.0).reshape(2, 3, 1, 1)
     pool = pages.write(pool, slots, values)
     assert pool[2, 3] == 1 and pool[0, 0] == 2 and pool[3, 0] == 4 and jnp.sum(pool) == 7
     rows = pages.read(pool, jnp.array([5, 1]))[..., 0, 0]
@@ -91,7 +93,7 @@ def test_a_table_writes_and_reads():
 
 def test_what_does_not_fit_is_refused():
     q, k, v = buffers()
-    pool = np.zeros((P, PAGE, K, D), np.float32)
+    pool: Any = np.zeros((P, PAGE, K, D), np.float32)
     pages = PageTable.of(table_of(np.zeros((B, M), int)), P, PAGE)
     with pytest.raises(ValueError, match="table of 4 rows and 8 pages"):
         paged_decode_attention(q, pool[:8], pool[:8], pages, LENGTHS)
@@ -104,18 +106,21 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_rows_that_are_not_active_keep_their_state():
-    rng = np.random.default_rng(0)
+    rng: Any = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 2, 2, 4), np.float32)
-    gates = [np.full((2, 2), x, np.float32) for x in (0.5, -0.1, 0.7)]
-    state = tuple(np.stack([np.eye(4, dtype=np.float32)] * 2)[None].repeat(2, 0) for _ in range(2))
-    active = np.array([False, True])
+    gates: Any = (np.full((2, 2), x, np.float32) for x in (0.5, -0.1, 0.7))
+    alpha, g, beta = gates
+    state: Any = tuple(
+        np.stack([np.eye(4, dtype=np.float32)] * 2)[None].repeat(2, 0) for _ in range(2)
+    )
+    active: Any = np.array([False, True])
     k[0] = np.nan
-    o, new = gka_step(q, k, v, *gates, state, active=active, impl="chunked")
-    exact, wanted = gka_step(*(x[1:] for x in (q, k, v, *gates)),
-                             tuple(x[1:] for x in state), impl="chunked")  # fmt: skip
+    o, new = gka_step(q, k, v, alpha, g, beta, state, active=active, impl="chunked")
+    q, k, v, alpha, g, beta = (x[1:] for x in (q, k, v, alpha, g, beta))
+    exact, wanted = gka_step(q, k, v, alpha, g, beta, tuple(x[1:] for x in state), impl="chunked")
     for old, x, y in zip(state, new, wanted, strict=True):
         np.testing.assert_array_equal(x[0], old[0])
         np.testing.assert_allclose(x[1], y[0], rtol=1e-6)
     np.testing.assert_allclose(o[1], exact[0], rtol=1e-5)
     with pytest.raises(ValueError, match="without slots"):
-        gka_step(q, k, v, *gates, state, active=active, slots=jnp.arange(2))
+        gka_step(q, k, v, alpha, g, beta, state, active=active[1:], slots=jnp.arange(1))

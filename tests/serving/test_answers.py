@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from random import Random
 
 import pytest
 
+from hmf_jax.engine import Finished, New
+from hmf_jax.serving.asks import ask, prompts_of, render
+from hmf_jax.serving.choice import Choice
+from hmf_jax.serving.protocol import Chat, Completion, read
+from hmf_jax.text.deltas import Content
 from tests.serving.fake import site
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
@@ -158,6 +165,13 @@ def test_a_stop_string_frees_the_row(fake):
     assert not fake.engine._left
 
 
+def test_stop_strings_are_not_for_calls_that_have_to_be(fake):
+    fake.says(CALL)
+    (choice,) = fake.chat(tools=TOOLS, tool_choice="required", stop=["name", "}"])["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"].endswith("[1, {}]}")
+    assert choice["finish_reason"] == "tool_calls"
+
+
 def test_ends(fake):
     fake.says("abc<|endoftext|>def")
     pad = fake.tokenizer.pad_token_id
@@ -283,3 +297,42 @@ def test_thinking_is_decided_by_the_prompt(fake):
     assert text.endswith("</think>\n\n")  # the template was told
     fake.chat(chat_template_kwargs={"enable_thinking": True}, reasoning_effort="none")
     assert "</think>" not in fake.tokenizer.decode(fake.engine.seen[-1].prompt)
+
+
+def written(what, body, tokens, cuts):
+    """A choice of these tokens, told in pieces that end at these places, and the pieces."""
+    chat = "messages" in body
+    fields, _ = read(Chat if chat else Completion, body)
+    found = [render(fields, what)] if isinstance(fields, Chat) else prompts_of(fields, what)
+    choice = Choice(ask(fields, found, what, request_id="x"), 0, what)
+    pieces = []
+    for start, end in itertools.pairwise([0, *cuts, len(tokens)]):
+        new = tokens[start:end]
+        choice.push(New(0, new, [-t / 1000 for t in new]))
+        pieces += [choice.take()]
+    choice.push(Finished(0, "eos"))
+    return choice, [piece for piece in [*pieces, choice.take()] if piece is not None]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_however_the_tokens_are_told_the_answer_is_the_same(fake, chat):
+    what, random = fake.what, Random(0)
+    parts = [*REPLIES.values(), "sto", "stop", "</think>", "<think>", "\U0001f600", "{", "\n"]
+    for _ in range(60):
+        text = "".join(random.choice(parts) for _ in range(random.randint(1, 4)))
+        tokens = fake.tokenizer.encode(text, add_special_tokens=False)
+        body = {"stop": random.choice([None, ["stop"], ["Wait", "\n\n"]]), "tools": TOOLS}
+        body |= {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": "a"}
+        whole, _ = written(what, body, tokens, [])
+        cuts = sorted(random.randrange(len(tokens) + 1) for _ in range(random.randint(0, 6)))
+        choice, pieces = written(what, body, tokens, cuts)
+        assert (choice.text, choice.reasoning) == (whole.text, whole.reasoning)
+        assert [c["function"] for c in choice.calls] == [c["function"] for c in whole.calls]
+        assert choice.tokens == whole.tokens == [t for p in pieces for t in p.tokens]
+        assert (choice.finish_reason, choice.stop_reason, choice.count, choice.thought) == (
+            (whole.finish_reason, whole.stop_reason, whole.count, whole.thought)
+        )
+        deltas = [delta for piece in pieces for delta in piece.deltas]
+        said = "".join(d.text for d in deltas if isinstance(d, Content))
+        assert choice.text == (said if chat else "".join(piece.text for piece in pieces))
+        assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)

@@ -92,6 +92,7 @@ BAD: dict[str, tuple[dict, str]] = {
     "no token of the prompt": ({"prompt": [1, 320]}, "prompt"),
     "an empty prompt": ({"prompt": ["a", ""]}, "prompt[1]"),
     "texts and tokens": ({"prompt": ["a", [1]]}, "prompt"),
+    "too many tokens": ({"prompt": [1] * (2**21 + 1)}, "prompt"),
     "too many prompts": ({"prompt": ["a"] * 513}, "prompt"),
     "17 stops": ({"stop": ["x"] * 17}, "stop"),
     "an empty stop": ({"stop": ""}, "stop"),
@@ -209,6 +210,11 @@ def test_bodies_over_http():
             assert told["type"] == "invalid_request_error"
         assert error(send(b"prompt=a", "application/x-www-form-urlencoded"), 415)
         assert send(b'{"prompt": "a"}', "application/json; charset=utf-8").status_code == 200
+        pieces = (b"x" * 1000 for _ in range(1000))
+        told = small.http.post(
+            "/v1/completions", content=pieces, headers={"content-type": "application/json"}
+        )
+        error(told, 413)
         assert error(small.http.post("/v1/completions"), 400)["code"] == "invalid_json"
         error(small.http.get("/v1/completions"), 405)
         error(small.http.get("/nowhere"), 404)

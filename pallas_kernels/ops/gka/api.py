@@ -167,7 +167,8 @@ def gka_step(
     if active is not None:
         if slots is not None or active.shape != (B,):
             raise ValueError(f"gka_step: active must be [{B}] bool, without slots.")
-        k, v, alpha, g, beta = (_where(active, x) for x in (k, v, alpha, g, beta))
+        k, v = _where(active, k), _where(active, v)
+        alpha, g, beta = (x if x is None else _where(active, x) for x in (alpha, g, beta))
     token = _token(q, k, v, alpha, g, beta, num_iter, slots, state)
     usable = {
         "mosaic": mosaic_decode.why_not(token, solver),
@@ -182,7 +183,7 @@ def gka_step(
 
         def run(token: Token):
             """`active` as slots, which on a mesh are those of the device's own rows."""
-            if active is not None:
+            if active is not None and token.slots is not None:
                 here = jnp.arange(len(token.q), dtype=jnp.int32)
                 token = token._replace(slots=jnp.where(token.slots > 0, here, -1))
             return kernel(token)
@@ -220,9 +221,9 @@ def gka_step(
         return at_slots(step, slots, h_kk.astype(acc), h_kv.astype(acc))
 
 
-def _where(active: jax.Array, x: jax.Array | None) -> jax.Array | None:
+def _where(active: jax.Array, x: jax.Array) -> jax.Array:
     """x [B, ...] with zeros in rows that are not active."""
-    return None if x is None else jnp.where(active.reshape(-1, *([1] * (x.ndim - 1))), x, 0)
+    return jnp.where(active.reshape(-1, *([1] * (x.ndim - 1))), x, 0)
 
 
 def _inputs(q, k, v, alpha, g, beta, num_iter, initial_state, segment_ids, lengths) -> Inputs:
