@@ -69,7 +69,7 @@ class Live:
           warm: compile everything before.
           options: of `ServeConfig`.
         """
-        same = {"slots": slots, "capacity": capacity, "prefill_chunk": chunk}
+        same: dict[str, Any] = {"slots": slots, "capacity": capacity, "prefill_chunk": chunk}
         settings = ServeConfig(
             port=0, slots=slots, max_model_len=capacity, prefill_chunk=chunk,
             prefix_cache=prefixes, **options,

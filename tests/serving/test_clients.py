@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 import openai
 import pydantic
@@ -143,7 +144,7 @@ class Trip(pydantic.BaseModel):
 @pytest.mark.slow
 def test_structured_output(client):
     answer = client.chat.completions.parse(
-        model="m", messages=QUESTION, response_format=Trip, max_tokens=200, temperature=0
+        model="m", messages=QUESTION, response_format=Trip, max_tokens=150, temperature=0
     )
     assert isinstance(answer.choices[0].message.parsed, Trip)
     answer = ask(client, response_format={"type": "json_object"}, max_tokens=60)
@@ -167,7 +168,7 @@ def tools(*names):
     "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
 )
 def test_tools(client, choice):
-    asked = dict(tools=tools("weather"), tool_choice=choice, max_tokens=200)
+    asked = dict(tools=tools("weather"), tool_choice=choice, max_tokens=150)
     answer = ask(client, **asked).choices[0]
     assert answer.finish_reason in ("tool_calls", "stop")
     (call,) = answer.message.tool_calls
@@ -214,7 +215,7 @@ def test_errors_are_typed(client, live):
         ask(client, [{"role": "user", "content": "a" * 2000}])
     assert error.value.code == "context_length_exceeded"
     with pytest.raises(openai.APITimeoutError):
-        ask(client.with_options(timeout=0.02), max_tokens=400, extra_body={"ignore_eos": True})
+        ask(client.with_options(timeout=0.02), max_tokens=180, extra_body={"ignore_eos": True})
     with pytest.raises(openai.APIConnectionError):
         ask(openai.OpenAI(base_url="http://127.0.0.1:9/v1", api_key="x", max_retries=0))
     assert ask(client).choices
@@ -222,7 +223,7 @@ def test_errors_are_typed(client, live):
 
 def test_a_stream_that_is_closed_frees_its_slot(client, live):
     for _ in range(8):
-        stream = ask(client, stream=True, max_tokens=400, extra_body={"ignore_eos": True})
+        stream = ask(client, stream=True, max_tokens=180, extra_body={"ignore_eos": True})
         next(iter(stream))
         stream.close()
     assert ask(client).choices
@@ -247,8 +248,9 @@ def test_a_key():
 
 # lm-eval
 
-CONTEXTS = ["Remo has 20. Gove has 47. ", "the old cat sees ", "Q: Remo?\nA: Remo"]
-CONTINUATIONS = ["12+7=19.", "a red bird", " has 20."]
+# lm-eval scores a blank at the end of a context with the continuation.
+CONTEXTS = ["Remo has 20. Gove has 47.", "the old cat sees", "Q: Remo?\nA: Remo"]
+CONTINUATIONS = [" 12+7=19.", " a red bird", " has 20."]
 PAIRS = [[a, b] for a in CONTEXTS for b in CONTINUATIONS]
 
 
@@ -261,8 +263,8 @@ def direct(live):
         encode
     ):  # what comes after the end changes nothing before it
         ids[row, : len(head) + len(tail)] = head + tail
-    values = np.asarray(score(live.model, ids))
-    best = np.asarray(live.model(ids)[0].argmax(-1))
+    values = np.asarray(score(live.model, jnp.asarray(ids)))
+    best = np.asarray(live.model(jnp.asarray(ids))[0].argmax(-1))
     told = []
     for row, (head, tail) in enumerate(encode):
         place = slice(len(head) - 1, len(head) + len(tail) - 1)

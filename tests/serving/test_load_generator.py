@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any, cast
 
 import pytest
 
@@ -185,8 +186,9 @@ def test_equal_seeds_give_equal_calls():
 
 def test_a_chat_sends_what_was_said():
     first, second = workloads.chats(1, 2, words=3, system_words=2, output_len=4)[0]
+    before, after = cast(Any, first.body), cast(Any, second.body)
     reply = Reply(first)
     reply.event(piece("hello", [7]).strip(), 0.0)
-    said = second.body([reply])["messages"]
+    said = after([reply])["messages"]
     assert [m["role"] for m in said] == ["system", "user", "assistant", "user"]
-    assert said[2]["content"] == "hello" and said[:2] == first.body([])["messages"]
+    assert said[2]["content"] == "hello" and said[:2] == before([])["messages"]

@@ -188,12 +188,13 @@ class Reply:
         return value
 
     def _error(self, answer: dict[str, Any]) -> dict[str, Any]:
-        error = answer.get("error")
-        whole = isinstance(error, dict) and {"message", "type", "param", "code"} <= set(error)
+        error: Any = answer.get("error")
+        if not isinstance(error, dict):
+            error = {}
+        whole = {"message", "type", "param", "code"} <= set(error)
         if not whole or not isinstance(error["message"], str) or not error["message"]:
             self.problem(f"status {self.status} without the shape of an error: {answer}")
-            return error if isinstance(error, dict) else {"message": ""}
-        return error
+        return {"message": "", **error}
 
     def _same(self, chunk: dict[str, Any], stream: int) -> None:
         if chunk.get("object") != _OBJECTS.get(self.call.path, ("", ""))[stream]:
@@ -241,8 +242,9 @@ class Reply:
 
     def _complete(self) -> None:
         prompts = self.asked.get("prompt")
-        several = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
-        count = (len(prompts) if several else 1) * (self.asked.get("n") or 1)
+        count = self.asked.get("n") or 1
+        if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
+            count *= len(prompts)
         if sorted(self.choices) != list(range(count)):
             self.problem(f"choices {sorted(self.choices)}, not 0 to {count - 1}")
         for index, choice in self.choices.items():
