@@ -8,6 +8,7 @@ from collections.abc import Callable
 import typer
 
 PROGRAMS = {
+    "serve": "A whole server, as its clients see it.",
     "serve-table": "Decoding with the memory full and time to first token, as a table.",
     "run": "Operators, models and training steps, one row per measurement.",
     "full-size": "A full-size checkpoint: loading, first token, memory.",
