@@ -41,6 +41,8 @@ def loaded(live: Live, count: int, wrong: int, connections: int, *, seed: int, *
     assert after.get("hmf:nonfinite_total", 0) == 0
     sent = [reply for reply in report.all if isinstance(reply.call.about, int)]
     assert len(sent) == count and all(reply.ok or reply.left for reply in sent)
+    wrong_ones = [reply for reply in report.all if reply.call.expect]
+    assert all(reply.status in reply.call.expect for reply in wrong_ones)
     odd = [reply for reply in report.all if str(reply.call.about).startswith("unusual")]
     assert {reply.status for reply in odd} == {200}
     assert laws.differences(live.model, live.tokenizer, sent, **live.same) == []
