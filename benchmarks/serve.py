@@ -187,7 +187,7 @@ async def _measure(
         numbers = await getattr(bench, case)()
         numbers |= {"server": name, "options": " ".join(options)}
         numbers["took_s"] = round(time.perf_counter() - began, 1)
-        _write(settings, case, numbers, args, str(version.get("devices", "")))
+        _write(settings, case, numbers, args, ", ".join(version["devices"]))
     await bench.client.close()
 
 
@@ -242,14 +242,14 @@ class Bench:
         steps = {}
         for _, line in self.started.lines:
             if match := re.search(r"hmf-jax: (.*?),? in ([\d.]+) s", line):
-                steps[match[1]] = float(match[2])
+                steps[re.sub(r"^(loaded|ready).*", r"\1", match[1])] = float(match[2])
         ready, _ = self.started.wait(r"\bready\b")
         ms, _ = await self.first_token(self.prompt(8))
         return {"ms": 1e3 * ready, "first_request_ms": ms, "steps_s": steps}
 
     async def idle(self) -> Numbers:
         times = [(await self.first_token(self.prompt(self.args.short)))[0] for _ in range(6)]
-        return {"ms": statistics.median(times), "all": _rounded(times), "tokens": self.args.short}
+        return {"ms": statistics.median(times), "all": times, "tokens": self.args.short}
 
     async def hit(self) -> Numbers:
         """The end of the prompt is new: short, or as long as a chunk allows in exact mode."""
@@ -268,11 +268,11 @@ class Bench:
         """Other prompts drive the shared one out of the device, into the memory of the host."""
         shared = self.prompt(self.args.long)
         await self.ask([*shared, *self.prompt(50)])
-        before = await metrics(self.client)
+        name, before = "hmf:prefix_evictions_total", await metrics(self.client)
         for _ in range(40):
             await self.ask(self.prompt(self.args.long))
             now = await metrics(self.client)
-            moved = _change(before, now, "hmf:prefix_evictions_total")
+            moved = now.get(name, 0.0) - before.get(name, 0.0)
             if moved >= 3:
                 break
         ms, reply = await self.first_token([*shared, *self.prompt(100)])
@@ -441,17 +441,9 @@ def _apart(function: Callable[..., None], *arguments: Any) -> None:
         raise SystemExit(f"{function.__name__} failed, see above")
 
 
-def _change(before: dict[str, float], now: dict[str, float], name: str) -> float:
-    return now.get(name, 0.0) - before.get(name, 0.0)
-
-
 def _percentile(values: Sequence[float], percent: int) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] if ordered else 0.0
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 1) for value in values]
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ COMMANDS = (
     "demo",
     "bench",
     "bench-serve",
+    "serve",
 )
 
 

@@ -186,8 +186,8 @@ def stream(
     """Like `generate`, but yields the new tokens of every prompt as they come.
 
     Prompts are read one after the other while those that have been read go on. Each item holds the
-    new tokens of all prompts, in order: up to `tokens_per_dispatch` (at most 64) of each, none of
-    prompts that are not there yet or done. Same tokens as `generate`.
+    new tokens of all prompts, in order: up to `tokens_per_dispatch` (at most 64) of each, after its
+    first one; none of prompts that are not there yet or done. Same tokens as `generate`.
 
     Raises:
       ValueError: what `generate` raises, at the call.

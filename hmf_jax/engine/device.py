@@ -6,6 +6,7 @@ out. `enqueue` only hands work to the device; `collect` waits for what it produc
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -116,10 +117,17 @@ class Device:
         self._host_pages: dict[int, Any] = {}
         self._ends: set[int] = set()  # slots whose rows are to stop at the next decode
         self._live: set[int] = set()  # slots whose rows run, as far as is known
+        # Slots, and requests that are known to have ended in them: told by `collect`, which may run
+        # in another thread, to `enqueue`.
+        self._over: collections.deque[tuple[int, int]] = collections.deque()
         compilations()
 
     def enqueue(self, turn: Turn, asked: Mapping[int, Request]) -> Ticket:
         """Hands a turn to the device; `asked` has the requests that it names, by id."""
+        while self._over:
+            slot, id = self._over.popleft()
+            if self._ids[slot] == id:  # else it is already another's
+                self._ended(slot)
         if self._all.pool is None:  # no layer has anything in pages
             turn = turn._replace(pages_out=(), zeroed=(), pages_in=(), copies=())
         self._ends |= set(turn.ends)
@@ -173,9 +181,7 @@ class Device:
                     top[slot] += as_dicts(*(x[slot, :count, :n] for x in likely))
                 # That a row was stopped from outside is known there.
                 reasons[slot] = RUNNING if ended[slot] == STOPPED else int(ended[slot])
-        for slot, reason in enumerate(reasons):
-            if reason and self._ids[slot] == ticket.ids[slot]:  # else it is already another's
-                self._ended(slot)
+        self._over += [(slot, ticket.ids[slot]) for slot, reason in enumerate(reasons) if reason]
         told, told_top = [], []
         if scores is not None:
             values, likely = scores

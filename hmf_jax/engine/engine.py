@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from hmf_jax.engine.books import Ask, Limits, Stats
@@ -74,6 +75,8 @@ class Engine:
         wait meanwhile.
       record: gets lines that say what was asked and what was done, prompts included; see
         `hmf_jax.engine.replay`.
+      threaded: hand turns to the device in a thread of its own. The programs of some devices keep
+        their caller waiting while they loop; so the next turn can be planned meanwhile.
       clock: seconds, for `Started.waited`.
 
     Raises:
@@ -100,6 +103,7 @@ class Engine:
         fixed: bool = False,
         explain: bool = True,
         record: Callable[[str], Any] | None = None,
+        threaded: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         named = {"slots": slots, "capacity": capacity, "prefill_chunk": prefill_chunk}
@@ -156,7 +160,10 @@ class Engine:
             self._scheduler = Recorder(self._limits, record, clock=clock)
         self._requests: dict[int, Request] = {}  # that have not ended
         self._new: dict[int, list[int]] = {}  # tokens that each has made
-        self._pending: tuple[Turn, Ticket] | None = None  # handed to the device, not collected
+        self._threaded = threaded
+        self._hand = self._make_hand()
+        # Handed to the device, or to the thread that does so, and not collected.
+        self._pending: tuple[Turn, Callable[[], Ticket]] | None = None
         self._events: list[Event] = []  # that `step` has not told yet
         self._timings = Timings(clock)
 
@@ -279,13 +286,10 @@ class Engine:
             if self._pending is not None and self._pending[0].waits:
                 self._collect()
             turn = self._scheduler.plan(max(1, min(steps, MOST_STEPS)))
-            idle = self._pending is None or self._device.done(self._pending[1])
-            ticket = None if turn is None else self._device.enqueue(turn, self._requests)
-            if turn is not None:
-                self._timings.enqueued(idle)
+            handed = None if turn is None else self._enqueue(turn)
             self._collect()
-            if turn is not None and ticket is not None:
-                self._pending = turn, ticket
+            if turn is not None and handed is not None:
+                self._pending = turn, handed
         except BaseException as e:
             self._broken = f"{type(e).__name__}: {e}".rstrip(": ")
             raise
@@ -294,6 +298,26 @@ class Engine:
         told, self._events = self._events, []
         return told
 
+    def _make_hand(self) -> ThreadPoolExecutor | None:
+        return ThreadPoolExecutor(1, "device") if self._threaded else None
+
+    def _enqueue(self, turn: Turn) -> Callable[[], Ticket]:
+        """Hands a turn to the device; what waits until it has been, and returns its ticket."""
+        parts = (turn.chunk, *turn.loads, *turn.firsts)
+        asked = {part.id: self._requests[part.id] for part in parts if part is not None}
+        last = None if self._pending is None else self._pending[1]
+
+        def enqueue() -> Ticket:
+            idle = last is None or self._device.done(last())
+            ticket = self._device.enqueue(turn, asked)
+            self._timings.enqueued(idle)
+            return ticket
+
+        if self._hand is not None:
+            return self._hand.submit(enqueue).result
+        ticket = enqueue()
+        return lambda: ticket
+
     def recover(self) -> list[Event]:
         """Starts over with empty rows after an exception in `step`.
 
@@ -301,6 +325,9 @@ class Engine:
           What has not been told, and the ends of all requests that there were, with the error.
         """
         error = self._broken or "the engine was started over"
+        if self._hand is not None:
+            self._hand.shutdown(cancel_futures=True)
+        self._hand = self._make_hand()
         self._pending, self._broken, self._timings = None, "", Timings(self._clock)
         self._device = Device(self.model, capacity=self.capacity, **self._options)
         self._scheduler.fail()
@@ -313,8 +340,8 @@ class Engine:
         """Books what the turn that the device has been given before has produced."""
         turn = result = None
         if self._pending is not None:
-            turn, ticket = self._pending
-            result = self._device.collect(ticket)
+            turn, handed = self._pending
+            result = self._device.collect(handed())
             self._timings.collected(turn)
             self._pending = None
         for event in self._scheduler.commit(turn, result):

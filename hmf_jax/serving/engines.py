@@ -141,6 +141,7 @@ def make(model: HybridLM, options: EngineConfig, plan: EnginePlan) -> Engine:
         every=options.snapshot_every,
         fixed=True,
         explain=False,
+        threaded=True,
     )
 
 

@@ -79,6 +79,8 @@ def serve(
     plan = engines.plan(hybrid, options, dtype)
     if config.ssl_certfile is not None:
         _check_ssl(config)
+    # How long a thread that computes keeps others from running: HTTP would make engines wait.
+    sys.setswitchinterval(5e-4)
     with listener(config.host, config.port) as place:
         life = Life(directory, hybrid, tokenizer, config, options, plan, report, progress)
         asyncio.run(life.run(place))

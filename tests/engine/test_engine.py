@@ -60,7 +60,9 @@ def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
 def mixture() -> list[Request]:
     """Prompts that share beginnings, some equal; greedy and sampled, short and long."""
     shared, rng = words(0, 150), np.random.default_rng(1)
-    prompts = [shared[: rng.integers(1, 150)] + words(i, rng.integers(1, 40)) for i in range(12)]
+    prompts = [
+        shared[: rng.integers(1, 150)] + words(i, int(rng.integers(1, 40))) for i in range(12)
+    ]
     prompts += [shared[:140], shared[:140], shared[:128], shared[:129]]
     asked = []
     for i, prompt in enumerate(prompts):
@@ -93,9 +95,10 @@ def test_few_pages_and_host_memory_change_no_bit(model, alone) -> None:
     """Rows are swapped out, and prefixes go to host memory and come back; and a recording of all
     that leads to the same turns again."""
     lines: list[str] = []
+    few: dict[str, Any] = {**SIZES, "pages": 9}
     engine = Engine(
         model, 3, prefixes="exact", prefix_bytes=10**6, host_bytes=10**9, spacing=1,
-        record=lines.append, **SIZES | {"pages": 9},
+        record=lines.append, threaded=True, **few,
     )  # fmt: skip
     asked = [dataclasses.replace(r, priority=i % 3) for i, r in enumerate(mixture())]
     for _ in range(2):
@@ -127,7 +130,8 @@ def test_namespaces_share_nothing(model) -> None:
     engine = Engine(model, 3, prefixes="fast", spacing=1, **SIZES)
     prompt = words(3, 130)
     run(engine, [Request(prompt, 2)])
-    for other in (dict(namespace="b"), dict(num_iter=2)):
+    others: list[dict[str, Any]] = [dict(namespace="b"), dict(num_iter=2)]
+    for other in others:
         (found,) = run(engine, [Request([*prompt, 1], 2, **other)])
         assert found["cached"] == 0
     (found,) = run(engine, [Request([*prompt, 1], 2)])

@@ -14,7 +14,8 @@ from hmf_jax.engine import generate
 from hmf_jax.sampling import SamplingParams
 
 VOCAB = 64
-SLOTS: dict[str, Any] = dict(slots=3, capacity=128, prefill_chunk=64)  # shared, as programs are
+SIZES: dict[str, Any] = dict(capacity=128, prefill_chunk=64)
+SLOTS: dict[str, Any] = dict(slots=3, **SIZES)  # shared, as programs are
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_slots_change_nothing(model: HybridLM) -> None:
         num_iter=[30, 30, 2, 30, 30, 5, 30],
         logprobs=True,
     )
-    together = generate(model, prompts, **options, **{**SLOTS, "slots": None})
+    together = generate(model, prompts, **options, **SIZES)
     assert {g.finish_reason for g in together} == {"length", "eos"}
     in_slots = generate(model, prompts, **options, **SLOTS)
     assert [(g.tokens, g.finish_reason) for g in in_slots] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -115,12 +116,27 @@ def test_rows_that_are_not_active_keep_their_state():
     )
     active: Any = np.array([False, True])
     k[0] = np.nan
-    o, new = gka_step(q, k, v, alpha, g, beta, state, active=active, impl="chunked")
+    step = jax.jit(partial(gka_step, impl="chunked"))
+    o, new = step(q, k, v, alpha, g, beta, state, active=active)
     q, k, v, alpha, g, beta = (x[1:] for x in (q, k, v, alpha, g, beta))
-    exact, wanted = gka_step(q, k, v, alpha, g, beta, tuple(x[1:] for x in state), impl="chunked")
+    exact, wanted = step(q, k, v, alpha, g, beta, tuple(x[1:] for x in state))
     for old, x, y in zip(state, new, wanted, strict=True):
         np.testing.assert_array_equal(x[0], old[0])
         np.testing.assert_allclose(x[1], y[0], rtol=1e-6)
     np.testing.assert_allclose(o[1], exact[0], rtol=1e-5)
     with pytest.raises(ValueError, match="without slots"):
         gka_step(q, k, v, alpha, g, beta, state, active=active[1:], slots=jnp.arange(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "dim"), [(4, 128), (1, 64), (8, 256)])
+def test_cudnn_equals_reference(group, dim):
+    rng, page = np.random.default_rng(0), 64
+    counts: Any = np.array([0, 1, 150, 192], np.int32)
+    q = jnp.asarray(rng.standard_normal((4, 2 * group, dim)), jnp.bfloat16)
+    k, v = jnp.asarray(rng.standard_normal((2, P, page, 2, dim)), jnp.bfloat16)
+    order = np.random.default_rng(1).permutation(P)[: B * M].reshape(B, M)
+    pages = PageTable.of(jnp.asarray(order), P, page)
+    run = partial(paged_decode_attention, pages=pages, lengths=counts)
+    exact = run(*(x.astype(jnp.float32) for x in (q, k, v)), impl="reference")
+    assert rel(run(q, k, v, impl="cudnn"), exact) < 1e-2

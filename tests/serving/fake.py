@@ -33,13 +33,14 @@ class FakeEngine:
       script: makes the tokens of an answer; the end token is one of them.
       slots: how many requests run at a time.
       turn: seconds that a turn takes.
+      pace: tokens per turn, at most.
       seen: all requests, in order.
       fault: what `step` raises, once unless it is of CUDA.
       broken: which requests, counted from 0, fail.
     """
 
     def __init__(self, script: Callable[[Request], list[int]], slots: int = 4) -> None:
-        self.script, self.slots, self.turn = script, slots, 0.0
+        self.script, self.slots, self.turn, self.pace = script, slots, 0.0, 64
         self.seen: list[Request] = []
         self.fault: Exception | None = None
         self.broken: set[int] = set()
@@ -102,6 +103,7 @@ class FakeEngine:
             self.fault = fault if "CUDA" in str(fault) else None
             raise fault
         time.sleep(self.turn)
+        steps = min(steps, self.pace)
         events, self._ended = self._ended, []
         for id in list(self._left):
             request, left = self._requests[id], self._left[id]

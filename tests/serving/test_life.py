@@ -25,11 +25,11 @@ def fake():
         yield site_
 
 
-def endless(fake, turn=0.01):
-    """Answers that take their time."""
+def endless(fake, turn=0.02, pace=1):
+    """Answers that take their time: seconds of a turn, and tokens in it."""
     letter = fake.tokenizer.encode("a")
     fake.engine.script = lambda request: letter * 10_000
-    fake.engine.turn = turn
+    fake.engine.turn, fake.engine.pace = turn, pace
 
 
 def at_rest(fake):

@@ -92,7 +92,6 @@ BAD: dict[str, tuple[dict, str]] = {
     "no token of the prompt": ({"prompt": [1, 320]}, "prompt"),
     "an empty prompt": ({"prompt": ["a", ""]}, "prompt[1]"),
     "texts and tokens": ({"prompt": ["a", [1]]}, "prompt"),
-    "too many tokens": ({"prompt": [1] * (2**21 + 1)}, "prompt"),
     "too many prompts": ({"prompt": ["a"] * 513}, "prompt"),
     "17 stops": ({"stop": ["x"] * 17}, "stop"),
     "an empty stop": ({"stop": ""}, "stop"),
@@ -106,6 +105,11 @@ def test_contradictions_of_completions(case, fake):
     body, param = BAD[case]
     told = fake.error("/v1/completions", 400, **{"prompt": "abc", **body})
     assert told["param"] == param and told["type"] == "invalid_request_error"
+
+
+def test_millions_of_tokens_are_refused_before_anything_is_looked_at(what):
+    refused = refusal(Completion, {"prompt": [1] * (2**21 + 1)}, what)
+    assert refused is not None and refused.param == "prompt" and "2,097,152" in refused.message
 
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}

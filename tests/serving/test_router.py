@@ -45,9 +45,10 @@ class Nobody:
 
 
 def router(count=2):
-    events = []
+    events: list[Any] = []
     made = Router([Nobody] * count, events.append)
-    return made, made.threads, events
+    threads: list[Any] = list(made.threads)
+    return made, threads, events
 
 
 def prompt(start, blocks=4, more=0):

@@ -144,7 +144,8 @@ def test_stream_is_send_and_may_be_closed(session):
     assert chat.last is not None and chat.last.finish_reason == "stop"
     assert chat.messages[-1]["role"] == "assistant"
     assert chat.messages[-1]["content"].startswith(first) and sent.startswith(chat.last.text)
-    assert chat.send("Go on").text
+    more = chat.send("Go on")
+    assert more.text and more.prefilled < len(prompt_of(chat, 3)) - 5  # the question was kept
 
 
 def test_interrupt_drops_the_engine_but_not_the_conversation(monkeypatch, session):
