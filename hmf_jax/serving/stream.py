@@ -55,7 +55,7 @@ async def while_connected[T](receive: Receive, work: Coroutine[Any, Any, T]) -> 
     finally:
         for one in (task, watch):
             one.cancel()
-        await asyncio.wait([task, watch])
+        await asyncio.gather(task, watch, return_exceptions=True)
 
 
 async def _gone(receive: Receive) -> None:
@@ -131,7 +131,7 @@ class EventStream(Response):
                 if data := b"".join(frame(value) for value in batch):
                     yield data
         finally:
-            if pending is not None and not pending.done():
+            if pending is not None:  # whatever becomes of it, nobody waits any more
                 pending.cancel()
-                await asyncio.wait([pending])
+                await asyncio.gather(pending, return_exceptions=True)
             await self._batches.aclose()

@@ -36,7 +36,8 @@ class Call:
         replies to the earlier calls of the same user.
       fault: how the client misbehaves, a name of `FAULTS`.
       wait: seconds, for faults.
-      expect: statuses that are right; empty: 200, and 429 or 503 where the server is full.
+      expect: statuses that are right; empty: 200. Where answers are generated 429 and 503 are, too:
+        there may be no room.
       seconds: longest time until the answer begins; more is a problem. None: any.
       about: what the call is, for messages and for those who compare replies.
     """
