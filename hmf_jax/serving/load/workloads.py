@@ -103,14 +103,14 @@ async def tokens_per_word(client: Client, fields: Mapping[str, Any] | None = Non
     Raises ValueError if it does not answer.
     """
     rng, counts = random.Random(0), []
-    for words in (16, 116):
+    for words in (8, 32):
         message = {"role": "user", "content": text(rng, words)}
         call = Call({"messages": [message], "max_tokens": 1, **(fields or {})})
         reply = await client.send(call)
         if not reply.ok:
             raise ValueError(f"the server does not answer a chat: {reply.problems or reply.error}")
         counts.append(reply.prompt_tokens)
-    return max((counts[1] - counts[0]) / 100, 0.1)
+    return max((counts[1] - counts[0]) / 24, 0.1)
 
 
 def mixture(
