@@ -17,6 +17,7 @@ from hmf_jax.engine import (
 )
 from hmf_jax.engine import Output as Generation
 from hmf_jax.engine.programs import MOST_STEPS, SMALLEST_CAPACITY, SMALLEST_CHUNK, SMALLEST_HALF
+from hmf_jax.engine.rows import Program
 
 __all__ = [
     "GREEDY",
@@ -52,6 +53,6 @@ def __getattr__(name: str) -> Any:
         raise ImportError(
             "hmf_jax.generation.Step is gone; Engine.step returns a list of hmf_jax.engine.Event"
         )
-    if isinstance(program := getattr(programs, name.removeprefix("_"), None), programs.Program):
+    if isinstance(program := getattr(programs, name.removeprefix("_"), None), Program):
         return program
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
