@@ -77,7 +77,6 @@ _OUTSIDE_OF: dict[str, dict[str, Sequence[Any]]] = {
         "response_format": [{"type": "xml"}, {"type": "json_schema"}, {}],
         "structured_outputs": [{}, {"json": {}, "regex": "a"}, {"regex": "("}],
         "chat_template": ["{{ messages }}"],
-        "continue_final_message": [True],  # together with add_generation_prompt, its default
     },
 }
 
