@@ -79,7 +79,6 @@ class Scheduler:
         self._prefixes = self._slots.prefixes
         self._flight: dict[int, list[_Part]] = {}  # turns that are not committed
         self._replies: list[Row] = []  # that have ended, but a snapshot of which may be taken
-        self._ended: dict[int, tuple[int, Row]] = {}  # slots and rows, by the last commit
 
     @property
     def busy(self) -> bool:
@@ -143,7 +142,6 @@ class Scheduler:
     def commit(self, turn: Turn | None, result: Result | None) -> list[Event]:
         """Books what a turn produced; everything there is to tell, in order."""
         if turn is not None and result is not None:
-            self._ended = {}
             row = self._rows.get(turn.chunk.id) if turn.chunk else None
             if row is not None and row.ask.scored and result.scores:
                 self._events.append(Scored(row.id, list(result.scores), list(result.top_scores)))
@@ -169,20 +167,6 @@ class Scheduler:
         self._draft.clear()
         self._begin()
         return told
-
-    def slot(self, id: int) -> int | None:
-        """The slot of a request that runs, or has ended in the turn that was committed last."""
-        if row := self._rows.get(id):
-            return row.slot if row.slot >= 0 else None
-        return self._ended[id][0] if id in self._ended else None
-
-    def tokens(self, id: int) -> list[int]:
-        """Prompt and new tokens of a request that has not ended before the last commit.
-
-        Raises KeyError for others.
-        """
-        row = self._rows.get(id) or self._ended[id][1]
-        return [*row.prompt, *row.made]
 
     def reset_prefixes(self) -> int:
         """Gives up all entries of the prefix cache; how many there were."""
@@ -404,7 +388,6 @@ class Scheduler:
             self._events.append(New(row.id, tokens, list(result.logprobs[slot]), top))
         reason = REASONS[result.reasons[slot]] if part.tokens else "length"
         if reason:
-            self._ended[row.id] = slot, row
             if reason == "error":
                 self._slots.spoil(row)
             self._finish(row, reason)

@@ -18,7 +18,6 @@ from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
 from hmf_jax.sharding import row_parts
 
-SMALLEST_CHUNK = programs.SMALLEST_CHUNK
 STEP = 4  # from one width of chunks to the next
 # Chunks that attention reads up to, and the next step from there. Each size is a program that takes
 # seconds to trace; reading 32K tokens that are not there takes 1% of the time of a chunk of 2048.
@@ -152,7 +151,7 @@ class Storage:
 
         Where rows are long there are two: the time does not matter so much there.
         """
-        widths = [min(SMALLEST_CHUNK, self.prefill_chunk)]
+        widths = [min(programs.SMALLEST_CHUNK, self.prefill_chunk)]
         while widths[-1] < self.prefill_chunk:
             widths.append(min(widths[-1] * STEP, self.prefill_chunk))
         near = self._read_pages(tokens) == self._read_pages(0)

@@ -44,7 +44,7 @@ class CallArguments:
 Delta = Reasoning | Content | CallStart | CallArguments
 
 
-class ReplyDeltas(Cutter):
+class ReplyDeltas(Cutter[Delta]):
     """Cuts a reply into what is streamed of it; arguments: `Cutter`.
 
     The deltas together are the attributes, whatever the text was grouped like. A call is streamed
@@ -70,18 +70,6 @@ class ReplyDeltas(Cutter):
         super().__init__(tokens, opened=opened, thinking=thinking, tools=tools)
         left_out = (THINK, END_THINK) if thinking else ()
         self._left_out = {tokens[tag] for tag in left_out if tag in tokens}
-        self._out: list[Delta] = []
-
-    def push(self, text: str, places: Sequence[Place] = ()) -> list[Delta]:
-        """More text, and the places of all tags so far; what is certain now."""
-        self._cut(text, places)
-        out, self._out = self._out, []
-        return out
-
-    def finish(self) -> list[Delta]:
-        """The rest, once no more text will come."""
-        self._last = True
-        return self.push("")
 
     def reasoning_tokens(self, tokens: Sequence[int]) -> int:
         """How many of the tokens of the reply so far are thinking, tags included.

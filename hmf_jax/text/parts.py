@@ -17,7 +17,7 @@ CALL, END_CALL = "<tool_call>", "</tool_call>"
 TAGS = (THINK, END_THINK, CALL, END_CALL)
 
 
-class Cutter:
+class Cutter[Part]:
     """Cuts a reply where its parts begin and end; subclasses say what becomes of the pieces.
 
     A call of a tool begins once it is known which tool it calls: until then it may turn out to be
@@ -54,6 +54,18 @@ class Cutter:
         self._reader: CallReader | None = None
         self._read = 0  # how much of the whole text the reader of a call has seen
         self._last = False
+        self._out: list[Part] = []  # what is certain and has not been given
+
+    def push(self, text: str, places: Sequence[Place] = ()) -> list[Part]:
+        """More text, and the places of all tags so far; what is certain now."""
+        self._cut(text, places)
+        out, self._out = self._out, []
+        return out
+
+    def finish(self) -> list[Part]:
+        """The rest, once no more text will come."""
+        self._last = True
+        return self.push("")
 
     def _keep(self, text: str, part: str) -> None:
         """A piece of the reply, see `Piece`."""
@@ -280,35 +292,14 @@ class Piece(str):
         return piece
 
 
-class ReplyParts(Cutter):
+class ReplyParts(Cutter[Piece]):
     """The parts of a reply, and the pieces they are made of; arguments and attributes: `Cutter`.
 
     A call of a tool is one piece, and given when it is complete: what is malformed stays text.
     `tool_calls` are as in messages, see `hmf_jax.text.messages`.
     """
 
-    def __init__(
-        self,
-        tokens: Mapping[str, int],
-        *,
-        opened: bool = False,
-        thinking: bool = True,
-        tools: bool = False,
-    ):
-        super().__init__(tokens, opened=opened, thinking=thinking, tools=tools)
-        self._out: list[Piece] = []
-        self._held: list[Piece] | None = None  # of a call that is not complete
-
-    def push(self, text: str, places: Sequence[Place] = ()) -> list[Piece]:
-        """More text, and the places of all tags so far; the pieces that are certain now."""
-        self._cut(text, places)
-        out, self._out = self._out, []
-        return out
-
-    def finish(self) -> list[Piece]:
-        """The rest, once no more text will come."""
-        self._last = True
-        return self.push("")
+    _held: list[Piece] | None = None  # of a call that is not complete
 
     def _keep(self, text: str, part: str) -> None:
         if self._held is not None:

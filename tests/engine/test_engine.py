@@ -205,6 +205,7 @@ def test_growing_keeps_what_was_read(model) -> None:
 def test_after_an_exception_it_starts_over(model, monkeypatch) -> None:
     engine = Engine(model, 3, **SIZES)
     ids = [engine.add(Request([1, 2], 3)) for _ in range(3)]
+    assert engine.tokens(ids[0]) == [1, 2]
     monkeypatch.setattr(engine._device, "enqueue", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.step()
