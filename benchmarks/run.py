@@ -18,7 +18,7 @@ from benchmarks.rows import Row, environment
 from benchmarks.timing import ceilings
 from hmf_jax.pallas_kernels.dispatch import IMPLS
 from hmf_jax.pallas_kernels.shapes import SHAPES, TP
-from hmf_jax.training.step import REMAT
+from hmf_jax.training.remat import REMAT
 
 PASSES = ("fwd", "fwd_bwd", "decode")
 OPS = (*operators.OPERATORS, *models.MODELS, *training.STEPS, models.COMPILE)

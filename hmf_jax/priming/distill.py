@@ -40,9 +40,10 @@ from hmf_jax.parameters import flat_params
 from hmf_jax.priming.unfuse import check_fused
 from hmf_jax.training.loss import next_token_targets
 from hmf_jax.training.plan import plan
+from hmf_jax.training.remat import REMAT, Remat
 from hmf_jax.training.run import fine_tune
 from hmf_jax.training.schema import TrainConfig
-from hmf_jax.training.step import REMAT, Remat, make_train_step
+from hmf_jax.training.step import make_train_step
 
 Array = jax.Array
 
