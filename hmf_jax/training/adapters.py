@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from hmf_jax.layers import exact, one_row_twice
 from hmf_jax.moe import Experts
 from hmf_jax.pallas_kernels import grouped_matmul
+from hmf_jax.pallas_kernels.dispatch import PRODUCT, kept
 from hmf_jax.sharding import named_sharding
 
 Array = jax.Array
@@ -60,7 +61,7 @@ class LoRALinear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x [B, T, in] -> y [B, T, out]."""
-        return one_row_twice(self._product, x)
+        return kept(one_row_twice(self._product, x), PRODUCT)
 
     def _product(self, x: Array) -> Array:
         if (kind := self.quantized) is None:

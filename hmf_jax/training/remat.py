@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from hmf_jax.block import Block
 from hmf_jax.mixers import KINDS, Context
+from hmf_jax.pallas_kernels.compat import is_cudnn_attention
+from hmf_jax.pallas_kernels.dispatch import OPERATOR, PRODUCT
 
 Array = jax.Array
 
-# Remat choice -> policy of `jax.checkpoint`; "none" keeps everything.
+
+
+def _keeping(*names: str) -> Callable[..., bool]:
+    """A policy that keeps what has one of these names, and the results of cuDNN's attention."""
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def policy(primitive: Any, *args: Any, **params: Any) -> bool:
+        return named(primitive, *args, **params) or is_cudnn_attention(primitive)
+
+    return policy
+
+
+# Remat choice -> policy of `jax.checkpoint`; "none" keeps everything. The fewer bytes, the later.
 REMAT: dict[str, Any] = {
     "none": None,
+    "dots": _keeping(OPERATOR, PRODUCT),
+    "named": _keeping(OPERATOR),
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
