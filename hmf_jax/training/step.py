@@ -22,7 +22,7 @@ from hmf_jax.packed import Origin
 from hmf_jax.parameters import abstract_params, flat_params
 from hmf_jax.sharding import constrain
 from hmf_jax.training.loss import balanced_loss
-from hmf_jax.training.remat import Remat, remat_choices
+from hmf_jax.training.remat import Choices, Remat, check_remat, remat_choices
 
 Array = jax.Array
 Params = dict[str, Array]
@@ -183,7 +183,7 @@ def make_train_step(
     *,
     loss: Loss | None = None,
     accumulate: int = 1,
-    remat: str | Mapping[str, str] = "none",
+    remat: Choices = "none",
     max_grad_norm: float | None = None,
     num_iter: int | None = None,
     impl: str = "auto",
@@ -211,9 +211,12 @@ def make_train_step(
         tokens, which is differentiated with respect to the model, and their number; if it wants
         also a dict of further sums, which become metrics ("loss": in place of the first).
       accumulate: micro-batches that the batch is cut into; must divide B.
-      remat: what the backward pass computes again: "none"; "block": everything inside a block (only
-        its input [B, T, d] is kept); "dots": all but matrix products with weights. Or one
-        choice per layer kind: {"GKA": "block", "*": "dots"}; kinds left out keep everything.
+      remat: what the backward pass computes again: "none"; "dots": all but products with weights
+        and what operators (attention, solvers) hand to their own backward pass; "named": all but
+        the latter; "block": everything inside a block, whose input [B, T, d] alone is kept;
+        "offload": as "named", that input in pinned memory of the host. Or one choice
+        per layer kind, {"GKA": "block", "*": "dots"}, where kinds left out keep everything; or one
+        per layer, as `plan_memory` chooses them.
       max_grad_norm: gradients are scaled down to this global norm.
       num_iter: Chebyshev iterations of GKA layers; None: the config's.
       impl: operator implementation, see `hmf_jax.pallas_kernels.dispatch`.
@@ -224,7 +227,7 @@ def make_train_step(
       ValueError: bad arguments; when called, a batch with unknown keys or wrong shapes.
     """
     _check_settings(accumulate, max_grad_norm, chunk_size)
-    choice_of = remat_choices(remat)
+    check_remat(remat)
     if loss is None:
         loss = functools.partial(
             balanced_loss, chunk_size=chunk_size, router_aux_loss_coef=router_aux_loss_coef
@@ -234,7 +237,7 @@ def make_train_step(
 
     def objective(params: Params, frozen: Params, template: Template, batch: Mapping[str, Any]):
         model = template.model(frozen | params)
-        choices = [choice_of.get(kind, "none") for kind in model.config.student_kinds]
+        choices = remat_choices(remat, model.config.student_kinds)
         pairs = zip(model.layers, choices, strict=True)
         model.layers = nnx.List([b if c == "none" else Remat(b, c) for b, c in pairs])
         total, tokens, *more = loss(model, **batch, num_iter=num_iter, impl=impl)
