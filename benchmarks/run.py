@@ -21,7 +21,11 @@ from hmf_jax.pallas_kernels.shapes import SHAPES, TP
 
 PASSES = ("fwd", "fwd_bwd", "decode")
 OPS = (*operators.OPERATORS, *models.MODELS, *training.STEPS, models.COMPILE)
-COMPILED = ("ttft", "decode_throughput", *training.STEPS)  # what can be compiled before it is measured
+COMPILED = (
+    "ttft",
+    "decode_throughput",
+    *training.STEPS,
+)  # what can be compiled before it is measured
 ON_A_MESH = (*models.ON_A_MESH, *training.STEPS)
 
 

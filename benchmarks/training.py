@@ -70,10 +70,10 @@ def measure(
 
     Extra numbers, of one device but for trained: tokens_per_s; mfu, the model's FLOP/s
     (`training_flops`, which leaves out what is computed again) over the peak of the device, where
-    that is known and rows are one document; trained parameters; bytes of the state, of everything the program needs as the
-    compiler planned it, and the largest number in use so far in this process (one measurement per
-    process tells it apart). On GPUs also what the profiler saw of one step, see
-    `benchmarks.timing.DeviceTime`.
+    that is known and rows are one document; trained parameters; bytes of the state, of everything
+    the program needs as the compiler planned it, and the largest number in use so far in this
+    process (one measurement per process tells it apart). On GPUs also what the profiler saw of one
+    step, see `benchmarks.timing.DeviceTime`.
 
     Raises:
       ValueError: the mesh does not split the rows evenly.
@@ -121,8 +121,8 @@ def measure(
 
 def segment_ids(shape: tuple[int, int], documents: int, seed: int) -> np.ndarray:
     """Numbers 1, 2, ... of documents of random lengths that fill every row, int32 [B, T]."""
-    rng, (rows, length) = np.random.default_rng(seed), shape
+    rng = np.random.default_rng(seed)
     starts = np.zeros(shape, np.int32)
     for row in starts:
-        row[rng.choice(length - 1, documents - 1, replace=False) + 1] = 1
+        row[1 + rng.choice(len(row) - 1, documents - 1, replace=False)] = 1
     return 1 + np.cumsum(starts, axis=1, dtype=np.int32)
