@@ -209,11 +209,8 @@ def _with_gradients(
         def piece(sums, xs):
             total, d_kernel = sums
             x, target, weight = xs
-            logits, is_target = _logits(x, kernel, target, vocab)
-            top = _over(jax.lax.pmax, jnp.max(logits, axis=-1), vocab)
-            exps = _over(jax.lax.psum, jnp.sum(jnp.exp(logits - top[..., None]), -1), vocab)
-            lse = top + jnp.log(exps)
-            own = _over(jax.lax.psum, jnp.sum(jnp.where(is_target, logits, 0), -1), vocab)
+            logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=exact)
+            lse, own, is_target = _statistics(logits, target, vocab)
             total += jnp.sum(jnp.where(weight != 0, weight * (lse - own), 0))
             d_x = None
             if any(wanted):
@@ -259,11 +256,23 @@ def _over(reduce, x: Array, axes: tuple[str, ...]) -> Array:
     return reduce(x, axes) if axes else x
 
 
-def _logits(x: Array, kernel: Array, target: Array, vocab) -> tuple[Array, Array]:
-    """Logits [B, C, V] of this device's part of the vocabulary, float32, and target == column."""
-    logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=exact_dtype(x.dtype))
-    start = jax.lax.axis_index(vocab) * kernel.shape[1] if vocab else 0
-    return logits, (target - start)[..., None] == jnp.arange(kernel.shape[1])
+def _statistics(logits: Array, target: Array, vocab) -> tuple[Array, Array, Array]:
+    """Log-sum-exp and the target's logit [B, C], and where that is [B, C, V], of the logits of this
+    device's part of the vocabulary."""
+    V = logits.shape[-1]
+    here = target - (jax.lax.axis_index(vocab) * V if vocab else 0)
+    own = jnp.take_along_axis(logits, here[..., None], axis=-1, mode="clip")[..., 0]
+    own = _over(jax.lax.psum, jnp.where((here >= 0) & (here < V), own, 0), vocab)
+    most, exps = _max_and_exps(logits)
+    top = _over(jax.lax.pmax, most, vocab)
+    exps = _over(jax.lax.psum, exps * jnp.exp(most - top), vocab)
+    return top + jnp.log(exps), own, here[..., None] == jnp.arange(V)
+
+
+def _max_and_exps(logits: Array) -> tuple[Array, Array]:
+    """The maximum over the vocabulary, and the sum of exp(logits - maximum)."""
+    top = jnp.max(logits, axis=-1)
+    return top, jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
 
 
 def _pieces(a: Array, size: int) -> Array:
