@@ -238,18 +238,20 @@ class Storage:
 
     def decode(
         self,
-        ends: np.ndarray,
-        steps: int,
+        ends: Any,
+        steps: int | None,
         settings: Settings,
         top: int,
-        table: np.ndarray | None,
-        waits: np.ndarray,
+        table: Any,
+        waits: Any,
         allowed: Any,
+        most: int,
     ) -> Call:
         """See `programs.decode`."""
-        args = self._packed, self.rows, ends, np.int32(steps), settings
+        count = None if steps is None else np.int32(steps)
+        args = self._packed, self.rows, ends, count, settings
         options = dict(top=top, processor=self._processor, solver=self._solver)
-        options |= dict(table=table, waits=waits, allowed=allowed)
+        options |= dict(table=table, waits=waits, allowed=allowed, most=most)
         return Call(programs.decode.on(self._layout(), self.counts), args, options)
 
     def save(self, slot: int, logits: bool) -> Call:
