@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -195,10 +194,8 @@ class Device:
         self._all.grow(capacity, pages)
 
     def warm(self) -> None:
-        """Compiles every program that can be needed, several at a time."""
-        with ThreadPoolExecutor() as pool:
-            for waiting in [pool.submit(call.compile()) for call in self._calls()]:
-                waiting.result()
+        """Compiles every program that can be needed, or finds it on disk."""
+        self._all.compile(self._calls())
 
     def compiled(self) -> int:
         """How many programs this process has compiled since its first `Device` was made."""
@@ -384,7 +381,7 @@ class Device:
         seen, token = np.zeros((1, V), bool), np.zeros(1, np.int32)
         for logits in (False, True):
             yield (save := all.save(0, logits))
-            held = Snapshot(*save())
+            held = Snapshot(*all.outcome(save))
             for resume in (False, True):
                 yield all.load(held, 0, token, seen, resume)
         for width in all.widths():
@@ -395,7 +392,7 @@ class Device:
             yield all.copy([])
             yield all.zero([])
             yield (read := all.read(0))
-            yield all.write(read(), 0)
+            yield all.write(all.outcome(read), 0)
 
 
 def _batches(numbers: Sequence[Any]) -> Iterator[Sequence[Any]]:
