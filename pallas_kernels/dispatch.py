@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from hmf_jax.pallas_kernels.compat import compute_capability
 
 IMPLS = ("auto", "mosaic", "triton", "jla", "cudnn", "xla", "chunked", "reference")
-# Names for policies of `jax.checkpoint`: what operators hand to their backward pass beside what they
-# were given, and products with weights.
+# Names for policies of `jax.checkpoint`: what operators hand to their backward pass beside what
+# they were given, and products with weights.
 OPERATOR, PRODUCT = "operator", "product"
 _log = logging.getLogger("pallas_kernels")
 _said: set[tuple[str, str, str]] = set()

@@ -44,9 +44,11 @@ class Layer:
     gradients: int
 
     def workspace(self, choice: str) -> int:
-        """What its backward pass takes beside that: what is computed again, and gradients of it."""
+        """What its backward pass takes beside that, about: what is computed again, and gradients
+        of it. Compiled for an H200, 8B layers of 8192 tokens took 5/4 of all that there is to keep.
+        """
         whole = self.kept["none"]
-        return max(whole - self.kept[choice], whole // 2)
+        return max(whole * 5 // 4 - self.kept[choice], whole // 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +160,16 @@ def plan_memory(
     shares = 1 if mesh is None else mesh.size // mesh.shape["sp"]
     loss = piece * (8 + x.dtype.itemsize) // shares + 4 * on_device(x)
     return StepMemory(parts, tuple(layers), loss)
+
+
+def auto_remat(state: Any, rows: int, length: int, **options: Any) -> tuple[str, ...]:
+    """The remat choice of each layer that fills the devices of this process; "block" everywhere
+    where they do not say how much memory they have. Arguments: of `plan_memory`."""
+    limit = device_limit()
+    if limit is None:
+        kinds = jax.eval_shape(lambda s: s.model(), state).config.student_kinds
+        return (LADDER[-1],) * len(kinds)
+    return plan_memory(state, rows, length, **options).choose(limit)
 
 
 def device_limit() -> int | None:
