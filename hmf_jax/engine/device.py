@@ -385,7 +385,7 @@ class Device:
         settings, top = self._settings_and_top()
         allowed = self._allowed(())
         iterations, table = self._iterations(_NOBODY), all.table(())
-        for n, most in dict.fromkeys((*self._programs(MOST_STEPS), *self._programs(1))):
+        for n, most in dict.fromkeys(self._programs(FEW + 1)):
             ends, pages, waits = self._shared(none, table, none)
             yield all.decode(ends, n, settings, top, pages, waits, allowed, most)
         yield all.first(none, zeros, settings, top, allowed)
