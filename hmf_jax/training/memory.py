@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,15 +20,13 @@ import numpy as np
 
 from hmf_jax.block import Block, run_block
 from hmf_jax.layers import exact_dtype
-from hmf_jax.memory import device_bytes
+from hmf_jax.memory import device_bytes, size_text
 from hmf_jax.mixers import Context
 from hmf_jax.model import HybridLM
 from hmf_jax.parameters import abstract_params
 from hmf_jax.sharding import row_parts
-from hmf_jax.training.remat import LADDER, REMAT, Remat
-
-# Part of a device's memory that stays free: for batches, and for what lies between the arrays.
-MARGIN = 0.04
+from hmf_jax.training.devices import device_limit
+from hmf_jax.training.remat import LADDER, REMAT, Remat, remat_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,16 +165,44 @@ def auto_remat(state: Any, rows: int, length: int, **options: Any) -> tuple[str,
     where they do not say how much memory they have. Arguments: of `plan_memory`."""
     limit = device_limit()
     if limit is None:
-        kinds = jax.eval_shape(lambda s: s.model(), state).config.student_kinds
-        return (LADDER[-1],) * len(kinds)
+        return (LADDER[-1],) * len(jax.eval_shape(lambda s: s.model(), state).layers)
     return plan_memory(state, rows, length, **options).choose(limit)
 
 
-def device_limit() -> int | None:
-    """Bytes that a step may take on each device of this process; None where devices do not say."""
-    told = [(d.memory_stats() or {}).get("bytes_limit") for d in jax.local_devices()]
-    found = [int(n) for n in told if n]
-    return int((1 - MARGIN) * min(found)) if len(found) == len(told) else None
+def fit(
+    memory: StepMemory,
+    limit: int,
+    compile: Callable[[tuple[str, ...]], jax.stages.Compiled],
+    *,
+    before: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[tuple[str, ...], jax.stages.Compiled]:
+    """The choices of `StepMemory.choose` whose program fits, and the program.
+
+    Where the compiler needs more than was planned, the difference is taken off the limit, and the
+    next cheaper choices are compiled.
+
+    Args:
+      memory: of the step.
+      limit: bytes of one device that it may take.
+      compile: makes the program with these choices.
+      before: choices of an earlier start of the run: they stay, if they fit.
+      say: is told when the program does not fit.
+    """
+    choices = memory.choose(limit)
+    if before is not None and len(before) == len(choices) and memory.total(before) <= limit:
+        choices = tuple(before)
+    while True:
+        compiled = compile(choices)
+        needed = program_bytes(compiled)
+        cheaper = memory.choose(limit - (needed - memory.total(choices)))
+        if needed <= limit or memory.total(cheaper) >= memory.total(choices):
+            return choices, compiled
+        say(
+            f"remat    {remat_text(choices)} would take {size_text(needed)} of "
+            f"{size_text(limit)}: {remat_text(cheaper)} instead"
+        )
+        choices = cheaper
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:

@@ -16,6 +16,7 @@ in this order, and of products none is better than another.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -117,3 +118,14 @@ def remat_choices(remat: Choices, kinds: Sequence[str]) -> tuple[str, ...]:
     if len(remat) != len(kinds):
         raise ValueError(f"remat has choices for {len(remat)} layers, the model has {len(kinds)}.")
     return tuple(remat)
+
+
+def remat_text(choices: Sequence[str]) -> str:
+    """The choices of layers in words: "dots in layers 0-7, none in layers 8-35"."""
+    groups, first = [], 0
+    for choice, group in itertools.groupby(choices):
+        last = first + len(list(group)) - 1
+        where = f"layers {first}-{last}" if last > first else f"layer {first}"
+        groups.append(f"{choice} in {where}")
+        first = last + 1
+    return ", ".join(groups) if len(groups) > 1 else f"{choices[0]} in all layers"
