@@ -22,7 +22,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hmf_jax.pallas_kernels.dispatch import why_no_hopper
+from hmf_jax.pallas_kernels.dispatch import kept, why_no_hopper
 from hmf_jax.pallas_kernels.ops.attention.chunked import KeySet, make_key_sets
 from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs
 from hmf_jax.pallas_kernels.ops.attention.mosaic_backward import dkv, dq
@@ -114,7 +114,7 @@ def _attend(options, qs, ks, vs, places, doc):
 
 
 def _attend_fwd(options, qs, ks, vs, places, doc):
-    o, lse = forward(options, qs, ks, vs, places, doc)
+    o, lse = kept(forward(options, qs, ks, vs, places, doc))
     return o, (qs, ks, vs, places, doc, o, lse)
 
 
