@@ -154,16 +154,20 @@ def kernel(
     scratch: dict[str, Any],
     interpret: bool,
     warpgroups: int = 1,
+    barriers: bool = True,
     **static: Any,
 ) -> Callable[..., Any]:
     """`plgpu.kernel` with lane semantics; the body gets `static` and its `wg` (`Warpgroup`).
 
-    With several warpgroups it reads its own number from the axis "warpgroup".
+    With several warpgroups it reads its own number from the axis "warpgroup". A body whose threads
+    read nothing that others write needs no `barriers` around its stores.
     """
     options: Any = {"interpret": plgpu.InterpretGPUParams()}
     if not interpret:
         lane = plgpu.LoweringSemantics.Lane
-        params = plgpu.CompilerParams(approx_math=True, lowering_semantics=lane)
+        params = plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=lane, unsafe_no_auto_barriers=not barriers
+        )
         options = {"compiler_params": params}
     if warpgroups > 1:
         options |= {"num_threads": warpgroups, "thread_name": "warpgroup"}
