@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from hmf_jax.pallas_kernels.dispatch import why_no_hopper
 from hmf_jax.pallas_kernels.ops.attention.chunked import KeySet, make_key_sets
 from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs
-from hmf_jax.pallas_kernels.ops.attention.mosaic_backward import dkv, dq
+from hmf_jax.pallas_kernels.ops.attention.mosaic_backward import backward
 from hmf_jax.pallas_kernels.ops.attention.mosaic_forward import forward
 from hmf_jax.pallas_kernels.ops.attention.mosaic_tiles import FAR, TILE, Options, bf16, f32, i32
 
@@ -121,21 +121,14 @@ def _attend_fwd(options, qs, ks, vs, places, doc):
 def _attend_bwd(options, saved, do):
     qs, ks, vs, places, doc, o, lse = saved
     delta = jnp.swapaxes(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
-    rest = (doc, do, lse, delta)
-    if len(qs) == 1:
-        dqs = (dq(options, qs[0], ks, vs, places, *rest),)
-    else:
-        dqs = tuple(
-            dq(options.only(s), q, ks[s : s + 1], vs[s : s + 1], places[s : s + 1], *rest)
-            for s, q in enumerate(qs)
-        )
-    dks, dvs = zip(
-        *(
-            dkv(options.only(s), qs[s % len(qs)], k, v, places[s : s + 1], *rest)
-            for s, (k, v) in enumerate(zip(ks, vs, strict=True))
-        ),
-        strict=True,
-    )
+    found = [
+        backward(options.only(s), qs[s % len(qs)], k, v, places[s : s + 1], doc, do, lse, delta)
+        for s, (k, v) in enumerate(zip(ks, vs, strict=True))
+    ]
+    dqs, dks, dvs = zip(*found, strict=True)
+    if len(qs) < len(dqs):  # one array of queries for both
+        dqs = (functools.reduce(jnp.add, dqs),)
+    dqs = tuple(dq.astype(bf16) for dq in dqs)
     return dqs, dks, dvs, None, None
 
 
