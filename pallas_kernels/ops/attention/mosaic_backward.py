@@ -56,7 +56,7 @@ def backward(
     Returns:
       dq [B, T, H, D] float32, the part of this key set; dk, dv like k, v.
     """
-    (B, T, H, D), packed, stages = q.shape, doc is not None, 2
+    (B, T, _, D), packed, stages = q.shape, doc is not None, 2
     queries = TILE * M // D  # of a tile: with more, the accumulators would not fit into registers
     scratch = {
         "k_s": tile((2, M, D)),
@@ -191,41 +191,34 @@ def _attention_backward(
 
     def memory() -> None:
         """Load queries; add dq to what the tiles of keys after this one have left."""
-        turns = (
-            None
-            if old_s is not None
-            else pl.get_global(
-                plgpu.SemaphoreType.REGULAR((q_g.shape[0], q_g.shape[2], q_g.shape[1] // queries))
-            )
-        )
+        shape = q_g.shape[0], q_g.shape[2], q_g.shape[1] // queries
+        turns = None if old_s is not None else pl.get_global(plgpu.SemaphoreType.REGULAR(shape))
 
         def load(t, slot):
             _, repeat, tile = walk.at(t)
-            some, head, full = (
-                pl.ds(tile * queries, queries),
-                h * group + repeat,
-                q_ring["full"].at[slot],
-            )
-            plgpu.copy_gmem_to_smem(q_g.at[b, some, head], q_s.at[slot], full)
-            plgpu.copy_gmem_to_smem(do_g.at[b, some, head], do_s.at[slot], full)
-            plgpu.copy_gmem_to_smem(lse_g.at[b, head, some], lse_s.at[slot], full)
-            plgpu.copy_gmem_to_smem(delta_g.at[b, head, some], delta_s.at[slot], full)
+            some, head, full = pl.ds(tile * queries, queries), h * group + repeat, q_ring["full"]
+            plgpu.copy_gmem_to_smem(q_g.at[b, some, head], q_s.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(do_g.at[b, some, head], do_s.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(lse_g.at[b, head, some], lse_s.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(delta_g.at[b, head, some], delta_s.at[slot], full.at[slot])
             if doc_g:
-                plgpu.copy_gmem_to_smem(doc_g[0].at[b, some], doc_q.at[slot], full)
+                plgpu.copy_gmem_to_smem(doc_g[0].at[b, some], doc_q.at[slot], full.at[slot])
 
         def add(t):
             _, repeat, tile = walk.at(t)
             head = h * group + repeat
             before = last_g[0, b, tile] - i  # so many tiles of keys have their turn before this one
-            targets = [
-                dq_g.at[
-                    b, pl.ds(tile * queries + (w * M if queries > M else 0), M), head,
-                    pl.ds(w * M if D > M else 0, M),
-                ]
-                for w in range(2)
-            ]  # fmt: skip
+            targets = []
+            for w in range(2):
+                row, column = tile * queries + (w * M if queries > M else 0), w * M if D > M else 0
+                targets.append(dq_g.at[b, pl.ds(row, M), head, pl.ds(column, M)])
+
+            def copy(**how: Any) -> None:
+                for w in range(2):
+                    plgpu.copy_smem_to_gmem(dq_s.at[w], targets[w], **how)
+
             plgpu.barrier_wait(dq_full)
-            if turns is None:
+            if turns is None:  # the interpreter: one CTA after the other, no sums by copies
 
                 @pl.when(before > 0)
                 def _():
@@ -235,28 +228,18 @@ def _attention_backward(
                     dq_s[...] += old_s[...]
                     plgpu.commit_smem()
 
-                for w in range(2):
-                    plgpu.copy_smem_to_gmem(dq_s.at[w], targets[w])
-                plgpu.wait_smem_to_gmem(0)
-                plgpu.barrier_arrive(dq_free)
-                return
-            turn = turns.at[b, head, tile]
-            plgpu.semaphore_wait(turn, before, decrement=False, memory_scope="gpu")
-
-            @pl.when(before > 0)
-            def _():
-                for w in range(2):
-                    plgpu.copy_smem_to_gmem(dq_s.at[w], targets[w], reduction_op="add")
-
-            @pl.when(before == 0)
-            def _():
-                for w in range(2):
-                    plgpu.copy_smem_to_gmem(dq_s.at[w], targets[w])
-
+                copy()
+            else:
+                plgpu.semaphore_wait(
+                    turns.at[b, head, tile], before, decrement=False, memory_scope="gpu"
+                )
+                pl.when(before > 0)(lambda: copy(reduction_op="add"))
+                pl.when(before == 0)(copy)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(dq_free)
             plgpu.wait_smem_to_gmem(0)
-            plgpu.semaphore_signal(turn, memory_scope="gpu")
+            if turns is not None:
+                plgpu.semaphore_signal(turns.at[b, head, tile], memory_scope="gpu")
 
         def step(t, _):
             slot = lax.rem(t, stages)
