@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from hmf_jax.pallas_kernels.ops.attention.mosaic_tiles import (
     M,
     Options,
     Ref,
+    Walk,
     bf16,
     f32,
     i32,
@@ -59,14 +61,14 @@ def backward(
     (B, T, _, D), packed, stages = q.shape, doc is not None, 2
     queries = TILE * M // D  # of a tile: with more, the accumulators would not fit into registers
     scratch = {
-        "k_s": tile((2, M, D)),
-        "v_s": tile((2, M, D)),
-        "q_s": tile((stages, queries, D)),
-        "do_s": tile((stages, queries, D)),
-        "ds_s": tile((2, 2, M, queries)),
-        "dq_s": tile((2, M, M), f32),
-        "lse_s": plgpu.SMEM((stages, queries), f32),
-        "delta_s": plgpu.SMEM((stages, queries), f32),
+        "k": tile((2, M, D)),
+        "v": tile((2, M, D)),
+        "q": tile((stages, queries, D)),
+        "do": tile((stages, queries, D)),
+        "ds": tile((2, 2, M, queries)),
+        "dq": tile((2, M, M), f32),
+        "lse": plgpu.SMEM((stages, queries), f32),
+        "delta": plgpu.SMEM((stages, queries), f32),
         "kv_full": plgpu.Barrier(num_arrivals=2 * (2 + packed)),
         "q_ring": ring(stages, 4 + packed),
         "ds_full": plgpu.Barrier(num_arrivals=2),
@@ -79,7 +81,7 @@ def backward(
     if options.interpret:
         scratch |= {
             "room": tile((2, M, queries)),
-            "old_s": tile((2, M, M), f32),
+            "old": tile((2, M, M), f32),
             "old_full": plgpu.Barrier(num_arrivals=2),
         }
     spans = spans_of(options, q, (k,), places, doc, queries, TILE, by_key=True)
@@ -103,150 +105,168 @@ def backward(
 
 
 def _attention_backward(
-    q_g, k_g, v_g, do_g, lse_g, delta_g, spans_g, last_g, places_g, *rest: Ref,
-    windows: Any, scale: float, wg: Warpgroup,
-    k_s, v_s, q_s, do_s, ds_s, dq_s, lse_s, delta_s,
-    kv_full, q_ring, ds_full, dq_full, dq_free, k_free,
-    doc_q: Ref = None, doc_k: Ref = None, room: Ref = None, old_s: Ref = None, old_full: Ref = None,
+    q, k, v, do, lse, delta, spans, last, places, /, *rest: Ref,
+    windows: Any, scale: float, wg: Warpgroup, **scratch: Ref,
 ) -> None:  # fmt: skip
-    *doc_g, dq_g, dk_g, dv_g = rest
-    (stages, queries, D), tiles = q_s.shape, k_g.shape[1] // TILE
+    *doc, dq, dk, dv = rest
+    tiles = k.shape[1] // TILE
+    # Last keys first, which the turns of dq rely on: a CTA waits for those of later keys.
     h, i, b = lax.axis_index("h"), tiles - 1 - lax.axis_index("i"), lax.axis_index("b")
-    group = q_g.shape[2] // k_g.shape[2]
-    walk = walk_of(spans_g, places_g, b, i, windows, repeats=group)
+    group = q.shape[2] // k.shape[2]
+    walk = walk_of(spans, places, b, i, windows, repeats=group)
+    g = SimpleNamespace(
+        q=q, k=k, v=v, do=do, lse=lse, delta=delta, last=last, doc=doc, dq=dq, dk=dk, dv=dv
+    )
+    s, place = SimpleNamespace(**scratch), (b, h, i)
+    roles(lambda w: _keys(g, s, place, walk, wg, scale, w), lambda: _queries(g, s, place, walk))
 
-    def compute(w: jax.Array) -> None:
-        start = i * TILE + w * M
-        mine = pl.ds(start, M)
-        plgpu.copy_gmem_to_smem(k_g.at[b, mine, h], k_s.at[w], kv_full)
-        plgpu.copy_gmem_to_smem(v_g.at[b, mine, h], v_s.at[w], kv_full)
-        if doc_g:
-            plgpu.copy_gmem_to_smem(doc_g[0].at[b, mine], doc_k.at[w], kv_full)
-        plgpu.barrier_wait(kv_full)
-        place = None if room is None else room.at[w]
-        # Of dq, a warpgroup makes M columns (D = 128) or M rows (D = 64).
-        rows = pl.ds(w * M if queries > M else 0, M)
-        columns = pl.ds(w * M if D > M else 0, M)
 
-        def step(t, carry):
-            dk, dv = carry
-            slot, half = lax.rem(t, stages), lax.rem(t, 2)
-            key_set, _, tile = walk.at(t)
+def _dq_part(w: Any, queries: int, D: int) -> tuple[Any, Any]:
+    """First row and column of the [M, M] part of a tile of dq that warpgroup w makes."""
+    return (w * M if queries > M else 0), (w * M if D > M else 0)
 
-            def same():
-                across = along_columns(vector(doc_q.at[slot], COLUMNS), M)
-                return along_rows(vector(doc_k.at[w]), queries) == across
 
-            def add(dv, dk):
-                def slopes(scores, products):
-                    """p (do . v - delta), keys along rows; dv on the way."""
-                    plgpu.wgmma(scores, k_s.at[w], transposed(q_s.at[slot]))
-                    plgpu.wgmma(products, v_s.at[w], transposed(do_s.at[slot]))
-                    s = wg.before_last(scores)
-                    s = walk.mask(
-                        s, key_set, tile, tile * queries, start, same if doc_g else None,
-                        transpose=True,
-                    )  # fmt: skip
-                    lse = along_columns(vector(lse_s.at[slot], COLUMNS), M)
-                    p = jnp.exp2(s * (scale * LOG2E) - lse)
-                    plgpu.wgmma(dv, wg.operand(p, place), do_s.at[slot])
-                    delta = along_columns(vector(delta_s.at[slot], COLUMNS), M)
-                    return p * (wg.before_last(products) - delta)
+def _keys(
+    g: Any, s: Any, place: Any, walk: Walk, wg: Warpgroup, scale: float, w: jax.Array
+) -> None:
+    """dk, dv of the M keys of warpgroup w; on the way its part of dq, through shared memory."""
+    (b, h, i), (stages, queries, D), packed = place, s.q.shape, bool(g.doc)
+    start, room = i * TILE + w * M, None if wg.registers else s.room.at[w]
+    mine = pl.ds(start, M)
+    plgpu.copy_gmem_to_smem(g.k.at[b, mine, h], s.k.at[w], s.kv_full)
+    plgpu.copy_gmem_to_smem(g.v.at[b, mine, h], s.v.at[w], s.kv_full)
+    if packed:
+        plgpu.copy_gmem_to_smem(g.doc[0].at[b, mine], s.doc_k.at[w], s.kv_full)
+    plgpu.barrier_wait(s.kv_full)
+    row, column = _dq_part(w, queries, D)
 
-                ds = pl.run_scoped(slopes, accumulator((M, queries)), accumulator((M, queries)))
-                ds_s[half, w] = ds.astype(bf16)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(ds_full)
-                plgpu.wgmma(dk, wg.operand(ds, place), q_s.at[slot])
-                plgpu.barrier_wait(ds_full)
+    def score(acc, slot):
+        plgpu.wgmma(acc, s.k.at[w], transposed(s.q.at[slot]))
 
-                def product(dq):
-                    for other in range(2):
-                        left = ds_s.at[half, other, :, rows]
-                        plgpu.wgmma(dq, transposed(left), k_s.at[other, :, columns])
-                    return dq[...]
+    def first(acc):
+        pl.when(walk.steps() > 0)(lambda: plgpu.barrier_wait(s.q_ring["full"].at[0]))
+        score(acc, 0)
+        return acc[...]
 
-                dq = pl.run_scoped(product, accumulator((M, M)))
-                pl.when(t > 0)(lambda: plgpu.barrier_wait(dq_free))
-                dq_s[w] = dq
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(dq_full)
+    def step(t, carry):
+        dk, dv, scores = carry
+        slot, half, after = lax.rem(t, stages), lax.rem(t, 2), lax.rem(t + 1, stages)
+        key_set, _, tile = walk.at(t)
 
-            plgpu.barrier_wait(q_ring["full"].at[slot])
-            dv, dk = wg.accumulate_both(dv, dk, add)
-            plgpu.barrier_arrive(q_ring["free"].at[slot])
-            return dk, dv
+        def same():
+            across = along_columns(vector(s.doc_q.at[slot], COLUMNS), M)
+            return along_rows(vector(s.doc_k.at[w]), queries) == across
 
-        dk, dv = lax.fori_loop(0, walk.steps(), step, (zeros(M, D), zeros(M, D)))
-        plgpu.barrier_arrive(k_free)
-        v_s[w] = dv.astype(bf16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(v_s.at[w], dv_g.at[b, mine, h])
-        plgpu.barrier_wait(k_free)
-        k_s[w] = (dk * scale).astype(bf16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k_s.at[w], dk_g.at[b, mine, h])
-        pl.when(walk.steps() > 0)(lambda: plgpu.barrier_wait(dq_free))
+        def add(dv, dk):
+            def slopes(products):
+                """p (do . v - delta), keys along rows; dv on the way."""
+                plgpu.wgmma(products, s.v.at[w], transposed(s.do.at[slot]))
+                seen = walk.mask(
+                    scores, key_set, tile, tile * queries, start, same if packed else None,
+                    transpose=True,
+                )  # fmt: skip
+                lse = along_columns(vector(s.lse.at[slot], COLUMNS), M)
+                p = jnp.exp2(seen * (scale * LOG2E) - lse)
+                plgpu.wgmma(dv, wg.operand(p, room), s.do.at[slot])
+                delta = along_columns(vector(s.delta.at[slot], COLUMNS), M)
+                return p * (wg.before_last(products) - delta)
+
+            ds = pl.run_scoped(slopes, accumulator((M, queries)))
+            s.ds[half, w] = ds.astype(bf16)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(s.ds_full)
+            plgpu.wgmma(dk, wg.operand(ds, room), s.q.at[slot])
+
+        def finish(dq, scores):
+            """dq, while the scores of the next step are made."""
+            for other in range(2):
+                left = transposed(s.ds.at[half, other, :, pl.ds(row, M)])
+                plgpu.wgmma(dq, left, s.k.at[other, :, pl.ds(column, M)])
+            more = t + 1 < walk.steps()
+            pl.when(more)(lambda: plgpu.barrier_wait(s.q_ring["full"].at[after]))
+            score(scores, after)  # of the last step: of a tile that nobody needs
+            dq = wg.before_last(dq)
+            pl.when(t > 0)(lambda: plgpu.barrier_wait(s.dq_free))
+            s.dq[w] = dq
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(s.dq_full)
+            return scores[...]
+
+        dv, dk = wg.accumulate_both(dv, dk, add)
+        plgpu.barrier_arrive(s.q_ring["free"].at[slot])
+        plgpu.barrier_wait(s.ds_full)
+        scores = pl.run_scoped(finish, accumulator((M, M)), accumulator((M, queries)))
+        return dk, dv, scores
+
+    scores = pl.run_scoped(first, accumulator((M, queries)))
+    dk, dv, _ = lax.fori_loop(0, walk.steps(), step, (zeros(M, D), zeros(M, D), scores))
+    plgpu.barrier_arrive(s.k_free)
+    plgpu.barrier_wait(s.k_free)  # the other warpgroup made its dq with these keys
+    s.k[w], s.v[w] = (dk * scale).astype(bf16), dv.astype(bf16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(s.k.at[w], g.dk.at[b, mine, h])
+    plgpu.copy_smem_to_gmem(s.v.at[w], g.dv.at[b, mine, h])
+    pl.when(walk.steps() > 0)(lambda: plgpu.barrier_wait(s.dq_free))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _queries(g: Any, s: Any, place: Any, walk: Walk) -> None:
+    """Load tiles of queries; add their dq to what the CTAs of later keys have left, in turns."""
+    (b, h, i), (stages, queries, D), group = place, s.q.shape, walk.repeats
+    shape = g.q.shape[0], g.q.shape[2], g.q.shape[1] // queries
+    interpret = hasattr(s, "old")
+    turns = None if interpret else pl.get_global(plgpu.SemaphoreType.REGULAR(shape))
+
+    def load(t, slot):
+        _, repeat, tile = walk.at(t)
+        some, head, full = pl.ds(tile * queries, queries), h * group + repeat, s.q_ring["full"]
+        for source, target in ((g.q, s.q), (g.do, s.do)):
+            plgpu.copy_gmem_to_smem(source.at[b, some, head], target.at[slot], full.at[slot])
+        for source, target in ((g.lse, s.lse), (g.delta, s.delta)):
+            plgpu.copy_gmem_to_smem(source.at[b, head, some], target.at[slot], full.at[slot])
+        if g.doc:
+            plgpu.copy_gmem_to_smem(g.doc[0].at[b, some], s.doc_q.at[slot], full.at[slot])
+
+    def add(t):
+        _, repeat, tile = walk.at(t)
+        head = h * group + repeat
+        before = g.last[0, b, tile] - i  # so many CTAs have their turn before this one
+        corners = [_dq_part(w, queries, D) for w in range(2)]
+        targets = [
+            g.dq.at[b, pl.ds(tile * queries + row, M), head, pl.ds(column, M)]
+            for row, column in corners
+        ]
+
+        def copy(**how: Any) -> None:
+            for w, target in enumerate(targets):
+                plgpu.copy_smem_to_gmem(s.dq.at[w], target, **how)
+
+        def add_old():  # the interpreter, which runs one CTA after the other, has no such copies
+            for w, target in enumerate(targets):
+                plgpu.copy_gmem_to_smem(target, s.old.at[w], s.old_full)
+            plgpu.barrier_wait(s.old_full)
+            s.dq[...] += s.old[...]
+            plgpu.commit_smem()
+
+        plgpu.barrier_wait(s.dq_full)
+        if interpret:
+            pl.when(before > 0)(add_old)
+            copy()
+        else:
+            turn = turns.at[b, head, tile]
+            plgpu.semaphore_wait(turn, before, decrement=False, memory_scope="gpu")
+            pl.when(before > 0)(lambda: copy(reduction_op="add"))
+            pl.when(before == 0)(copy)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(s.dq_free)
         plgpu.wait_smem_to_gmem(0)
+        if not interpret:
+            plgpu.semaphore_signal(turns.at[b, head, tile], memory_scope="gpu")
 
-    def memory() -> None:
-        """Load queries; add dq to what the tiles of keys after this one have left."""
-        shape = q_g.shape[0], q_g.shape[2], q_g.shape[1] // queries
-        turns = None if old_s is not None else pl.get_global(plgpu.SemaphoreType.REGULAR(shape))
+    def step(t, _):
+        slot = lax.rem(t, stages)
+        pl.when(t >= stages)(lambda: plgpu.barrier_wait(s.q_ring["free"].at[slot]))
+        pl.when(t < walk.steps())(lambda: load(t, slot))
+        pl.when(t >= stages)(lambda: add(t - stages))
 
-        def load(t, slot):
-            _, repeat, tile = walk.at(t)
-            some, head, full = pl.ds(tile * queries, queries), h * group + repeat, q_ring["full"]
-            plgpu.copy_gmem_to_smem(q_g.at[b, some, head], q_s.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(do_g.at[b, some, head], do_s.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(lse_g.at[b, head, some], lse_s.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(delta_g.at[b, head, some], delta_s.at[slot], full.at[slot])
-            if doc_g:
-                plgpu.copy_gmem_to_smem(doc_g[0].at[b, some], doc_q.at[slot], full.at[slot])
-
-        def add(t):
-            _, repeat, tile = walk.at(t)
-            head = h * group + repeat
-            before = last_g[0, b, tile] - i  # so many tiles of keys have their turn before this one
-            targets = []
-            for w in range(2):
-                row, column = tile * queries + (w * M if queries > M else 0), w * M if D > M else 0
-                targets.append(dq_g.at[b, pl.ds(row, M), head, pl.ds(column, M)])
-
-            def copy(**how: Any) -> None:
-                for w in range(2):
-                    plgpu.copy_smem_to_gmem(dq_s.at[w], targets[w], **how)
-
-            plgpu.barrier_wait(dq_full)
-            if turns is None:  # the interpreter: one CTA after the other, no sums by copies
-
-                @pl.when(before > 0)
-                def _():
-                    for w in range(2):
-                        plgpu.copy_gmem_to_smem(targets[w], old_s.at[w], old_full)
-                    plgpu.barrier_wait(old_full)
-                    dq_s[...] += old_s[...]
-                    plgpu.commit_smem()
-
-                copy()
-            else:
-                plgpu.semaphore_wait(
-                    turns.at[b, head, tile], before, decrement=False, memory_scope="gpu"
-                )
-                pl.when(before > 0)(lambda: copy(reduction_op="add"))
-                pl.when(before == 0)(copy)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(dq_free)
-            plgpu.wait_smem_to_gmem(0)
-            if turns is not None:
-                plgpu.semaphore_signal(turns.at[b, head, tile], memory_scope="gpu")
-
-        def step(t, _):
-            slot = lax.rem(t, stages)
-            pl.when(t >= stages)(lambda: plgpu.barrier_wait(q_ring["free"].at[slot]))
-            pl.when(t < walk.steps())(lambda: load(t, slot))
-            pl.when(t >= stages)(lambda: add(t - stages))
-
-        lax.fori_loop(0, walk.steps() + jnp.where(walk.steps() > 0, stages, 0), step, None)
-
-    roles(compute, memory)
+    lax.fori_loop(0, walk.steps() + jnp.where(walk.steps() > 0, stages, 0), step, None)
