@@ -4,15 +4,17 @@ One softmax over one or more key sets, as in chunked.py: full attention, a slidi
 that continue a cache and packed documents are one key set; B'MOJO-F is two, walked one after the
 other with a single online softmax (FlashAttention, Dao et al. 2022).
 
-    forward   per tile of queries:  o = sum_j p_j v_j,  p_j = exp(scale q . k_j - lse)
-    dq        per tile of queries:  ds_j = p_j (do . v_j - do . o),  dq = scale sum_j ds_j k_j
-    dkv       per tile of keys:     dk = scale sum_i ds_i q_i,  dv = sum_i p_i do_i
+    forward    per tile of queries:  o = sum_j p_j v_j,  p_j = exp(scale q . k_j - lse)
+    backward   per tile of keys:     ds_i = p_i (do_i . v - do_i . o_i),  dv = sum_i p_i do_i,
+                                     dk = scale sum_i ds_i q_i,  and its part of dq_i = scale ds_i k
 
-The backward pass recomputes p from the log-sum-exp of the joint softmax, so every key set has its
-own kernels and no result is written twice. A CTA has two warpgroups of 64 rows that compute and one
-that fills a ring of tiles in shared memory by TMA. q, k, v are read as they lie in memory
-[B, T, heads, D]. Which tiles a row of tiles can see, and which of them need no mask, is known
-before (mosaic_tiles.py). Products have bfloat16 operands and float32 accumulators.
+The backward pass recomputes p from the log-sum-exp of the joint softmax, so every key set has a
+kernel of its own. The parts of dq are added up in device memory, float32, by the copy engine. Tiles
+of keys take turns at that, the last ones first, so that every run has the same sums, bit by bit;
+they come to a tile of queries in that order anyway and hardly wait. A CTA has two warpgroups of 64
+rows that compute and one that moves tiles through shared memory by TMA. q, k, v are read as they
+lie in memory [B, T, heads, D]. Which tiles a row of tiles can see, and which of them need no mask,
+is known before (mosaic_tiles.py). Products have bfloat16 operands and float32 accumulators.
 """
 
 from __future__ import annotations
