@@ -133,8 +133,8 @@ class Warpgroup:
         sums = pl.run_scoped(run, accumulator(a.shape), accumulator(b.shape))
         return a + sums[0], b + sums[1]
 
-    def first(self, acc: Ref) -> jax.Array:
-        """The accumulator of the first of two products, while the second one runs."""
+    def before_last(self, acc: Ref) -> jax.Array:
+        """An accumulator to which the last product does not add, while that product runs."""
         return plgpu.wgmma_accumulator_load(acc, wait_n=1) if self.registers else acc[...]
 
 
