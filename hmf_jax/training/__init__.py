@@ -3,7 +3,8 @@
 recipe = RECIPES["instruct"]
 optimizer = recipe.optimizer(steps=1000)
 state = TrainState.create(model, optimizer, trainable="gka, norm, self_attn")
-step = make_train_step(optimizer, accumulate=4, remat="block")
+remat = auto_remat(state, rows=8, length=4096, accumulate=4)
+step = make_train_step(optimizer, accumulate=4, remat=remat)
 batches = Batches("chats.jsonl", tokenizer, length=4096, batch_size=8)
 saved = Checkpoints("run/checkpoints", model.config, every=200)
 state = train(state, step, batches, steps=1000, checkpoints=saved, directory="run")
@@ -20,6 +21,7 @@ from hmf_jax.training.flops import training_flops
 from hmf_jax.training.loop import data_shard, train
 from hmf_jax.training.lora import apply_lora, load_lora, merge_lora, save_lora
 from hmf_jax.training.loss import cross_entropy, next_token_loss, next_token_targets
+from hmf_jax.training.memory import auto_remat, plan_memory
 from hmf_jax.training.optimizer import RECIPES, Recipe, decay_mask
 from hmf_jax.training.report import plot_loss, read_metrics
 from hmf_jax.training.signals import Stopped
@@ -35,6 +37,7 @@ __all__ = [
     "Stopped",
     "TrainState",
     "apply_lora",
+    "auto_remat",
     "cross_entropy",
     "data_shard",
     "decay_mask",
@@ -47,6 +50,7 @@ __all__ = [
     "merge_lora",
     "next_token_loss",
     "next_token_targets",
+    "plan_memory",
     "plot_loss",
     "read_metrics",
     "save_lora",

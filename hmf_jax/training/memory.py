@@ -284,7 +284,8 @@ class _Values:
         inputs = [self._new(v) for v in (*jaxpr.invars, *jaxpr.constvars)]
         x = inputs[parameters]
         self.given = set(inputs) - {x}
-        env = dict(zip((*jaxpr.invars, *jaxpr.constvars), inputs, strict=True))
+        names = (*jaxpr.invars, *jaxpr.constvars)
+        env: dict[Any, int | None] = dict(zip(names, inputs, strict=True))
         results = dict.fromkeys(self._walk(jaxpr, env))
         self.results = [n for n in results if n is not None and n not in self.given]
 
@@ -304,7 +305,7 @@ class _Values:
                 names = (*inside.invars, *inside.constvars)
                 fixed = [None] * len(inside.constvars)
                 outs = self._walk(inside, dict(zip(names, (*ins, *fixed), strict=True)))
-                env |= dict(zip(eqn.outvars, outs, strict=True))
+                env.update(zip(eqn.outvars, outs, strict=True))
                 continue
             some = [n for n in ins if n is not None]
             for v in eqn.outvars:

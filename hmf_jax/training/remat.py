@@ -88,13 +88,7 @@ class Remat(Block):
 
 def check_remat(remat: Choices) -> None:
     """Raises ValueError for choices that do not exist, and for "auto", which is none of a step."""
-    kinds: tuple[str, ...] = ()
-    if isinstance(remat, str):
-        choices = (remat,)
-    elif isinstance(remat, Mapping):
-        kinds, choices = tuple(remat), tuple(remat.values())
-    else:
-        choices = tuple(remat)
+    kinds, choices = tuple(remat) if isinstance(remat, Mapping) else (), _named(remat)
     if AUTO in choices:
         raise ValueError(
             "remat='auto' needs to know the rows of a batch: give the choices of `plan_memory`, or "
@@ -104,6 +98,24 @@ def check_remat(remat: Choices) -> None:
         for name in given:
             if name not in known:
                 raise ValueError(f"remat {name!r} is unknown; {what} are {', '.join(known)}.")
+
+
+def compiler_options(remat: Choices) -> dict[str, Any]:
+    """How XLA is to compile a step with these choices.
+
+    Its scheduler for GPUs, which hides latencies, starts copies to the host only in the backward
+    pass, so that no memory is free before; without it they are made at once.
+    """
+    if "offload" in _named(remat) and jax.default_backend() == "gpu":
+        return {"xla_gpu_enable_latency_hiding_scheduler": False}
+    return {}
+
+
+def _named(remat: Choices) -> tuple[str, ...]:
+    """All choices that are named."""
+    if isinstance(remat, str):
+        return (remat,)
+    return tuple(remat.values() if isinstance(remat, Mapping) else remat)
 
 
 def remat_choices(remat: Choices, kinds: Sequence[str]) -> tuple[str, ...]:

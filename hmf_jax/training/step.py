@@ -22,7 +22,7 @@ from hmf_jax.packed import Origin
 from hmf_jax.parameters import abstract_params, flat_params
 from hmf_jax.sharding import constrain
 from hmf_jax.training.loss import balanced_loss
-from hmf_jax.training.remat import Choices, Remat, check_remat, remat_choices
+from hmf_jax.training.remat import Choices, Remat, check_remat, compiler_options, remat_choices
 
 Array = jax.Array
 Params = dict[str, Array]
@@ -276,7 +276,7 @@ def make_train_step(
         metrics = {name: x.astype(jnp.float32) for name, x in metrics.items()} | {"finite": finite}
         return new, metrics if rate is None else {**metrics, "learning_rate": rate}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(remat))
 
 
 def _accumulated(
