@@ -233,6 +233,7 @@ def forget(record: Record) -> None:
         if name != ADAPTER or name in record.wrote:
             shutil.rmtree(record.directory / name, ignore_errors=True)
     record.wrote.pop(ADAPTER, None)
+    record.remat = None
     for name in ("config.yaml", "metrics.jsonl", "loss.png"):
         (record.directory / name).unlink(missing_ok=True)
 

@@ -181,8 +181,8 @@ def fit(
     *,
     before: Sequence[str] | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[tuple[str, ...], jax.stages.Compiled]:
-    """The choices of `StepMemory.choose` whose program fits, and the program.
+) -> tuple[str, ...]:
+    """The choices of `StepMemory.choose` whose program fits.
 
     Where the compiler needs more than was planned, the difference is taken off the limit, and the
     next cheaper choices are compiled.
@@ -198,17 +198,16 @@ def fit(
     if before is not None and len(before) == len(choices) and memory.total(before) <= limit:
         choices = tuple(before)
     while True:
-        compiled = compile(choices)
-        needed = program_bytes(compiled)
+        needed = program_bytes(compile(choices))
         cheaper = memory.choose(limit - (needed - memory.total(choices)))
         if needed <= limit:
-            return choices, compiled
+            return choices
         if memory.total(cheaper) >= memory.total(choices):
             say(
                 f"remat    {remat_text(choices)} takes {size_text(needed)}, more than the "
                 f"{size_text(limit)} of a device that should be used; shorter rows take less"
             )
-            return choices, compiled
+            return choices
         say(
             f"remat    {remat_text(choices)} would take {size_text(needed)} of "
             f"{size_text(limit)}: {remat_text(cheaper)} instead"

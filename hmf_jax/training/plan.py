@@ -12,7 +12,8 @@ from hmf_jax.memory import device_bytes, size_text
 from hmf_jax.training.devices import device_limit
 from hmf_jax.training.flops import peak_flops, training_flops
 from hmf_jax.training.remat import AUTO, Choices, remat_choices, remat_text
-from hmf_jax.training.run import Run, describe_data, describe_source
+from hmf_jax.training.report import describe_data, describe_source
+from hmf_jax.training.run import Run
 from hmf_jax.training.schema import TrainConfig
 from hmf_jax.training.step import Loss, TrainState
 
@@ -25,9 +26,8 @@ def plan(config: TrainConfig, *, loss: Loss | None = None) -> str:
     """
     run = Run.prepare(config, loss)
     state, said = run.abstract_state(), []
-    remat, compiled = run.fit(state, None, said.append)
-    if compiled is None:
-        compiled = run.make_step(remat=remat).lower(state, run.abstract_batch()).compile()
+    remat, step = run.fit(state, None, said.append)
+    compiled = step.lower(state, run.abstract_batch()).compile()
     if config.steps is not None:
         next(run.seen)
     return "\n".join(

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import json
 import os
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from hmf_jax.training.batches import Batches
 from hmf_jax.training.flops import peak_flops
 from hmf_jax.training.identity import write_atomically
 from hmf_jax.training.schema import TrainConfig
@@ -205,3 +207,15 @@ def loggers(config: TrainConfig, output: Path) -> list[Any]:
     if config.wandb is not None:
         loggers.append(logging.WandbBackend(config.wandb, name=output.name))
     return loggers
+
+
+def describe_source(batches: Batches) -> str:
+    """Where the rows come from, and what is left out of them."""
+    return "data     " + batches.describe().replace("\n", "\n         ")
+
+
+def describe_data(batches: Batches) -> str:
+    """How many rows, documents and tokens were read, of which formats, in words."""
+    counts = ", ".join(f"{n:,} {name}" for name, n in batches.counts.items())
+    more = textwrap.indent(batches.describe(), " " * 9)
+    return f"data     read by this process: {counts}\n{more}"

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import shutil
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -50,7 +49,7 @@ from hmf_jax.training.loop import data_shard, holding, train
 from hmf_jax.training.loss import aux_coef
 from hmf_jax.training.memory import StepMemory, fit, plan_memory
 from hmf_jax.training.remat import AUTO, check_remat
-from hmf_jax.training.report import loggers
+from hmf_jax.training.report import describe_data, describe_source, loggers
 from hmf_jax.training.schema import TrainConfig, yaml_module
 from hmf_jax.training.signals import stopping_at_once
 from hmf_jax.training.step import Loss, TrainState, make_train_step
@@ -105,7 +104,7 @@ def fine_tune(
         evaluate = run.evaluation(loss)
         identity = run.identity() if first else {}
         record = _begin(run, identity, checkpoints, overwrite, report)
-        remat, _ = run.fit(planned, None if record is None else record.remat, report)
+        remat, step = run.fit(planned, None if record is None else record.remat, report)
         if record is not None and config.remat == AUTO:
             record.remat = list(remat)
             record.save()
@@ -121,7 +120,7 @@ def fine_tune(
         batches = run.batches()
         state = train(
             state,
-            run.make_step(remat=remat),
+            step,
             batches,
             steps=run.steps,
             checkpoints=checkpoints,
@@ -170,7 +169,8 @@ def _begin(
                 raise ValueError(refusal(old, changes))
             if old is not None and (overwrite or changes):
                 forget(old)
-            record = Record(output, identity, {} if old is None else old.wrote)
+            before = ({}, None) if old is None else (old.wrote, old.remat)
+            record = Record(output, identity, *before)
             record.save()
             values = yaml_module().safe_dump(dataclasses.asdict(run.config), sort_keys=False)
             write_atomically(output / "config.yaml", values)
@@ -372,6 +372,7 @@ class Run:
         model = nnx.eval_shape(
             lambda: self.adapt(HybridLM(self.model_config, dtype=dtype, mesh=self.mesh))
         )
+        model.source = self.source
         state = TrainState.abstract(model, self.optimizer, **self.selection)
         if self.mesh is not None:
             return state
@@ -393,21 +394,25 @@ class Run:
 
     def fit(
         self, state: TrainState, before: Sequence[str] | None, say: Callable[[str], None]
-    ) -> tuple[Any, jax.stages.Compiled | None]:
-        """The remat of the step, and its program if finding that took to compile it."""
-        loss, limit = self.make_step.keywords["loss"], device_limit()
-        found = of_all_processes([limit, before]) or []
-        limits = [n for n, _ in found]
-        if self.config.remat != AUTO:
-            return self.config.remat, None
-        if loss is not None or None in limits:
-            return ["block"] * len(self.model_config.layer_kinds), None
+    ) -> tuple[Any, jax.stages.Wrapped]:
+        """The remat of the step, and the step; compiled, if it took that to know whether it fits.
+        `before`: what was chosen when the run began."""
+        remat: Any = self.config.remat
+        step = self.make_step(remat="block" if remat == AUTO else remat)
+        found = of_all_processes([device_limit(), before]) or []
+        limits = [limit for limit, _ in found]
+        if remat != AUTO:
+            return remat, step
+        if self.make_step.keywords["loss"] is not None or None in limits:
+            return ["block"] * len(self.model_config.layer_kinds), step
 
         def compile(choices: Sequence[str]) -> jax.stages.Compiled:
-            step = self.make_step(remat=choices)
+            nonlocal step
+            step = self.make_step(remat=choices)  # its first call finds what is compiled here
             return step.lower(state, self.abstract_batch()).compile()
 
-        return fit(self.memory(state), min(limits), compile, before=found[0][1], say=say)
+        remat = fit(self.memory(state), min(limits), compile, before=found[0][1], say=say)
+        return remat, step
 
     def describe(self) -> str:
         """Model, devices and length in words."""
@@ -436,15 +441,3 @@ def _count(batches: Batches) -> int:
     if jax.process_count() > 1:
         count = int(multihost_utils.process_allgather(np.asarray(count)).max())
     return count
-
-
-def describe_source(batches: Batches) -> str:
-    """Where the rows come from, and what is left out of them."""
-    return "data     " + batches.describe().replace("\n", "\n         ")
-
-
-def describe_data(batches: Batches) -> str:
-    """How many rows, documents and tokens were read, of which formats, in words."""
-    counts = ", ".join(f"{n:,} {name}" for name, n in batches.counts.items())
-    more = textwrap.indent(batches.describe(), " " * 9)
-    return f"data     read by this process: {counts}\n{more}"

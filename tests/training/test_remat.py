@@ -134,11 +134,10 @@ def test_what_does_not_fit_is_replaced():
         tried.append(choices)
         return program(memory.total(choices) + 200)
 
-    choices, compiled = fit(memory, 1500, compile, say=said.append)
+    choices = fit(memory, 1500, compile, say=said.append)
     assert tried == [memory.choose(1500), memory.choose(1300)] and choices == tried[-1]
-    assert compiled.memory_analysis().argument_size_in_bytes <= 1500
     assert len(said) == 1 and "would take 1.6 KiB of 1.5 KiB" in said[0], said
-    choices, _ = fit(memory, 1100, compile, say=said.append)
+    choices = fit(memory, 1100, compile, say=said.append)
     assert choices == ("block",) * 6 and "shorter rows" in said[-1]
 
 
@@ -147,7 +146,7 @@ def test_a_run_keeps_its_choices(tmp_path):
     before = memory.choose(1300)
 
     def chosen(limit: int, before: Any) -> tuple[str, ...]:
-        return fit(memory, limit, lambda c: program(memory.total(c)), before=before)[0]
+        return fit(memory, limit, lambda c: program(memory.total(c)), before=before)
 
     assert chosen(1700, before) == before != memory.choose(1700)
     assert chosen(1200, before) == memory.choose(1200)  # no longer fits

@@ -368,3 +368,26 @@ def test_moments_are_float32(finished):
     moments = [a for a in jax.tree.leaves(state.opt_state) if a.ndim > 0]
     assert len(moments) == 2 * len([p for p in state.params.values() if p.ndim > 0])
     assert {str(a.dtype) for a in moments} == {"float32"}
+
+
+@pytest.mark.slow
+def test_remat_is_chosen_once(finished, tmp_path, monkeypatch, caplog):
+    """The program that shows that the choice fits is the one that runs, and a run that goes on has
+    the choice that it began with."""
+    for name in ("base", "a.jsonl", "b.jsonl"):
+        source = finished[0] / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    monkeypatch.setattr("hmf_jax.training.run.device_limit", lambda: 10**9)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        run(tmp_path, steps=2)
+    made = [
+        r.getMessage() for r in caplog.records if "XLA compilation of jit(step)" in r.getMessage()
+    ]
+    assert len(made) == 1, made
+    record = Record.load(tmp_path / "run")
+    assert record is not None and record.remat == ["none"]
+    record.remat = ["dots"]
+    record.save()
+    run(tmp_path, steps=3)
+    record = Record.load(tmp_path / "run")
+    assert record is not None and record.remat == ["dots"]
