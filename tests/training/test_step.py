@@ -30,6 +30,7 @@ from hmf_jax.training import (
     next_token_targets,
     select_parameters,
 )
+from hmf_jax.training.loss import piece_size
 from tests.util import random_model, rel, tiny_config
 
 SIX = ("*", "GKA", "SWA", "GDN", "BMF", "M2")
@@ -171,6 +172,11 @@ def test_the_head_is_multiplied_once_and_once_per_gradient():
     both = jax.grad(loss, (0, 1))(x, w)
     same([jax.grad(loss, i)(x, w) for i in (0, 1)], list(both))
     assert products(jax.grad(jax.jit(loss)), x, w) == 2  # a frozen head stays one inside of jit
+
+
+def test_pieces_of_the_loss_have_2048_positions():
+    assert [piece_size(rows, None) for rows in (1, 4, 5000)] == [2048, 512, 1]
+    assert piece_size(4, 700) == 700
 
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=2, tp=2), dict(dp=2, sp=2)])
