@@ -18,6 +18,7 @@ from hmf_jax.model import HybridLM
 from hmf_jax.moe import Routing, busiest_expert, load_balancing_loss
 from hmf_jax.padding import restore
 from hmf_jax.pallas_kernels.sharded import AXES, batch_axes, call
+from hmf_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -149,6 +150,7 @@ def _next_token(
         routings += [] if layer.routing is None else [layer.routing]
     hidden = model.norm(restore(x, ctx.place))
     kernel = model.head_kernel().astype(hidden.dtype)
+    kernel = constrain(kernel, model.mesh, "embed", "vocab")  # gathered after the cast, not before
     total = cross_entropy(hidden, kernel, targets, weights, model.mesh, chunk_size)
     return total, jnp.sum(weights), routings
 
@@ -239,10 +241,11 @@ def _with_gradients(
             B, T, d = hidden.shape
             d_x = jnp.moveaxis(d_x, 0, 1).reshape(B, -1, d)[:, :T]
         if d_kernel is not None:
+            # Devices exchange it in the dtype of the kernel, as they do all other gradients.
+            d_kernel = d_kernel.astype(kernel.dtype)
             if split:  # each device keeps that part of the sum that it keeps of the kernel
                 d_kernel = jax.lax.psum_scatter(d_kernel, split, scatter_dimension=0, tiled=True)
             d_kernel = _over(jax.lax.psum, d_kernel, tuple(a for a in positions if a not in split))
-            d_kernel = d_kernel.astype(kernel.dtype)
         return total, (d_x, d_kernel)
 
     in_dims = ("bT-", "-V", "bT", "bT")

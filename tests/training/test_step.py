@@ -196,6 +196,21 @@ def test_cross_entropy_on_meshes(sizes):
         close(run(mesh, 0)[1], expected[1][0], 1e-12)
 
 
+def test_devices_exchange_the_head_in_the_dtype_of_the_model():
+    """Cast first, then gathered; and its gradient, as that of all other weights."""
+    mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
+    config = tiny_config(("*",), vocab_size=64)
+    model = nnx.eval_shape(lambda: HybridLM(config, dtype=jnp.float32, mesh=mesh))
+
+    def loss(model: HybridLM) -> jax.Array:
+        model = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model)
+        return next_token_loss(model, tokens_for(0))[0]
+
+    program = str(jax.make_jaxpr(jax.grad(loss, allow_int=True))(model))
+    assert re.search(r"bf16\[32,64\] = sharding_constraint", program)
+    assert re.search(r"bf16\[16,64\] = reduce_scatter", program)
+
+
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_chunked_loss_is_the_plain_loss(tied):
     with jax.enable_x64(True):
