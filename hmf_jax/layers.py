@@ -38,7 +38,7 @@ def in_dtype_of_first[T: tuple[Any, ...]](
     arrays: T, /, *, dtype: Any = None, inexact: bool = True
 ) -> T:
     """The `promote_dtype` of NNX layers that compute in their input's dtype, whatever their
-    parameters have: (input, kernel, bias), or the table of embeddings alone."""
+    parameters have: (input, kernel, bias)."""
     found: Any = tuple(None if x is None else x.astype(arrays[0].dtype) for x in arrays)
     return found
 
@@ -144,6 +144,36 @@ class RMSNorm(nnx.Module):
 def backbone_norm(size: int, config: Backbone, dtype) -> RMSNorm:
     """The norm that blocks, queries, keys and the last hidden states have."""
     return RMSNorm(size, config.rms_norm_eps, dtype, zero_centered=config.zero_centered_norm)
+
+
+@jax.custom_vjp
+def lookup(table: Array, tokens: Array) -> Array:
+    """Rows of a table [V, d] for tokens [...], in its dtype.
+
+    The gradient of a row is summed up in float32 and rounded once: in bfloat16 that of a token
+    that occurs 2000 times is off by an eighth.
+    """
+    return jnp.take(table, tokens, axis=0)
+
+
+def _lookup(table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return lookup(table, tokens), (table, tokens)
+
+
+def _lookup_gradient(saved: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    total = jnp.zeros(table.shape, exact_dtype(g.dtype)).at[tokens].add(exact(g))
+    return total.astype(table.dtype), None
+
+
+lookup.defvjp(_lookup, _lookup_gradient)
+
+
+class Embed(nnx.Embed):
+    """A table of embeddings, read with `lookup`."""
+
+    def __call__(self, tokens: Array) -> Array:
+        return lookup(self.embedding[...], tokens)
 
 
 class MLP(nnx.Module):

@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from hmf_jax.block import Block, LayerOutput, run_block
 from hmf_jax.config import HybridConfig
 from hmf_jax.layers import (
+    Embed,
     backbone_norm,
-    in_dtype_of_first,
     linear,
     one_row_twice,
     query_scale,
@@ -88,11 +88,10 @@ class HybridLM(nnx.Module):
         rngs, dtype = nnx.Rngs(0) if rngs is None else rngs, float_dtype(dtype)
         d, V = config.hidden_size, config.vocab_size
         self.config, self.mesh = config, for_model(mesh, config)
-        embed = nnx.Embed(
+        embed = Embed(
             V,
             d,
             param_dtype=dtype,
-            promote_dtype=in_dtype_of_first,
             embedding_init=nnx.initializers.normal(config.initializer_range),
             rngs=rngs,
             embedding_metadata={"dims": ("vocab", "embed")},

@@ -40,7 +40,7 @@ class Evaluation:
         loss: Loss | None = None,
         num_iter: int | None = None,
         impl: str = "auto",
-        chunk_size: int = 512,
+        chunk_size: int | None = None,
     ) -> None:
         self._batches = list(batches)
         if jax.process_count() > 1:

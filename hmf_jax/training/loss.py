@@ -18,8 +18,11 @@ from hmf_jax.model import HybridLM
 from hmf_jax.moe import Routing, busiest_expert, load_balancing_loss
 from hmf_jax.padding import restore
 from hmf_jax.pallas_kernels.sharded import AXES, batch_axes, call
+from hmf_jax.sharding import constrain
 
 Array = jax.Array
+
+POSITIONS = 2048  # whose logits exist at once; of fewer, the products are slower on an H200
 
 
 def next_token_targets(
@@ -68,7 +71,7 @@ def next_token_loss(
     positions: Array | None = None,
     num_iter: Array | int | None = None,
     impl: str = "auto",
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
 ) -> tuple[Array, Array]:
     """Cross-entropy in nats, summed over targets, and the number of them: loss = sum / count.
 
@@ -134,7 +137,7 @@ def _next_token(
     positions: Array | None = None,
     num_iter: Array | int | None = None,
     impl: str = "auto",
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
 ) -> tuple[Array, Array, list[Routing]]:
     """The sum of the cross-entropy, the number of targets, and what the routers decided."""
     targets, weights = next_token_targets(tokens, loss_mask, segment_ids)
@@ -147,13 +150,19 @@ def _next_token(
         routings += [] if layer.routing is None else [layer.routing]
     hidden = model.norm(restore(x, ctx.place))
     kernel = model.head_kernel().astype(hidden.dtype)
+    kernel = constrain(kernel, model.mesh, "embed", "vocab")  # gathered after the cast, not before
     total = cross_entropy(hidden, kernel, targets, weights, model.mesh, chunk_size)
     return total, jnp.sum(weights), routings
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
-    hidden: Array, kernel: Array, targets: Array, weights: Array, mesh: Mesh | None, chunk_size: int
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    weights: Array,
+    mesh: Mesh | None = None,
+    chunk_size: int | None = None,
 ) -> Array:
     """sum_bt weights * (logsumexp(logits) - logits[target]), logits = hidden @ kernel in float32.
 
@@ -166,9 +175,9 @@ def cross_entropy(
     Args:
       hidden: [B, T, d]; kernel: [d, V]; targets: [B, T] integers; weights: [B, T] (no gradient).
       mesh: the model's mesh, or None.
-      chunk_size: positions per piece, at least 1; a piece of logits takes B * chunk_size * V * 4
-        bytes, its gradient as many elements of the dtype of hidden, both divided by the devices
-        that split the batch and the vocabulary.
+      chunk_size: positions of each row per piece, at least 1; None: 2048 of all rows of a device.
+        A piece of logits takes B * chunk_size * V * 4 bytes, its gradient as many elements of the
+        dtype of hidden, both divided by the devices that split the batch and the vocabulary.
     """
     args = (hidden, kernel, targets, weights)
     return _with_gradients(args, (False, False), mesh, chunk_size)[0]
@@ -192,7 +201,7 @@ def _with_gradients(
     args: tuple[Array, Array, Array, Array],
     wanted: tuple[bool, bool],
     mesh: Mesh | None,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> tuple[Array, tuple[Array | None, Array | None]]:
     """The sum, and its gradients with respect to hidden and kernel where they are wanted."""
     batch = len(args[0])
@@ -224,23 +233,30 @@ def _with_gradients(
             return (total, d_kernel), d_x
 
         zeros = jnp.zeros((), exact), jnp.zeros(kernel.shape, exact) if wanted[1] else None
-        xs = [_pieces(a, chunk_size) for a in (hidden, targets, weights)]
+        size = piece_size(len(hidden), chunk_size)
+        xs = [_pieces(a, size) for a in (hidden, targets, weights)]
         (total, d_kernel), d_x = jax.lax.scan(piece, zeros, xs)
         total = _over(jax.lax.psum, total, positions)
         if d_x is not None:
             B, T, d = hidden.shape
             d_x = jnp.moveaxis(d_x, 0, 1).reshape(B, -1, d)[:, :T]
         if d_kernel is not None:
+            # Devices exchange it in the dtype of the kernel, as they do all other gradients.
+            d_kernel = d_kernel.astype(kernel.dtype)
             if split:  # each device keeps that part of the sum that it keeps of the kernel
                 d_kernel = jax.lax.psum_scatter(d_kernel, split, scatter_dimension=0, tiled=True)
             d_kernel = _over(jax.lax.psum, d_kernel, tuple(a for a in positions if a not in split))
-            d_kernel = d_kernel.astype(kernel.dtype)
         return total, (d_x, d_kernel)
 
     in_dims = ("bT-", "-V", "bT", "bT")
     dims = "bT-", "fV" if split else "-V"
     out_dims = "", tuple(d if w else None for d, w in zip(dims, wanted, strict=True))
     return call(local, mesh, batch, args, in_dims, out_dims)
+
+
+def piece_size(rows: int, chunk_size: int | None) -> int:
+    """Positions of each row whose logits exist at once, with so many rows on a device."""
+    return max(1, POSITIONS // rows) if chunk_size is None else chunk_size
 
 
 def _axes(mesh: Mesh | None, batch: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -26,6 +26,7 @@ from hmf_jax.model import HybridLM
 from hmf_jax.parameters import abstract_params
 from hmf_jax.sharding import row_parts
 from hmf_jax.training.devices import device_limit
+from hmf_jax.training.loss import piece_size
 from hmf_jax.training.remat import LADDER, REMAT, Remat, remat_text
 
 
@@ -108,7 +109,7 @@ def plan_memory(
     accumulate: int = 1,
     num_iter: int | None = None,
     impl: str = "auto",
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
 ) -> StepMemory:
     """The memory of a step of `make_train_step` with the default loss; nothing is computed.
 
@@ -159,7 +160,8 @@ def plan_memory(
         "optimizer": device_bytes(state.opt_state),
         "other gradients": total - inside - last + (total if accumulate > 1 else 0),
     }
-    piece = micro * min(chunk_size, length) * model.config.vocab_size
+    own = micro if mesh is None else max(1, micro // row_parts(mesh))
+    piece = micro * min(piece_size(own, chunk_size), length) * model.config.vocab_size
     shares = 1 if mesh is None else mesh.size // mesh.shape["sp"]
     loss = piece * (4 + x.dtype.itemsize) // shares + 4 * on_device(x)
     return StepMemory(parts, tuple(layers), loss, last)

@@ -100,7 +100,7 @@ class TrainConfig(Recipe):
     remat: str | dict[str, str] = AUTO
     num_iter: Annotated[int, Range(0)] | None = None
     impl: str = "auto"
-    chunk_size: Count = 512
+    chunk_size: Count | None = None
     dp: Count = 1
     fsdp: Count | None = None
     sp: Count = 1

@@ -187,7 +187,7 @@ def make_train_step(
     max_grad_norm: float | None = None,
     num_iter: int | None = None,
     impl: str = "auto",
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
     router_aux_loss_coef: float | None = None,
 ) -> jax.stages.Wrapped:
     """One optimizer step as a jitted function: (state, batch) -> (state, metrics).
@@ -220,7 +220,8 @@ def make_train_step(
       max_grad_norm: gradients are scaled down to this global norm.
       num_iter: Chebyshev iterations of GKA layers; None: the config's.
       impl: operator implementation, see `hmf_jax.pallas_kernels.dispatch`.
-      chunk_size: positions whose logits exist at once in the default loss, see `cross_entropy`.
+      chunk_size: positions of a row whose logits exist at once in the default loss; None: 2048 of
+        all rows of a device, see `cross_entropy`.
       router_aux_loss_coef: coefficient of the load-balancing loss; None: the model's.
 
     Raises:
@@ -324,12 +325,12 @@ def _updated(
     return TrainState(new[0], state.frozen, new[1], new[2], state.template), rate
 
 
-def _check_settings(accumulate: int, max_grad_norm: float | None, chunk_size: int) -> None:
+def _check_settings(accumulate: int, max_grad_norm: float | None, chunk_size: int | None) -> None:
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1.")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm={max_grad_norm} must be positive; None does not clip.")
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
 
 

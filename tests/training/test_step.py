@@ -30,6 +30,7 @@ from hmf_jax.training import (
     next_token_targets,
     select_parameters,
 )
+from hmf_jax.training.loss import piece_size
 from tests.util import random_model, rel, tiny_config
 
 SIX = ("*", "GKA", "SWA", "GDN", "BMF", "M2")
@@ -173,6 +174,11 @@ def test_the_head_is_multiplied_once_and_once_per_gradient():
     assert products(jax.grad(jax.jit(loss)), x, w) == 2  # a frozen head stays one inside of jit
 
 
+def test_pieces_of_the_loss_have_2048_positions():
+    assert [piece_size(rows, None) for rows in (1, 4, 5000)] == [2048, 512, 1]
+    assert piece_size(4, 700) == 700
+
+
 @pytest.mark.parametrize("sizes", [dict(fsdp=2, tp=2), dict(dp=2, sp=2)])
 def test_cross_entropy_on_meshes(sizes):
     with jax.enable_x64(True):
@@ -188,6 +194,21 @@ def test_cross_entropy_on_meshes(sizes):
         expected = run(None, (0, 1))
         close(run(mesh, (0, 1)), expected, 1e-12)
         close(run(mesh, 0)[1], expected[1][0], 1e-12)
+
+
+def test_devices_exchange_the_head_in_the_dtype_of_the_model():
+    """Cast first, then gathered; and its gradient, as that of all other weights."""
+    mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
+    config = tiny_config(("*",), vocab_size=64)
+    model = nnx.eval_shape(lambda: HybridLM(config, dtype=jnp.float32, mesh=mesh))
+
+    def loss(model: HybridLM) -> jax.Array:
+        model = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model)
+        return next_token_loss(model, tokens_for(0))[0]
+
+    program = str(jax.make_jaxpr(jax.grad(loss, allow_int=True))(model))
+    assert re.search(r"bf16\[32,64\] = sharding_constraint", program)
+    assert re.search(r"bf16\[16,64\] = reduce_scatter", program)
 
 
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
