@@ -37,10 +37,12 @@ class Layer:
     Attributes:
       kept: remat choice -> what lies in memory from its forward to its backward pass.
       gradients: of its trained parameters, float32.
+      copies: of its trained parameters in the dtype of the model, which lie there as long.
     """
 
     kept: dict[str, int]
     gradients: int
+    copies: int = 0
 
     def workspace(self, choice: str) -> int:
         """What its backward pass takes beside that, about: what is computed again, and gradients
@@ -55,10 +57,10 @@ class StepMemory:
     """The memory of a training step, bytes of one device; from `plan_memory`.
 
     Attributes:
-      parts: what is there all the time: frozen and trained weights, their copies in the dtype of
-        the model, the optimizer's state, gradients of the head and of earlier micro-batches.
+      parts: what is there all the time: frozen and trained weights, the optimizer's state,
+        gradients of the head and of earlier micro-batches.
       layers: one per layer; equal layers are the same object.
-      loss: logits and hidden states while the loss is computed.
+      loss: logits, hidden states and copies of other weights while the loss is computed.
       last: gradients that are made last, of the embeddings.
     """
 
@@ -70,16 +72,16 @@ class StepMemory:
     def peak(self, choices: Sequence[str]) -> dict[str, int]:
         """What the memory is for when it is fullest, with one remat choice per layer."""
         kept = [layer.kept[c] for layer, c in zip(self.layers, choices, strict=True)]
-        names = "kept by layers", "gradients of layers", "workspace"
-        moments = [(sum(kept), 0, self.loss)]
-        below, done = sum(kept), 0
+        names = "kept by layers", "copies of weights", "gradients of layers", "workspace"
+        below, copies, done = sum(kept), sum(layer.copies for layer in self.layers), 0
+        moments = [(below, copies, 0, self.loss)]
         for layer, choice, own in zip(
             reversed(self.layers), reversed(choices), reversed(kept), strict=True
         ):
             done += layer.gradients
-            moments.append((below, done, layer.workspace(choice)))
-            below -= own
-        moments.append((0, done + self.last, self.last))
+            moments.append((below, copies, done, layer.workspace(choice)))
+            below, copies = below - own, copies - layer.copies
+        moments.append((0, 0, done + self.last, self.last))
         return self.parts | dict(zip(names, max(moments, key=sum), strict=True))
 
     def total(self, choices: Sequence[str]) -> int:
@@ -138,6 +140,11 @@ def plan_memory(
         * np.dtype(exact_dtype(params[name].dtype)).itemsize
         for name in state.params
     }  # fmt: skip
+    copies = {
+        name: device_bytes(params[name])
+        for name, p in state.params.items()
+        if p.dtype != params[name].dtype
+    }
     found: dict[Any, Layer] = {}
     layers: list[Layer] = []
     for i, block in enumerate(model.layers):
@@ -146,25 +153,25 @@ def plan_memory(
         key = jax.tree.structure(block), tuple(x.shape for x in jax.tree.leaves(block)), trained
         if key not in found:
             kept = {c: _kept(block, trained, x, ctx, c, on_device) for c in REMAT}
-            found[key] = Layer(kept, sum(gradients.get(name, 0) for name in names))
+            own = sum(gradients.get(n, 0) for n in names)
+            found[key] = Layer(kept, own, sum(copies.get(n, 0) for n in names))
         layers.append(found[key])
-    copied = [params[n] for n, p in state.params.items() if p.dtype != params[n].dtype]
     inside = sum(layer.gradients for layer in layers)
+    others = sum(copies.values()) - sum(layer.copies for layer in layers)
     total = sum(gradients.values())
     tied = model.config.tie_word_embeddings
     last = 0 if tied else sum(n for name, n in gradients.items() if name.startswith("embed_"))
     parts = {
         "frozen weights": device_bytes(state.frozen),
         "trained weights": device_bytes(state.params),
-        "their copies": device_bytes(copied),
         "optimizer": device_bytes(state.opt_state),
         "other gradients": total - inside - last + (total if accumulate > 1 else 0),
     }
-    own = micro if mesh is None else max(1, micro // row_parts(mesh))
-    piece = micro * min(piece_size(own, chunk_size), length) * model.config.vocab_size
+    rows = micro if mesh is None else max(1, micro // row_parts(mesh))
+    piece = micro * min(piece_size(rows, chunk_size), length) * model.config.vocab_size
     shares = 1 if mesh is None else mesh.size // mesh.shape["sp"]
     loss = piece * (4 + x.dtype.itemsize) // shares + 4 * on_device(x)
-    return StepMemory(parts, tuple(layers), loss, last)
+    return StepMemory(parts, tuple(layers), loss + others, last)
 
 
 def auto_remat(state: Any, rows: int, length: int, **options: Any) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 The choices, from most bytes to fewest, per token of a Gated KalmaNet layer at 8B size (hidden 4096,
 MLP 12288, 32 heads of 128, bfloat16), beside the 8 KiB of the block's input:
 
-    none     about 170 KiB, whatever XLA makes of it
+    none     about 180 KiB, whatever XLA makes of it
     dots     92 KiB: products with weights and what operators hand to their backward pass
     named    16 KiB: the latter alone; attention, solvers and their like do not run twice
     block     0
