@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hmf_jax.pallas_kernels.dispatch import why_no_hopper
+from hmf_jax.pallas_kernels.dispatch import kept, why_no_hopper
 from hmf_jax.pallas_kernels.segments import documents, leading
 
 
@@ -89,6 +91,43 @@ def from_chunks(x: jax.Array, length: int) -> jax.Array:
     """[n, B, K, R, chunk, D] -> [B, T, K * R, D] of T = `length` tokens."""
     n, B, K, R, chunk, D = x.shape
     return jnp.transpose(x, (1, 0, 4, 2, 3, 5)).reshape(B, n * chunk, K * R, D)[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan_states(body: Callable[..., Any], initial: jax.Array, xs: Any) -> tuple[Any, Any, Any]:
+    """`jax.lax.scan` of body(state, x) -> (state, y), and the state before each step.
+
+    The backward pass reads these states and computes each step again. They and ys are named, so
+    that a policy of `jax.checkpoint` can keep the scan from running twice.
+
+    Returns:
+      The last state, the states [n, ...] before each step, and ys.
+    """
+    return _scan_forward(body, initial, xs)[0]
+
+
+def _scan_forward(body, initial, xs):
+    def step(state, x):
+        new, y = body(state, x)
+        return new, (state, y)
+
+    last, (states, ys) = jax.lax.scan(step, initial, xs)
+    states, ys = kept((states, ys))
+    return (last, states, ys), (states, xs)
+
+
+def _scan_backward(body, saved, cotangents):
+    d_last, d_states, d_ys = cotangents
+
+    def step(d_new, inputs):
+        (state, x), d_state, d_y = inputs
+        d, d_x = jax.vjp(body, state, x)[1]((d_new, d_y))
+        return d + d_state, d_x
+
+    return jax.lax.scan(step, d_last, (saved, d_states, d_ys), reverse=True)
+
+
+scan_states.defvjp(_scan_forward, _scan_backward)
 
 
 def decays(g: jax.Array, doc: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hmf_jax.pallas_kernels.ops.gated_delta_rule.inputs import Inputs
-from hmf_jax.pallas_kernels.recurrent import decays, from_chunks, to_chunks
+from hmf_jax.pallas_kernels.recurrent import decays, from_chunks, scan_states, to_chunks
 
 
 def gated_delta_rule(
@@ -56,9 +56,7 @@ def gated_delta_rule(
         state = state + jnp.einsum("bkid,bkriv->bkrdv", k, tail[..., None] * write)
         return state, o
 
-    # Recomputing a chunk in the backward pass keeps only the states between chunks in memory.
-    body = jax.checkpoint(body, prevent_cse=False)
-    state, o = jax.lax.scan(
+    state, _, o = scan_states(
         body, state.reshape(B, K, H // K, D, V), (q, k, v, inverse, qk, head, pair[..., -1, :])
     )
     return from_chunks(o.astype(v.dtype), T), state.reshape(B, H, D, V)

@@ -16,7 +16,7 @@ import numpy as np
 
 from hmf_jax.pallas_kernels.dispatch import kept
 from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options, Result
-from hmf_jax.pallas_kernels.recurrent import decays, from_chunks, to_chunks
+from hmf_jax.pallas_kernels.recurrent import decays, from_chunks, scan_states, to_chunks
 
 
 def gka_chunked(inputs: Inputs, options: Options, *, solver: str, chunk_size: int) -> Result:
@@ -76,10 +76,11 @@ def chunk_states(
     def chunk(state, inputs):
         k_bhjd, v_bhje, whole = inputs
         new = whole[..., None, None] * state + jnp.einsum("bhjd,bhje->bhde", k_bhjd, v_bhje)
-        return new, state
+        return new, None
 
     # The last row of `pair` and the last entry of `start` decay to the end of the chunk.
-    final, states = jax.lax.scan(chunk, initial, (pair[..., -1, :, None] * k, v, start[..., -1]))
+    xs = pair[..., -1, :, None] * k, v, start[..., -1]
+    final, states, _ = scan_states(chunk, initial, xs)
     return states, final
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hmf_jax.pallas_kernels.ops.ssd.inputs import Inputs
-from hmf_jax.pallas_kernels.recurrent import decays, from_chunks, to_chunks
+from hmf_jax.pallas_kernels.recurrent import decays, from_chunks, scan_states, to_chunks
 
 
 def ssd(inputs: Inputs, *, chunk_size: int) -> tuple[jax.Array, jax.Array]:
@@ -37,9 +37,9 @@ def ssd(inputs: Inputs, *, chunk_size: int) -> tuple[jax.Array, jax.Array]:
 
     def body(state, chunk):
         decay, write = chunk
-        return decay[..., None, None] * state + write, state
+        return decay[..., None, None] * state + write, None
 
-    state, carried = jax.lax.scan(
+    state, carried, _ = scan_states(
         body, state.reshape(batch, K, H // K, P, N), (head[..., -1], write)
     )
     y = y + head[..., None] * jnp.einsum("nbkris,nbkrps->nbkrip", C, carried)
