@@ -162,7 +162,8 @@ def _lookup(table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _lookup_gradient(saved: tuple[Array, Array], g: Array) -> tuple[Array, None]:
     table, tokens = saved
-    total = jnp.zeros(table.shape, exact_dtype(g.dtype)).at[tokens].add(exact(g))
+    wide = jax.ShapeDtypeStruct(table.shape, exact_dtype(table.dtype))
+    (total,) = jax.linear_transpose(lambda table: jnp.take(table, tokens, axis=0), wide)(exact(g))
     return total.astype(table.dtype), None
 
 
