@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from types import MethodType
@@ -99,10 +100,27 @@ def together(x: Array, *projections: Any) -> list[Any]:
     Those that have a method of this name make their products at once, see `LoRALinear.together`.
     """
     found = [p for p in projections if hasattr(p, "together")]
-    made = iter(found[0].together(x, found[1:]) if found else ())
-    return [
-        next(made) if hasattr(p, "together") else None if p is None else p(x) for p in projections
-    ]
+    others = [p for p in projections if p is not None and not hasattr(p, "together")]
+    *xs, x = fan_out(x, len(others) + 1) if found else (*fan_out(x, len(others)), x)
+    made = {id(p): p(x) for p, x in zip(others, xs, strict=True)}
+    if found:
+        made |= zip(map(id, found), found[0].together(x, found[1:]), strict=True)
+    return [None if p is None else made[id(p)] for p in projections]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def fan_out(x: Array, n: int) -> tuple[Array, ...]:
+    """x, n times, for as many products; their gradients are added up one by one.
+
+    In the order "new + sum", in which XLA makes of each a product that adds to what is there.
+    """
+    return (x,) * n
+
+
+fan_out.defvjp(
+    lambda x, n: (fan_out(x, n), None),
+    lambda n, _, gradients: (functools.reduce(lambda total, g: g + total, gradients),),
+)
 
 
 def exact_dtype(dtype):
@@ -162,7 +180,8 @@ def _lookup(table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _lookup_gradient(saved: tuple[Array, Array], g: Array) -> tuple[Array, None]:
     table, tokens = saved
-    total = jnp.zeros(table.shape, exact_dtype(g.dtype)).at[tokens].add(exact(g))
+    wide = jax.ShapeDtypeStruct(table.shape, exact_dtype(table.dtype))
+    (total,) = jax.linear_transpose(lambda table: jnp.take(table, tokens, axis=0), wide)(exact(g))
     return total.astype(table.dtype), None
 
 

@@ -45,6 +45,16 @@ def almost_equal(actual: Any, expected: np.ndarray) -> None:
     assert np.mean(actual != expected) < 2e-3, np.mean(actual != expected)
 
 
+def test_gradients_of_copies_are_added_to_the_sum_so_far():
+    def back(x, *gradients):
+        return jax.vjp(lambda x: layers.fan_out(x, 3), x)[1](gradients)
+
+    jaxpr = jax.make_jaxpr(back)(*map(bfloat16, range(4), (4,) * 4)).jaxpr
+    _, a, b, c = jaxpr.invars
+    first, second = (e for e in jaxpr.eqns if e.primitive.name.startswith("add"))
+    assert first.invars == [b, a] and second.invars == [c, *first.outvars]
+
+
 def test_norm_rounds_before_its_weight():
     """As the original's: x / rms(x) in float32, rounded, times the weight, rounded."""
     norm = layers.RMSNorm(64, 1e-3, BF16)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hmf_jax.layers import exact, one_row_twice, untabulated
+from hmf_jax.layers import exact, fan_out, one_row_twice, untabulated
 from hmf_jax.moe import Experts
 from hmf_jax.pallas_kernels import grouped_matmul
 from hmf_jax.pallas_kernels.dispatch import PRODUCT, kept
@@ -77,10 +77,11 @@ class LoRALinear(nnx.Module):
         def run(x: Array) -> list[Array]:
             # Scaling A takes no time; scaling what is [B, T, out] would.
             A = [a.lora_A[...] * (a.alpha / a.rank) for a in adapters]
+            x, *xs = fan_out(x, 1 + len(adapters))
             thin = jnp.split(x @ jnp.concatenate(A, axis=1).astype(x.dtype), ends, axis=-1)
             return [
                 a._frozen(x) + u @ a.lora_B[...].astype(x.dtype)
-                for a, u in zip(adapters, thin, strict=True)
+                for a, x, u in zip(adapters, xs, thin, strict=True)
             ]
 
         return kept(one_row_twice(run, x), PRODUCT)
