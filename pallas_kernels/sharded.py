@@ -77,11 +77,6 @@ def batch_parts(mesh: Mesh) -> int:
     return size
 
 
-def parts(mesh: Mesh | None, letter: str) -> int:
-    """How many parts a mesh splits a dimension of this letter into."""
-    return 1 if mesh is None else math.prod(mesh.shape.get(a, 1) for a in AXES.letters[letter])
-
-
 def batch_axes(mesh: Mesh, batch: int) -> tuple[str, ...]:
     """Mesh axes that split a batch of this size: all of them, or none if they do not divide it."""
     divides = batch % batch_parts(mesh) == 0
@@ -97,6 +92,17 @@ def spec(mesh: Mesh, dims: str, batch: int) -> PartitionSpec:
         return tuple(name for name in letters.get(letter, ()) if name in mesh.shape) or None
 
     return PartitionSpec(*map(axes, dims))
+
+
+def local_shape(mesh: Mesh | None, dims: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """What one device has of an array described by letters, see `spec`."""
+    if mesh is None:
+        return tuple(shape)
+    axes = spec(mesh, dims, shape[0])
+    return tuple(
+        n // math.prod(mesh.shape[a] for a in names or ())
+        for n, names in zip(shape, axes, strict=True)
+    )
 
 
 def call(

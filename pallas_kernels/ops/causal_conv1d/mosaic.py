@@ -64,10 +64,10 @@ def causal_conv1d_mosaic(
     return y, state
 
 
-def why_not(inputs: Inputs, norm: L2Norm | None, parts: int) -> str | None:
-    """Why the kernels cannot run these arguments, channels split over so many devices, on this
-    machine; None if they can."""
-    (_, T, C), K = inputs.x.shape, len(inputs.weight)
+def why_not(inputs: Inputs, norm: L2Norm | None, channels: int) -> str | None:
+    """Why the kernels cannot run these arguments on this machine, one device having so many of the
+    channels; None if they can."""
+    T, K = inputs.x.shape[1], len(inputs.weight)
     if reason := why_no_hopper():
         return reason
     if inputs.x.dtype != jnp.bfloat16:
@@ -76,8 +76,8 @@ def why_not(inputs: Inputs, norm: L2Norm | None, parts: int) -> str | None:
         return f"its kernels take 2 to {MOST_TAPS} taps, got {K}"
     if norm is not None and norm.head_dim not in (64, 128):
         return f"its kernels normalise heads of 64 and 128 channels, got {norm.head_dim}"
-    if C // parts % (128 * VECTOR):
-        return f"its kernels take channels divisible by {128 * VECTOR}, got {C // parts}"
+    if channels % (128 * VECTOR):
+        return f"its kernels take channels divisible by {128 * VECTOR}, got {channels}"
     if T < SHORTEST:
         return f"it is for {SHORTEST} tokens and more, got {T}"
     if inputs.segment_ids is not None and inputs.lengths is None:
