@@ -95,13 +95,15 @@ def spec(mesh: Mesh, dims: str, batch: int) -> PartitionSpec:
 
 
 def local_shape(mesh: Mesh | None, dims: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """What one device has of an array described by letters, see `spec`; 0 of a dimension that
-    cannot be split evenly."""
+    """What one device has of an array described by letters, see `spec`; zeros where it cannot
+    be split evenly."""
     if mesh is None:
         return tuple(shape)
-    axes = spec(mesh, dims, shape[0])
-    parts = [math.prod(mesh.shape[a] for a in names or ()) for names in axes]
-    return tuple(0 if n % p else n // p for n, p in zip(shape, parts, strict=True))
+    split = jax.sharding.NamedSharding(mesh, spec(mesh, dims, shape[0]))
+    try:
+        return split.shard_shape(tuple(shape))
+    except ValueError:
+        return (0,) * len(shape)
 
 
 def call(

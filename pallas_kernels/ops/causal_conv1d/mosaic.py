@@ -76,7 +76,7 @@ def why_not(inputs: Inputs, norm: L2Norm | None, channels: int) -> str | None:
         return f"its kernels take 2 to {MOST_TAPS} taps, got {K}"
     if norm is not None and norm.head_dim not in (64, 128):
         return f"its kernels normalise heads of 64 and 128 channels, got {norm.head_dim}"
-    if channels % (128 * VECTOR):
+    if channels == 0 or channels % (128 * VECTOR):
         return f"its kernels take channels divisible by {128 * VECTOR}, got {channels}"
     if T < SHORTEST:
         return f"it is for {SHORTEST} tokens and more, got {T}"
