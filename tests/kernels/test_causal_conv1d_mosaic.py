@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.pallas_kernels import L2Norm, causal_conv1d
+from hmf_jax import make_mesh, pallas_kernels
+from hmf_jax.pallas_kernels import L2Norm, causal_conv1d, dispatch
+from hmf_jax.pallas_kernels.ops import rms_norm
 from hmf_jax.pallas_kernels.ops.causal_conv1d import mosaic
 from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import Inputs
 from hmf_jax.pallas_kernels.ops.causal_conv1d.reference import causal_conv1d_reference
@@ -114,3 +116,24 @@ def test_dispatch_says_why_not(monkeypatch):
     assert "64 and 128 channels, got 256" in (mosaic.why_not(inputs, L2Norm(256), C) or "")
     with pytest.raises(ValueError, match="head_dim must divide the 512 channels"):
         causal_conv1d(inputs.x, inputs.weight, norm=L2Norm(96))
+
+
+def test_a_layer_lowers_for_cuda_on_a_mesh(monkeypatch):
+    """Convolution and norms of a GKA block, forward and backward: eight kernels, nothing gathered."""
+    for module in (mosaic, rms_norm.mosaic, dispatch):
+        monkeypatch.setattr(module, "why_no_hopper", lambda: None)
+    mesh = make_mesh(dp=2, devices=jax.devices()[:2])
+    x = jax.ShapeDtypeStruct((2, 512, 1024), jnp.bfloat16)
+    weight, vector = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((4, 1024), (1024,)))
+
+    def layer(x, weight, vector):
+        h, x = pallas_kernels.rms_norm(x, vector, eps=1e-6, cast_first=True, mesh=mesh)
+        q, _ = causal_conv1d(h, weight, norm=L2Norm(128), mesh=mesh)
+        heads = q.reshape(2, 512, 8, 128)
+        o, _ = pallas_kernels.rms_norm(heads, vector[:128], eps=1e-6, gate=heads, mesh=mesh)
+        y, x = pallas_kernels.rms_norm(x, vector, eps=1e-6, residual=o.reshape(x.shape), mesh=mesh)
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(x.astype(jnp.float32))
+
+    gradients = jax.jit(jax.grad(layer, argnums=(0, 1, 2)))
+    text = gradients.trace(x, weight, vector).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2(") == 8 and "all_gather" not in text
