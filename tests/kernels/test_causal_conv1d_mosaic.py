@@ -119,7 +119,7 @@ def test_dispatch_says_why_not(monkeypatch):
 
 
 def test_a_layer_lowers_for_cuda_on_a_mesh(monkeypatch):
-    """Convolution and norms of a GKA block, forward and backward: eight kernels, nothing gathered."""
+    """Convolution and norms of a GKA block, both ways: eight kernels, nothing gathered."""
     for module in (mosaic, rms_norm.mosaic, dispatch):
         monkeypatch.setattr(module, "why_no_hopper", lambda: None)
     mesh = make_mesh(dp=2, devices=jax.devices()[:2])
