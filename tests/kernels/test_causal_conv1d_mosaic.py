@@ -14,10 +14,10 @@ import pytest
 
 from hmf_jax import make_mesh, pallas_kernels
 from hmf_jax.pallas_kernels import L2Norm, causal_conv1d, dispatch
-from hmf_jax.pallas_kernels.ops import rms_norm
 from hmf_jax.pallas_kernels.ops.causal_conv1d import mosaic
 from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import Inputs
 from hmf_jax.pallas_kernels.ops.causal_conv1d.reference import causal_conv1d_reference
+from hmf_jax.pallas_kernels.ops.rms_norm import mosaic as norms
 from tests.kernels.recurrent_laws import normal
 from tests.util import rel
 
@@ -51,7 +51,7 @@ def y_and_gradients(op, inputs: Inputs, dy: jax.Array):
     @jax.jit
     def run(arrays, dy):
         def f(*arrays):
-            return op(Inputs(*arrays, *inputs[4:]))
+            return op(inputs._replace(**dict(zip(NAMES, arrays, strict=True))))
 
         (y, state), vjp = jax.vjp(f, *arrays)
         return y, state, vjp((dy.astype(y.dtype), jnp.ones_like(state)))
@@ -73,9 +73,9 @@ def test_agrees_with_the_oracle(short_walks, K, bias, packed, activation, norm):
     options = {"activation": activation, "norm": norm}
     kernel = partial(mosaic.causal_conv1d_mosaic, interpret=True, **options)
     y, state, gradients = y_and_gradients(kernel, inputs, dy)
-    wide = Inputs(*jax.tree.map(lambda a: a.astype(jnp.float32), inputs[:4]), *inputs[4:])
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), dict(zip(NAMES, inputs, strict=False)))
     oracle = partial(causal_conv1d_reference, **options)
-    expected, last, derivatives = y_and_gradients(oracle, wide, dy)
+    expected, last, derivatives = y_and_gradients(oracle, inputs._replace(**wide), dy)
     assert y.dtype == jnp.bfloat16 and rel(y, expected) < 4e-3
     np.testing.assert_array_equal(state, last)
     for name, found, exact in zip(NAMES, gradients, derivatives, strict=True):
@@ -120,7 +120,7 @@ def test_dispatch_says_why_not(monkeypatch):
 
 def test_a_layer_lowers_for_cuda_on_a_mesh(monkeypatch):
     """Convolution and norms of a GKA block, both ways: eight kernels, nothing gathered."""
-    for module in (mosaic, rms_norm.mosaic, dispatch):
+    for module in (mosaic, norms, dispatch):
         monkeypatch.setattr(module, "why_no_hopper", lambda: None)
     mesh = make_mesh(dp=2, devices=jax.devices()[:2])
     x = jax.ShapeDtypeStruct((2, 512, 1024), jnp.bfloat16)

@@ -6,6 +6,7 @@ On a CPU the kernels run in the Mosaic interpreter.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,8 @@ def test_dispatch_says_why_not(monkeypatch):
 
 
 def test_bad_arguments_are_named():
-    x, w = np.ones((1, 2, 4), np.float32), np.ones(4, np.float32)
+    x: Any = np.ones((1, 2, 4), np.float32)
+    w: Any = np.ones(4, np.float32)
     with pytest.raises(ValueError, match=r"\[B, T, d\]"):
         rms_norm(x[0], w, eps=0)
     with pytest.raises(ValueError, match="weight has shape"):
@@ -111,6 +113,7 @@ def test_bad_arguments_are_named():
         rms_norm(x, w, eps=0, residual=x[:, :1])
     with pytest.raises(ValueError, match="eps=-1"):
         rms_norm(x, w, eps=-1)
-    for options in ({"residual": x}, {"zero_centered": True}, {"cast_first": True}):
+    bad: Any = ({"residual": x}, {"zero_centered": True}, {"cast_first": True})
+    for options in bad:
         with pytest.raises(ValueError, match="comes without"):
             rms_norm(x, w, eps=0, gate=x, **options)

@@ -136,7 +136,7 @@ class _Walk:
         return [self.reached(t, K - 1 - i, x) for i, x in enumerate(window)]
 
     def convolve(self, taps: list[jax.Array]) -> jax.Array:
-        z = self.w[-1] if self.static.bias else 0.0
+        z: Any = self.w[-1] if self.static.bias else 0.0
         for w, x in zip(self.w, taps, strict=False):
             z += w * x
         return z
@@ -181,9 +181,7 @@ def _forward_body(x: Ref, w: Ref, state: Ref, *refs: Ref, wg: Any, static: Stati
 
 
 def _backward_body(x: Ref, w: Ref, state: Ref, *refs: Ref, wg: Any, static: Static) -> None:
-    refs = list(refs)
-    reach = refs.pop(0) if static.packed else None
-    g_ref, dx_ref, *dw_ref = refs
+    reach, g_ref, dx_ref, *dw_ref = refs if static.packed else (None, *refs)
     K, T, walk = static.taps, x.shape[1], _Walk(static, x, w, reach)
 
     def derivative(t: jax.Array, at: jax.Array, x_row: jax.Array, g: jax.Array, window):
@@ -237,7 +235,7 @@ def _backward_body(x: Ref, w: Ref, state: Ref, *refs: Ref, wg: Any, static: Stat
                 mine = t >= lax.axis_index("t") * static.tokens + K - 1
                 sums = add(sums, jnp.where(mine, dz, 0.0), taps)
             later = (*later, dz)
-            dx = 0.0
+            dx: Any = 0.0
             for j, d in enumerate(later):  # token t - K + 1 is j steps back from that of d
                 dx += walk.w[K - 1 - j] * walk.reached(jnp.minimum(t - K + 1 + j, T - 1), j, d)
             store_rows(dx_ref.at[walk.row, t - K + 1, walk.heads], dx.astype(dx_ref.dtype))

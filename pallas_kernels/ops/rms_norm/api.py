@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
@@ -82,13 +83,12 @@ def rms_norm(
         None if residual is None else residual.astype(x.dtype),
         None if gate is None else gate.astype(x.dtype),
     )
-    dims = "bTd" if x.ndim == 3 else "bTEd"
+    dims: Any = "bTd" if x.ndim == 3 else "bTEd"
     shape = sharded.local_shape(mesh, dims, x.shape)
     usable = dict.fromkeys(_IMPLS) | {"mosaic": mosaic.why_not(x.dtype, shape)}
     name = resolve(op, impl, usable)
     run = partial(_IMPLS[name], options=Options(float(eps), zero_centered, cast_first))
     if name != "mosaic":  # which the compiler knows how to split
         return run(inputs)
-    return sharded.call(
-        run, mesh, x.shape[0], (inputs,), (Inputs(dims, "d", dims, dims),), (dims, dims)
-    )
+    split = Inputs(x=dims, weight=cast(Any, "d"), residual=dims, gate=dims)
+    return sharded.call(run, mesh, x.shape[0], (inputs,), (split,), (dims, dims))

@@ -127,17 +127,15 @@ def _blocks(n: int, static: Static):
 
 
 def _forward_body(x: Ref, w: Ref, *refs: Ref, wg: Any, static: Static) -> None:
-    refs = list(refs)
-    other = refs.pop(0) if static.residual or static.gate else None
-    y_ref, *sum_ref = refs
+    other, y_ref, *sum_ref = refs if static.residual or static.gate else (None, *refs)
     rows = _Rows(static, x.shape[1:])
     weight = rows.weight(w)
     first, _ = _blocks(x.shape[0], static)
 
-    def step(i: jax.Array, _: None) -> None:
+    def step(i: jax.Array, carry: None) -> None:
         at = [first + i * static.together + u for u in range(static.together)]
         xs = [rows.load(x.at[n]) for n in at]
-        others = [rows.load(other.at[n]) for n in at] if other is not None else [None] * len(at)
+        others = xs if other is None else [rows.load(other.at[n]) for n in at]
         for n, a, b in zip(at, xs, others, strict=True):
             if static.residual:
                 total = (a + b).astype(y_ref.dtype)
@@ -155,10 +153,8 @@ def _forward_body(x: Ref, w: Ref, *refs: Ref, wg: Any, static: Static) -> None:
 
 
 def _backward_body(x: Ref, w: Ref, dy: Ref, *refs: Ref, wg: Any, static: Static) -> None:
-    refs = list(refs)
-    other = refs.pop(0) if static.residual or static.gate else None  # gradient of the sum, or gate
-    dx_ref = refs.pop(0)
-    d_gate = refs.pop(0) if static.gate else None
+    # The gradient of the sum, or the gate; of the results, those that are wanted.
+    other, dx_ref, *out = refs if static.residual or static.gate else (None, *refs)
     rows = _Rows(static, x.shape[1:])
     weight = rows.weight(w)
     first, mine = _blocks(x.shape[0], static)
@@ -172,7 +168,7 @@ def _backward_body(x: Ref, w: Ref, dy: Ref, *refs: Ref, wg: Any, static: Static)
                 (b,) = more
                 sigmoid = 1.0 / (1.0 + jnp.exp(-b))
                 slope = sigmoid * (1.0 + b * (1.0 - sigmoid))
-                store_rows(d_gate.at[n], (g * y * weight * slope).astype(dx_ref.dtype))
+                store_rows(out[0].at[n], (g * y * weight * slope).astype(dx_ref.dtype))
                 g = g * (b * sigmoid)
             if static.trained:
                 sums = (sums[0] + jnp.where(mine(n), g * y, 0.0),)
@@ -188,7 +184,7 @@ def _backward_body(x: Ref, w: Ref, dy: Ref, *refs: Ref, wg: Any, static: Static)
         sums = (plgpu.layout_cast(jnp.zeros(rows.shape, f32), rows.layout),)
     sums = lax.fori_loop(0, static.rows // static.together, step, sums)
     if static.trained:
-        store_rows(refs[0].at[lax.axis_index("i")], sums[0])
+        store_rows(out[-1].at[lax.axis_index("i")], sums[0])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
