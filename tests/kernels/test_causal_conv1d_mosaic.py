@@ -6,6 +6,7 @@ On a CPU they run in the Mosaic interpreter.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +32,15 @@ def short_walks(monkeypatch):
     monkeypatch.setattr(mosaic, "WALKS", ((4, 2), (4, 2)))
 
 
-def draw(K: int, bias: bool, packed: bool) -> tuple[Inputs, jax.Array]:
+def draw(K: int, bias: bool, packed: bool, T: int = T) -> tuple[Inputs, jax.Array]:
     """Two rows, NaN at padding, and the gradient of y."""
     rng = np.random.default_rng(0)
     low = partial(jnp.asarray, dtype=jnp.bfloat16)
     x, lengths, segment_ids = normal(rng, 2, T, C), None, None
     if packed:
         x[0, 7:] = np.nan
-        lengths, ids = jnp.asarray([7, T]), [[1, 1, 1, 2, 3, 3, 3, 0, 0, 0], [4] * 2 + [5] * 8]
+        lengths = jnp.asarray([7, T])
+        ids = [[1, 1, 1, 2, 3, 3, 3] + [0] * (T - 7), [4] * 2 + [5] * (T - 2)]
         segment_ids = jnp.asarray(ids)
     weight, b, state = normal(rng, K, C), normal(rng, C), normal(rng, 2, K - 1, C)
     inputs = Inputs(low(x), low(weight), low(b) if bias else None, low(state), segment_ids, lengths)
@@ -69,9 +71,20 @@ def y_and_gradients(op, inputs: Inputs, dy: jax.Array):
     ],
 )
 def test_agrees_with_the_oracle(short_walks, K, bias, packed, activation, norm):
-    inputs, dy = draw(K, bias, packed)
     options = {"activation": activation, "norm": norm}
-    kernel = partial(mosaic.causal_conv1d_mosaic, interpret=True, **options)
+    check(*draw(K, bias, packed), options, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("norm", [L2Norm(128), L2Norm(64, under_root=True), None])
+def test_gpu_agrees_with_the_oracle(packed, norm):
+    options = {"activation": "silu", "norm": norm}
+    check(*draw(4, packed, packed, T=333), options, interpret=False)
+
+
+def check(inputs: Inputs, dy: jax.Array, options: dict[str, Any], *, interpret: bool) -> None:
+    kernel = partial(mosaic.causal_conv1d_mosaic, interpret=interpret, **options)
     y, state, gradients = y_and_gradients(kernel, inputs, dy)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), dict(zip(NAMES, inputs, strict=False)))
     oracle = partial(causal_conv1d_reference, **options)

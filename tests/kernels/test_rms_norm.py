@@ -63,6 +63,24 @@ def test_kernels_agree_with_plain_jax(monkeypatch, shape, residual, gate, option
     """The last of several blocks overlaps its neighbour."""
     blocks = dict.fromkeys(("forward", "backward", "trained"), (4, 2, 8 if len(shape) == 3 else 4))
     monkeypatch.setattr(mosaic, "BLOCKS", dict.fromkeys(("states", "heads"), blocks))
+    check(shape, residual, gate, options, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "residual", "gate", "options"),
+    [
+        ((1, 519, 4096), True, False, Options(1e-6, False, True)),
+        ((1, 519, 2048), False, False, Options(1e-6, True, False)),
+        ((1, 67, 8, 128), False, True, Options(1e-6, False, False)),
+        ((2, 67, 8, 64), False, True, Options(1e-6, False, False)),
+    ],
+)
+def test_gpu_kernels_agree_with_plain_jax(shape, residual, gate, options):
+    check(shape, residual, gate, options, interpret=False)
+
+
+def check(shape, residual: bool, gate: bool, options: Options, *, interpret: bool) -> None:
     inputs, cotangents = draw(shape, residual, gate)
 
     def all_of(op, dtype):
@@ -73,7 +91,7 @@ def test_kernels_agree_with_plain_jax(monkeypatch, shape, residual, gate, option
 
         return run(*jax.tree.map(lambda a: a.astype(dtype), (inputs, cotangents)))
 
-    found = all_of(partial(mosaic.rms_norm_mosaic, interpret=True), jnp.bfloat16)
+    found = all_of(partial(mosaic.rms_norm_mosaic, interpret=interpret), jnp.bfloat16)
     expected = all_of(rms_norm_chunked, jnp.float32)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == jnp.bfloat16 and rel(a, b) < 4e-3
