@@ -30,6 +30,7 @@ f32 = jnp.float32
 MOST_TAPS = 4
 SHORTEST = 64
 VECTOR = 4
+AHEAD = True
 # Tokens of a block, and how many of them are read at once: forward, backward.
 WALKS = (32, 8), (64, 4)
 
@@ -53,6 +54,7 @@ class Static(NamedTuple):
     tokens: int
     together: int
     vector: int
+    ahead: bool
 
 
 def causal_conv1d_mosaic(
@@ -112,8 +114,17 @@ class _Walk:
         self.first = jnp.minimum(lax.axis_index("t") * static.tokens, x.shape[1] - static.tokens)
         self.w = [self.load(w.at[i, self.heads]) for i in range(w.shape[0])]
 
+    def raw(self, ref: Ref) -> jax.Array:
+        return plgpu.load(ref, layout=self.layout, optimized=False)
+
     def load(self, ref: Ref) -> jax.Array:
-        return plgpu.load(ref, layout=self.layout, optimized=False).astype(f32)
+        return self.raw(ref).astype(f32)
+
+    def group(self, start: jax.Array, *refs: Ref) -> tuple[tuple[jax.Array, ...], ...]:
+        """What these hold of the tokens that are read at once; behind the last one, that again."""
+        last = self.x.shape[1] - 1
+        at = [jnp.minimum(start + u, last) for u in range(self.static.together)]
+        return tuple(tuple(self.raw(r.at[self.row, t, self.heads]) for r in refs) for t in at)
 
     def before(self, state: Ref) -> tuple[jax.Array, ...]:
         """The K - 1 tokens before the first one, oldest first."""
@@ -163,9 +174,12 @@ def _forward_body(x: Ref, w: Ref, state: Ref, *refs: Ref, wg: Any, static: Stati
     reach, y_ref = refs if static.packed else (None, *refs)
     walk = _Walk(static, x, w, reach)
 
-    def step(i: jax.Array, window: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(i: jax.Array, carry: Any) -> Any:
+        window, group = carry
         t = walk.first + i * static.together
-        rows = [*window, *(walk.token(x, t + u) for u in range(static.together))]
+        following = walk.group(t + static.together, x) if static.ahead else ()
+        group = group if static.ahead else walk.group(t, x)
+        rows = [*window, *(row.astype(f32) for (row,) in group)]
         for u in range(static.together):
             y = walk.convolve(walk.taps(rows[u : u + static.taps], t + u))
             if static.silu:
@@ -175,9 +189,10 @@ def _forward_body(x: Ref, w: Ref, state: Ref, *refs: Ref, wg: Any, static: Stati
                 y = y.astype(f32)
                 y = (y * walk.spread(walk.norms(y)[0])).astype(y_ref.dtype)
             store_rows(y_ref.at[walk.row, t + u, walk.heads], y)
-        return tuple(rows[static.together :])
+        return tuple(rows[static.together :]), following
 
-    lax.fori_loop(0, static.tokens // static.together, step, walk.before(state))
+    group = walk.group(walk.first, x) if static.ahead else ()
+    lax.fori_loop(0, static.tokens // static.together, step, (walk.before(state), group))
 
 
 def _backward_body(x: Ref, w: Ref, state: Ref, *refs: Ref, wg: Any, static: Static) -> None:
@@ -224,11 +239,12 @@ def _backward_body(x: Ref, w: Ref, state: Ref, *refs: Ref, wg: Any, static: Stat
         window, later = (*window[1:], x_row), (*later, dz)
 
     def step(i: jax.Array, carry):
-        window, later, sums = carry
-        start = walk.first + i * static.together + K - 1
-        rows = [read(start + u) for u in range(static.together)]
-        for u, (at, x_row, g) in enumerate(rows):
-            t = start + u
+        window, later, sums, group = carry
+        start = begin + i * static.together
+        following = walk.group(start + static.together, x, g_ref) if static.ahead else ()
+        for u, row in enumerate(group if static.ahead else walk.group(start, x, g_ref)):
+            t, (x_row, g) = start + u, (a.astype(f32) for a in row)
+            at = jnp.minimum(t, T - 1)
             dz, taps = derivative(t, at, x_row, g, window)
             if dw_ref:
                 # The last block may overlap the one before.
@@ -240,9 +256,12 @@ def _backward_body(x: Ref, w: Ref, state: Ref, *refs: Ref, wg: Any, static: Stat
                 dx += walk.w[K - 1 - j] * walk.reached(jnp.minimum(t - K + 1 + j, T - 1), j, d)
             store_rows(dx_ref.at[walk.row, t - K + 1, walk.heads], dx.astype(dx_ref.dtype))
             window, later = (*window[1:], x_row), later[1:]
-        return window, later, sums
+        return window, later, sums, following
 
-    carry = lax.fori_loop(0, static.tokens // static.together, step, (window, later, sums))
+    begin = walk.first + K - 1
+    group = walk.group(begin, x, g_ref) if static.ahead else ()
+    carry = (window, later, sums, group)
+    carry = lax.fori_loop(0, static.tokens // static.together, step, carry)
     for i, total in enumerate(carry[2]):
         store_rows(dw_ref[0].at[walk.row, lax.axis_index("t"), i, walk.heads], total)
 
@@ -302,7 +321,7 @@ def _launch(body, backward, options, inputs, shape, *more, weights=False):
     B, T, H, D = shape
     K, bias, reach = len(inputs.weight), inputs.bias, _reach(inputs)
     tokens, together = WALKS[backward]
-    static = Static(K, bias is not None, silu, reach is not None, norm, tokens, together, VECTOR)
+    static = Static(K, bias is not None, silu, reach is not None, norm, tokens, together, VECTOR, AHEAD)
     w = inputs.weight if bias is None else jnp.concatenate([inputs.weight, bias[None]])
     blocks = pl.cdiv(T, tokens)
     out = [jax.ShapeDtypeStruct(shape, inputs.x.dtype)]
