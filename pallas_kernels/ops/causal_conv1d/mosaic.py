@@ -28,11 +28,10 @@ from hmf_jax.pallas_kernels.segments import documents, leading
 Ref = Any
 f32 = jnp.float32
 MOST_TAPS = 4
-SHORTEST = 64
-VECTOR = 4
-AHEAD = True
 # Tokens of a block, and how many of them are read at once: forward, backward.
 WALKS = (32, 8), (64, 4)
+SHORTEST = 64  # tokens; no fewer than a block has
+VECTOR, AHEAD = 4, True  # see `Static`
 
 
 class Static(NamedTuple):
@@ -44,6 +43,7 @@ class Static(NamedTuple):
       norm: of the heads afterwards, or None.
       tokens, together: of a block, and how many of them are read at once.
       vector: channels of a token that a thread holds.
+      ahead: whether the next tokens are on their way while these are computed.
     """
 
     taps: int
@@ -321,7 +321,9 @@ def _launch(body, backward, options, inputs, shape, *more, weights=False):
     B, T, H, D = shape
     K, bias, reach = len(inputs.weight), inputs.bias, _reach(inputs)
     tokens, together = WALKS[backward]
-    static = Static(K, bias is not None, silu, reach is not None, norm, tokens, together, VECTOR, AHEAD)
+    static = Static(
+        K, bias is not None, silu, reach is not None, norm, tokens, together, VECTOR, AHEAD
+    )
     w = inputs.weight if bias is None else jnp.concatenate([inputs.weight, bias[None]])
     blocks = pl.cdiv(T, tokens)
     out = [jax.ShapeDtypeStruct(shape, inputs.x.dtype)]
