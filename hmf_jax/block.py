@@ -64,9 +64,10 @@ class Block(nnx.Module):
     ) -> tuple[Array, Array, Array, Any, dict[str, Array] | None]:
         """The block with this mixer: (hidden states, mixer's output, MLP's output, new state, what
         the router decided)."""
-        mixed, state = mixer(self.input_layernorm(x), ctx=ctx, state=state)
-        x = constrain(x + mixed, ctx.mesh, "batch", "tokens", None)
-        h = self.post_attention_layernorm(x)
+        h, x = self.input_layernorm.joined(x, None, **ctx.options)
+        mixed, state = mixer(h, ctx=ctx, state=state)
+        mixed = constrain(mixed, ctx.mesh, "batch", "tokens", None)
+        h, x = self.post_attention_layernorm.joined(x, mixed, **ctx.options)
         if isinstance(self.mlp, MoE):
             fed, routing = self.mlp(h, ctx=ctx, experts=experts)
         else:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from hmf_jax.moved import moved
 from hmf_jax.options import Backbone
+from hmf_jax.pallas_kernels import rms_norm
 from hmf_jax.pallas_kernels.dispatch import PRODUCT, kept
 
 Array = jax.Array
@@ -157,6 +158,20 @@ class RMSNorm(nnx.Module):
             y = rms(x, self.eps)
             return (y * (1 + self.weight[...].astype(y.dtype))).astype(x.dtype)
         return self.weight[...].astype(x.dtype) * rms(x, self.eps).astype(x.dtype)
+
+    @untabulated
+    def joined(self, x: Array, residual: Array | None, **options: Any) -> tuple[Array, Array]:
+        """The norm of s = x + residual [B, T, d], and s for who needs it afterwards; `options` of
+        `hmf_jax.pallas_kernels.rms_norm`."""
+        return rms_norm(
+            x,
+            self.weight[...],
+            eps=self.eps,
+            residual=residual,
+            zero_centered=self.zero_centered,
+            cast_first=not self.zero_centered,
+            **options,
+        )
 
 
 def backbone_norm(size: int, config: Backbone, dtype) -> RMSNorm:

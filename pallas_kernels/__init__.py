@@ -15,6 +15,7 @@ from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import L2Norm, l2_normalize
 from hmf_jax.pallas_kernels.ops.gated_delta_rule.api import gated_delta_rule, gated_delta_rule_step
 from hmf_jax.pallas_kernels.ops.gka.api import gka, gka_step
 from hmf_jax.pallas_kernels.ops.grouped_matmul.api import grouped_matmul
+from hmf_jax.pallas_kernels.ops.rms_norm.api import rms_norm
 from hmf_jax.pallas_kernels.ops.ssd.api import ssd, ssd_step
 from hmf_jax.pallas_kernels.ops.two_window_attention.api import (
     two_window_attention,
@@ -34,6 +35,7 @@ __all__ = [
     "grouped_matmul",
     "l2_normalize",
     "paged_decode_attention",
+    "rms_norm",
     "ssd",
     "ssd_step",
     "two_window_attention",

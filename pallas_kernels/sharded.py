@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -77,11 +76,6 @@ def batch_parts(mesh: Mesh) -> int:
     return size
 
 
-def parts(mesh: Mesh | None, letter: str) -> int:
-    """How many parts a mesh splits a dimension of this letter into."""
-    return 1 if mesh is None else math.prod(mesh.shape.get(a, 1) for a in AXES.letters[letter])
-
-
 def batch_axes(mesh: Mesh, batch: int) -> tuple[str, ...]:
     """Mesh axes that split a batch of this size: all of them, or none if they do not divide it."""
     divides = batch % batch_parts(mesh) == 0
@@ -97,6 +91,18 @@ def spec(mesh: Mesh, dims: str, batch: int) -> PartitionSpec:
         return tuple(name for name in letters.get(letter, ()) if name in mesh.shape) or None
 
     return PartitionSpec(*map(axes, dims))
+
+
+def local_shape(mesh: Mesh | None, dims: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """What one device has of an array described by letters, see `spec`; zeros where it cannot
+    be split evenly."""
+    if mesh is None:
+        return tuple(shape)
+    split = jax.sharding.NamedSharding(mesh, spec(mesh, dims, shape[0]))
+    try:
+        return split.shard_shape(tuple(shape))
+    except ValueError:
+        return (0,) * len(shape)
 
 
 def call(

@@ -126,7 +126,8 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
     pallas_kernels.gka_step: {"num_iter": 30, "ridge": 0.02, "scale": None, "decay_kk": True},
     pallas_kernels.gated_delta_rule: {"scale": None, "chunk_size": 64},
     pallas_kernels.ssd: {"chunk_size": 64},
-    pallas_kernels.causal_conv1d: {"activation": "silu", "channels": "h"},
+    pallas_kernels.causal_conv1d: {"activation": "silu", "norm": None, "channels": "h"},
+    pallas_kernels.rms_norm: {"zero_centered": False, "cast_first": False},
     pallas_kernels.attention: {"window": None, "scale": None},
     TrainConfig: {
         "dtype": "bfloat16",

@@ -12,18 +12,16 @@ from hmf_jax.convert import rows
 from hmf_jax.convert.rows import Row
 from hmf_jax.layers import (
     decay_params,
-    exact,
     exact_dtype,
     linear,
     merge_heads,
-    rms,
     split_heads,
     untabulated,
 )
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.mixers.kind import GATE
 from hmf_jax.options import WIDEST, Backbone
-from hmf_jax.pallas_kernels import L2Norm, causal_conv1d, l2_normalize
+from hmf_jax.pallas_kernels import L2Norm, causal_conv1d, l2_normalize, rms_norm
 
 Channels = Literal["heads", "kv_heads"]
 
@@ -87,12 +85,11 @@ class OutputNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones(size, dtype), dims=(None,))
         self.eps = eps
 
-    def __call__(self, x: Array, gate: Array | None) -> Array:
-        """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end."""
-        y = rms(x, self.eps) * exact(self.weight[...])
-        if gate is not None:
-            y = y * jax.nn.silu(exact(gate))
-        return y.astype(x.dtype)
+    @untabulated
+    def __call__(self, x: Array, gate: Array | None, **options: Any) -> Array:
+        """x, gate [B, T, H, D] -> [B, T, H, D] in x.dtype; one cast at the end. `options` of
+        `hmf_jax.pallas_kernels.rms_norm`."""
+        return rms_norm(x, self.weight[...], eps=self.eps, gate=gate, **options)[0]
 
 
 class LowRank(nnx.Module):
@@ -231,7 +228,7 @@ class GatedLinearMixer(Mixer):
     def output(self, o: Array, gate: Array | None, ctx: Context) -> Array:
         """Norm, gate and output projection of o [B, T, H, D]; the gate is [B, T, H * D]."""
         gate = None if gate is None else split_heads(gate, self.head_dim)
-        return self.o_proj(merge_heads(self.o_norm(ctx.over_tokens(o), gate)))
+        return self.o_proj(merge_heads(self.o_norm(ctx.over_tokens(o), gate, **ctx.options)))
 
     def conv_states(
         self, batch: int, dtype, mesh

@@ -6,16 +6,19 @@ On a CPU they run in the Mosaic interpreter.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmf_jax.pallas_kernels import L2Norm, causal_conv1d
+from hmf_jax import make_mesh, pallas_kernels
+from hmf_jax.pallas_kernels import L2Norm, causal_conv1d, dispatch
 from hmf_jax.pallas_kernels.ops.causal_conv1d import mosaic
 from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import Inputs
 from hmf_jax.pallas_kernels.ops.causal_conv1d.reference import causal_conv1d_reference
+from hmf_jax.pallas_kernels.ops.rms_norm import mosaic as norms
 from tests.kernels.recurrent_laws import normal
 from tests.util import rel
 
@@ -29,14 +32,15 @@ def short_walks(monkeypatch):
     monkeypatch.setattr(mosaic, "WALKS", ((4, 2), (4, 2)))
 
 
-def draw(K: int, bias: bool, packed: bool) -> tuple[Inputs, jax.Array]:
+def draw(K: int, bias: bool, packed: bool, T: int = T) -> tuple[Inputs, jax.Array]:
     """Two rows, NaN at padding, and the gradient of y."""
     rng = np.random.default_rng(0)
     low = partial(jnp.asarray, dtype=jnp.bfloat16)
     x, lengths, segment_ids = normal(rng, 2, T, C), None, None
     if packed:
         x[0, 7:] = np.nan
-        lengths, ids = jnp.asarray([7, T]), [[1, 1, 1, 2, 3, 3, 3, 0, 0, 0], [4] * 2 + [5] * 8]
+        lengths = jnp.asarray([7, T])
+        ids = [[1, 1, 1, 2, 3, 3, 3] + [0] * (T - 7), [4] * 2 + [5] * (T - 2)]
         segment_ids = jnp.asarray(ids)
     weight, b, state = normal(rng, K, C), normal(rng, C), normal(rng, 2, K - 1, C)
     inputs = Inputs(low(x), low(weight), low(b) if bias else None, low(state), segment_ids, lengths)
@@ -49,7 +53,7 @@ def y_and_gradients(op, inputs: Inputs, dy: jax.Array):
     @jax.jit
     def run(arrays, dy):
         def f(*arrays):
-            return op(Inputs(*arrays, *inputs[4:]))
+            return op(inputs._replace(**dict(zip(NAMES, arrays, strict=True))))
 
         (y, state), vjp = jax.vjp(f, *arrays)
         return y, state, vjp((dy.astype(y.dtype), jnp.ones_like(state)))
@@ -67,13 +71,24 @@ def y_and_gradients(op, inputs: Inputs, dy: jax.Array):
     ],
 )
 def test_agrees_with_the_oracle(short_walks, K, bias, packed, activation, norm):
-    inputs, dy = draw(K, bias, packed)
     options = {"activation": activation, "norm": norm}
-    kernel = partial(mosaic.causal_conv1d_mosaic, interpret=True, **options)
+    check(*draw(K, bias, packed), options, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("norm", [L2Norm(128), L2Norm(64, under_root=True), None])
+def test_gpu_agrees_with_the_oracle(packed, norm):
+    options = {"activation": "silu", "norm": norm}
+    check(*draw(4, packed, packed, T=333), options, interpret=False)
+
+
+def check(inputs: Inputs, dy: jax.Array, options: dict[str, Any], *, interpret: bool) -> None:
+    kernel = partial(mosaic.causal_conv1d_mosaic, interpret=interpret, **options)
     y, state, gradients = y_and_gradients(kernel, inputs, dy)
-    wide = Inputs(*jax.tree.map(lambda a: a.astype(jnp.float32), inputs[:4]), *inputs[4:])
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), dict(zip(NAMES, inputs, strict=False)))
     oracle = partial(causal_conv1d_reference, **options)
-    expected, last, derivatives = y_and_gradients(oracle, wide, dy)
+    expected, last, derivatives = y_and_gradients(oracle, inputs._replace(**wide), dy)
     assert y.dtype == jnp.bfloat16 and rel(y, expected) < 4e-3
     np.testing.assert_array_equal(state, last)
     for name, found, exact in zip(NAMES, gradients, derivatives, strict=True):
@@ -97,7 +112,7 @@ def test_frozen_weights_cost_nothing():
 
 def test_dispatch_says_why_not(monkeypatch):
     (inputs, _) = draw(4, True, True)
-    why_not = partial(mosaic.why_not, norm=L2Norm(128), parts=1)
+    why_not = partial(mosaic.why_not, norm=L2Norm(128), channels=C)
     assert "NVIDIA Hopper" in (why_not(inputs) or "")
     monkeypatch.setattr(mosaic, "why_no_hopper", lambda: None)
     assert "64 tokens and more, got 10" in (why_not(inputs) or "")
@@ -106,12 +121,32 @@ def test_dispatch_says_why_not(monkeypatch):
     changed = {
         "float32": inputs._replace(x=inputs.x.astype(jnp.float32)),
         "2 to 4 taps, got 1": inputs._replace(weight=inputs.weight[:1]),
-        "divisible by 512, got 256": inputs._replace(x=inputs.x[..., :256]),
         "padding at the end": inputs._replace(lengths=None),
     }
     for message, other in changed.items():
         assert message in (why_not(other) or ""), message
-    assert "got 256" in (mosaic.why_not(inputs, None, 2) or "")
-    assert "64 and 128 channels, got 256" in (mosaic.why_not(inputs, L2Norm(256), 1) or "")
+    assert "divisible by 512, got 256" in (mosaic.why_not(inputs, None, C // 2) or "")
+    assert "64 and 128 channels, got 256" in (mosaic.why_not(inputs, L2Norm(256), C) or "")
     with pytest.raises(ValueError, match="head_dim must divide the 512 channels"):
         causal_conv1d(inputs.x, inputs.weight, norm=L2Norm(96))
+
+
+def test_a_layer_lowers_for_cuda_on_a_mesh(monkeypatch):
+    """Convolution and norms of a GKA block, both ways: eight kernels, nothing gathered."""
+    for module in (mosaic, norms, dispatch):
+        monkeypatch.setattr(module, "why_no_hopper", lambda: None)
+    mesh = make_mesh(dp=2, devices=jax.devices()[:2])
+    x = jax.ShapeDtypeStruct((2, 512, 1024), jnp.bfloat16)
+    weight, vector = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((4, 1024), (1024,)))
+
+    def layer(x, weight, vector):
+        h, x = pallas_kernels.rms_norm(x, vector, eps=1e-6, cast_first=True, mesh=mesh)
+        q, _ = causal_conv1d(h, weight, norm=L2Norm(128), mesh=mesh)
+        heads = q.reshape(2, 512, 8, 128)
+        o, _ = pallas_kernels.rms_norm(heads, vector[:128], eps=1e-6, gate=heads, mesh=mesh)
+        y, x = pallas_kernels.rms_norm(x, vector, eps=1e-6, residual=o.reshape(x.shape), mesh=mesh)
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(x.astype(jnp.float32))
+
+    gradients = jax.jit(jax.grad(layer, argnums=(0, 1, 2)))
+    text = gradients.trace(x, weight, vector).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2(") == 8 and "all_gather" not in text

@@ -96,8 +96,8 @@ def causal_conv1d(
                 "must be positive."
             )
     inputs = Inputs(x, weight, bias, state.astype(x.dtype), segment_ids, lengths)
-    parts = sharded.parts(mesh, channels)
-    usable = dict.fromkeys(_IMPLS) | {"mosaic": mosaic.why_not(inputs, norm, parts)}
+    _, _, here = sharded.local_shape(mesh, "bt" + channels, x.shape)
+    usable = dict.fromkeys(_IMPLS) | {"mosaic": mosaic.why_not(inputs, norm, here)}
     name = resolve(op, impl, usable)
     return sharded.run(
         partial(_IMPLS[name], activation=activation, norm=norm),

@@ -28,10 +28,10 @@ from hmf_jax.pallas_kernels.segments import documents, leading
 Ref = Any
 f32 = jnp.float32
 MOST_TAPS = 4
-SHORTEST = 64
-VECTOR = 4
 # Tokens of a block, and how many of them are read at once: forward, backward.
 WALKS = (32, 8), (64, 4)
+SHORTEST = 64  # tokens; no fewer than a block has
+VECTOR, AHEAD = 4, True  # see `Static`
 
 
 class Static(NamedTuple):
@@ -43,6 +43,7 @@ class Static(NamedTuple):
       norm: of the heads afterwards, or None.
       tokens, together: of a block, and how many of them are read at once.
       vector: channels of a token that a thread holds.
+      ahead: whether the next tokens are on their way while these are computed.
     """
 
     taps: int
@@ -53,6 +54,7 @@ class Static(NamedTuple):
     tokens: int
     together: int
     vector: int
+    ahead: bool
 
 
 def causal_conv1d_mosaic(
@@ -64,10 +66,10 @@ def causal_conv1d_mosaic(
     return y, state
 
 
-def why_not(inputs: Inputs, norm: L2Norm | None, parts: int) -> str | None:
-    """Why the kernels cannot run these arguments, channels split over so many devices, on this
-    machine; None if they can."""
-    (_, T, C), K = inputs.x.shape, len(inputs.weight)
+def why_not(inputs: Inputs, norm: L2Norm | None, channels: int) -> str | None:
+    """Why the kernels cannot run these arguments on this machine, one device having so many of the
+    channels; None if they can."""
+    T, K = inputs.x.shape[1], len(inputs.weight)
     if reason := why_no_hopper():
         return reason
     if inputs.x.dtype != jnp.bfloat16:
@@ -76,8 +78,8 @@ def why_not(inputs: Inputs, norm: L2Norm | None, parts: int) -> str | None:
         return f"its kernels take 2 to {MOST_TAPS} taps, got {K}"
     if norm is not None and norm.head_dim not in (64, 128):
         return f"its kernels normalise heads of 64 and 128 channels, got {norm.head_dim}"
-    if C // parts % (128 * VECTOR):
-        return f"its kernels take channels divisible by {128 * VECTOR}, got {C // parts}"
+    if channels == 0 or channels % (128 * VECTOR):
+        return f"its kernels take channels divisible by {128 * VECTOR}, got {channels}"
     if T < SHORTEST:
         return f"it is for {SHORTEST} tokens and more, got {T}"
     if inputs.segment_ids is not None and inputs.lengths is None:
@@ -112,8 +114,17 @@ class _Walk:
         self.first = jnp.minimum(lax.axis_index("t") * static.tokens, x.shape[1] - static.tokens)
         self.w = [self.load(w.at[i, self.heads]) for i in range(w.shape[0])]
 
+    def raw(self, ref: Ref) -> jax.Array:
+        return plgpu.load(ref, layout=self.layout, optimized=False)
+
     def load(self, ref: Ref) -> jax.Array:
-        return plgpu.load(ref, layout=self.layout, optimized=False).astype(f32)
+        return self.raw(ref).astype(f32)
+
+    def group(self, start: jax.Array, *refs: Ref) -> tuple[tuple[jax.Array, ...], ...]:
+        """What these hold of the tokens that are read at once; behind the last one, that again."""
+        last = self.x.shape[1] - 1
+        at = [jnp.minimum(start + u, last) for u in range(self.static.together)]
+        return tuple(tuple(self.raw(r.at[self.row, t, self.heads]) for r in refs) for t in at)
 
     def before(self, state: Ref) -> tuple[jax.Array, ...]:
         """The K - 1 tokens before the first one, oldest first."""
@@ -136,7 +147,7 @@ class _Walk:
         return [self.reached(t, K - 1 - i, x) for i, x in enumerate(window)]
 
     def convolve(self, taps: list[jax.Array]) -> jax.Array:
-        z = self.w[-1] if self.static.bias else 0.0
+        z: Any = self.w[-1] if self.static.bias else 0.0
         for w, x in zip(self.w, taps, strict=False):
             z += w * x
         return z
@@ -163,9 +174,12 @@ def _forward_body(x: Ref, w: Ref, state: Ref, *refs: Ref, wg: Any, static: Stati
     reach, y_ref = refs if static.packed else (None, *refs)
     walk = _Walk(static, x, w, reach)
 
-    def step(i: jax.Array, window: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(i: jax.Array, carry: Any) -> Any:
+        window, group = carry
         t = walk.first + i * static.together
-        rows = [*window, *(walk.token(x, t + u) for u in range(static.together))]
+        following = walk.group(t + static.together, x) if static.ahead else ()
+        group = group if static.ahead else walk.group(t, x)
+        rows = [*window, *(row.astype(f32) for (row,) in group)]
         for u in range(static.together):
             y = walk.convolve(walk.taps(rows[u : u + static.taps], t + u))
             if static.silu:
@@ -175,15 +189,14 @@ def _forward_body(x: Ref, w: Ref, state: Ref, *refs: Ref, wg: Any, static: Stati
                 y = y.astype(f32)
                 y = (y * walk.spread(walk.norms(y)[0])).astype(y_ref.dtype)
             store_rows(y_ref.at[walk.row, t + u, walk.heads], y)
-        return tuple(rows[static.together :])
+        return tuple(rows[static.together :]), following
 
-    lax.fori_loop(0, static.tokens // static.together, step, walk.before(state))
+    group = walk.group(walk.first, x) if static.ahead else ()
+    lax.fori_loop(0, static.tokens // static.together, step, (walk.before(state), group))
 
 
 def _backward_body(x: Ref, w: Ref, state: Ref, *refs: Ref, wg: Any, static: Static) -> None:
-    refs = list(refs)
-    reach = refs.pop(0) if static.packed else None
-    g_ref, dx_ref, *dw_ref = refs
+    reach, g_ref, dx_ref, *dw_ref = refs if static.packed else (None, *refs)
     K, T, walk = static.taps, x.shape[1], _Walk(static, x, w, reach)
 
     def derivative(t: jax.Array, at: jax.Array, x_row: jax.Array, g: jax.Array, window):
@@ -226,25 +239,29 @@ def _backward_body(x: Ref, w: Ref, state: Ref, *refs: Ref, wg: Any, static: Stat
         window, later = (*window[1:], x_row), (*later, dz)
 
     def step(i: jax.Array, carry):
-        window, later, sums = carry
-        start = walk.first + i * static.together + K - 1
-        rows = [read(start + u) for u in range(static.together)]
-        for u, (at, x_row, g) in enumerate(rows):
-            t = start + u
+        window, later, sums, group = carry
+        start = begin + i * static.together
+        following = walk.group(start + static.together, x, g_ref) if static.ahead else ()
+        for u, row in enumerate(group if static.ahead else walk.group(start, x, g_ref)):
+            t, (x_row, g) = start + u, (a.astype(f32) for a in row)
+            at = jnp.minimum(t, T - 1)
             dz, taps = derivative(t, at, x_row, g, window)
             if dw_ref:
                 # The last block may overlap the one before.
                 mine = t >= lax.axis_index("t") * static.tokens + K - 1
                 sums = add(sums, jnp.where(mine, dz, 0.0), taps)
             later = (*later, dz)
-            dx = 0.0
+            dx: Any = 0.0
             for j, d in enumerate(later):  # token t - K + 1 is j steps back from that of d
                 dx += walk.w[K - 1 - j] * walk.reached(jnp.minimum(t - K + 1 + j, T - 1), j, d)
             store_rows(dx_ref.at[walk.row, t - K + 1, walk.heads], dx.astype(dx_ref.dtype))
             window, later = (*window[1:], x_row), later[1:]
-        return window, later, sums
+        return window, later, sums, following
 
-    carry = lax.fori_loop(0, static.tokens // static.together, step, (window, later, sums))
+    begin = walk.first + K - 1
+    group = walk.group(begin, x, g_ref) if static.ahead else ()
+    carry = (window, later, sums, group)
+    carry = lax.fori_loop(0, static.tokens // static.together, step, carry)
     for i, total in enumerate(carry[2]):
         store_rows(dw_ref[0].at[walk.row, lax.axis_index("t"), i, walk.heads], total)
 
@@ -304,7 +321,9 @@ def _launch(body, backward, options, inputs, shape, *more, weights=False):
     B, T, H, D = shape
     K, bias, reach = len(inputs.weight), inputs.bias, _reach(inputs)
     tokens, together = WALKS[backward]
-    static = Static(K, bias is not None, silu, reach is not None, norm, tokens, together, VECTOR)
+    static = Static(
+        K, bias is not None, silu, reach is not None, norm, tokens, together, VECTOR, AHEAD
+    )
     w = inputs.weight if bias is None else jnp.concatenate([inputs.weight, bias[None]])
     blocks = pl.cdiv(T, tokens)
     out = [jax.ShapeDtypeStruct(shape, inputs.x.dtype)]
