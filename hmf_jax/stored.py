@@ -34,7 +34,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,9 +84,33 @@ class Call(NamedTuple):
             return self.ready(*self.args, **self.options)
         return self.program(*self.args, **self.options, **self.static)
 
+    @property
+    def name(self) -> str:
+        """That of the function."""
+        return self.program.__wrapped__.__name__
+
     def compile(self) -> Callable[[], jax.stages.Compiled]:
         """Begins to compile it: traced now, the rest in the function that is returned."""
         return self.program.lower(*self.args, **self.options, **self.static).compile
+
+
+class Made(NamedTuple):
+    """How this process came by a program.
+
+    Attributes:
+      name: of its function.
+      found: whether it was kept on disk.
+      seconds: that it took; where it was not found, without tracing.
+      traced: seconds of tracing and lowering.
+    """
+
+    name: str
+    found: bool
+    seconds: float
+    traced: float = 0.0
+
+
+made: list[Made] = []  # by this process so far
 
 
 def compiled(calls: Iterable[Call]) -> list[jax.stages.Compiled]:
@@ -95,19 +119,42 @@ def compiled(calls: Iterable[Call]) -> list[jax.stages.Compiled]:
     They are called with `args` and `options`, without static arguments. Other shapes, dtypes or
     shardings are a TypeError or ValueError then.
     """
+    return [future.result() for future in begin(calls)]
+
+
+def begin(calls: Iterable[Call]) -> list[Future[jax.stages.Compiled]]:
+    """Like `compiled`, but does not wait for the compiler: reads and traces only."""
     calls = list(calls)
-    with ThreadPoolExecutor() as pool:
-        places = [_place(call) for call in calls]
-        found = list(pool.map(_read, places, calls))
-        waiting = {}
-        for i, (call, place) in enumerate(zip(calls, places, strict=True)):
-            if found[i] is None:  # traced here: settings of JAX may be this thread's own
-                waiting[i] = pool.submit(_finish, call.compile(), place)
-        return [waiting[i].result() if one is None else one for i, one in enumerate(found)]
+    pool = ThreadPoolExecutor()
+    places = [_place(call) for call in calls]
+    futures: list[Future[Any]] = [*map(functools.partial(pool.submit, _read), places, calls)]
+    for i, (call, place) in enumerate(zip(calls, places, strict=True)):
+        if futures[i].result() is None:  # traced here: settings of JAX may be this thread's own
+            began = time.perf_counter()
+            compile = call.compile()
+            traced = time.perf_counter() - began
+            futures[i] = pool.submit(_finish, call, compile, traced, place)
+    pool.shutdown(wait=False)
+    return futures
 
 
-def _finish(compile: Callable[[], jax.stages.Compiled], place: Path | None) -> jax.stages.Compiled:
+def summary(done: Sequence[Made]) -> str:
+    """In words, of some of `made`: "7 programs: 5 found on disk, 2 compiled ..."."""
+    found, rest = [one for one in done if one.found], [one for one in done if not one.found]
+    text = f"{len(done)} program{'s' * (len(done) != 1)}: {len(found)} found on disk"
+    if rest:
+        longest = max(rest, key=lambda one: one.seconds)
+        text += f", {len(rest)} traced in {sum(one.traced for one in rest):.1f} s and compiled, "
+        text += f"the longest ({longest.name}) in {longest.seconds:.1f} s"
+    return text
+
+
+def _finish(
+    call: Call, compile: Callable[[], jax.stages.Compiled], traced: float, place: Path | None
+) -> jax.stages.Compiled:
+    began = time.perf_counter()
     program = compile()
+    made.append(Made(call.name, False, time.perf_counter() - began, traced))
     if place is not None:
         _write(place, program)
     return program
@@ -129,6 +176,7 @@ def _read(place: Path | None, call: Call) -> jax.stages.Compiled | None:
     """The program in this file, ready to run; None if there is none."""
     if place is None:
         return None
+    began = time.perf_counter()
     try:
         data = _own(place)
         if data is None:
@@ -143,6 +191,7 @@ def _read(place: Path | None, call: Call) -> jax.stages.Compiled | None:
             program, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
         )
         os.utime(place)
+        made.append(Made(call.name, True, time.perf_counter() - began))
         return found
     except FileNotFoundError:
         return None

@@ -7,12 +7,12 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from hmf_jax.memory import device_bytes, size_text
-from hmf_jax.sharding import BATCH_AXES
+from hmf_jax.stored import compiled
 from hmf_jax.training.flops import peak_flops, training_flops
-from hmf_jax.training.run import Run, describe_data, describe_source
+from hmf_jax.training.report import describe_data, describe_source
+from hmf_jax.training.run import Run
 from hmf_jax.training.schema import TrainConfig
 from hmf_jax.training.step import Loss, TrainState
 
@@ -24,13 +24,8 @@ def plan(config: TrainConfig, *, loss: Loss | None = None) -> str:
     machine; no weight is loaded, nothing is written.
     """
     run = Run.prepare(config, loss)
-    state = run.abstract_state()
-    sharding = None if run.mesh is None else NamedSharding(run.mesh, PartitionSpec(BATCH_AXES))
-    batch = {
-        name: jax.ShapeDtypeStruct((run.batch_size, config.seq_len), dtype, sharding=sharding)
-        for name, dtype in (("tokens", "int32"), ("segment_ids", "int32"), ("loss_mask", "bool"))
-    }
-    compiled = run.step.lower(state, batch).compile()
+    call = run.call()
+    state, (program,) = call.args[0], compiled([call])
     if config.steps is not None:
         next(run.seen)
     return "\n".join(
@@ -40,8 +35,8 @@ def plan(config: TrainConfig, *, loss: Loss | None = None) -> str:
             describe_data(run.seen),
             *(f"         {problem}" for problem in run.seen.problems[:5]),
             *_describe_parameters(state),
-            *_describe_memory(state, compiled.memory_analysis()),
-            *_describe_cost(run, state, compiled.cost_analysis()),
+            *_describe_memory(state, program.memory_analysis()),
+            *_describe_cost(run, state, program.cost_analysis()),
         ]
     )
 

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import json
 import os
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from hmf_jax.training.batches import Batches
 from hmf_jax.training.flops import peak_flops
 from hmf_jax.training.identity import write_atomically
 
@@ -186,3 +188,33 @@ def plot_loss(directory: str | Path) -> Path | None:
     path = Path(directory) / "loss.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def loggers(tensorboard: bool, wandb: str | None, output: Path) -> list[Any]:
+    """Receivers of the metrics besides the files: TensorBoard's, this Weights & Biases project."""
+    if not tensorboard and wandb is None:
+        return []
+    try:
+        from metrax import logging  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise ImportError(
+            "tensorboard and wandb need google-metrax: pip install 'hmf-jax[train]'"
+        ) from e
+    found: list[Any] = []
+    if tensorboard:
+        found.append(logging.TensorboardBackend(str(output / "tensorboard")))
+    if wandb is not None:
+        found.append(logging.WandbBackend(wandb, name=output.name))
+    return found
+
+
+def describe_source(batches: Batches) -> str:
+    """Where the rows come from, and what is left out of them."""
+    return "data     " + batches.describe().replace("\n", "\n         ")
+
+
+def describe_data(batches: Batches) -> str:
+    """How many rows, documents and tokens were read, of which formats, in words."""
+    counts = ", ".join(f"{n:,} {name}" for name, n in batches.counts.items())
+    more = textwrap.indent(batches.describe(), " " * 9)
+    return f"data     read by this process: {counts}\n{more}"

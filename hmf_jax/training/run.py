@@ -7,8 +7,7 @@ import functools
 import json
 import os
 import shutil
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,12 +17,13 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.loading import from_pretrained, resolve, save_pretrained
 from hmf_jax.model import HybridLM
-from hmf_jax.sharding import for_model, make_mesh, row_parts
+from hmf_jax.sharding import BATCH_AXES, for_model, make_mesh, row_parts
+from hmf_jax.stored import Call, begin, made, summary
 from hmf_jax.text import load_tokenizer
 from hmf_jax.training.batches import Batches
 from hmf_jax.training.checkpoint import Checkpoints, of_all_processes
@@ -46,8 +46,10 @@ from hmf_jax.training.identity import (
     weight_files,
     write_atomically,
 )
-from hmf_jax.training.loop import data_shard, holding, train
+from hmf_jax.training.loop import Step, data_shard, holding, train
 from hmf_jax.training.loss import aux_coef
+from hmf_jax.training.optimizer import Recipe
+from hmf_jax.training.report import describe_data, describe_source, loggers
 from hmf_jax.training.schema import TrainConfig, yaml_module
 from hmf_jax.training.signals import stopping_at_once
 from hmf_jax.training.step import Loss, TrainState, make_train_step
@@ -102,6 +104,8 @@ def fine_tune(
         evaluate = run.evaluation(loss)
         identity = run.identity() if first else {}
         record = _begin(run, identity, checkpoints, overwrite, report)
+        ended = (checkpoints.latest or 0) >= run.steps
+        step = run.step if ended else run.compile_ahead(report)
         model = from_pretrained(
             run.source,
             mesh=run.mesh,
@@ -114,12 +118,12 @@ def fine_tune(
         batches = run.batches()
         state = train(
             state,
-            run.step,
+            step,
             batches,
             steps=run.steps,
             checkpoints=checkpoints,
             directory=output,
-            loggers=_loggers(config, output) if first else (),
+            loggers=loggers(config.tensorboard, config.wandb, output) if first else (),
             diagnose=functools.partial(find_not_finite, loss=loss),
             evaluate=evaluate,
             eval_every=config.eval_every or config.save_every,
@@ -236,6 +240,7 @@ class Run:
       seen: such data, read to their end if the length of the run depends on them, else not yet.
       steps: of the whole run.
       optimizer, step: the functions that train.
+      made_of: what the step was made of, see `hmf_jax.stored.Call`; None: that cannot be said.
     """
 
     config: TrainConfig
@@ -250,6 +255,7 @@ class Run:
     steps: int = 0
     optimizer: optax.GradientTransformation = dataclasses.field(init=False)
     step: jax.stages.Wrapped = dataclasses.field(init=False)
+    made_of: Any = None
 
     @classmethod
     def prepare(cls, config: TrainConfig, loss: Loss | None, *, alone: bool = False) -> Self:
@@ -299,6 +305,9 @@ class Run:
         run.optimizer = config.optimizer(run.steps)
         options = {name: getattr(config, name) for name in _STEP}
         run.step = make_train_step(run.optimizer, loss=loss, **options)
+        if loss is None:
+            fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Recipe)}
+            run.made_of = {"recipe": fields, "steps": run.steps, "step": options}
         return run
 
     def inputs(self) -> dict[str, list[Path]]:
@@ -363,7 +372,30 @@ class Run:
         model = nnx.eval_shape(
             lambda: self.adapt(HybridLM(self.model_config, dtype=dtype, mesh=self.mesh))
         )
+        model.source = self.source
         return TrainState.abstract(model, self.optimizer, **self.selection)
+
+    def call(self) -> Call:
+        """The step on a state and a batch that are shapes, dtypes and shardings."""
+        place = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        shape = self.batch_size, self.config.seq_len
+        dtypes = {"tokens": "int32", "segment_ids": "int32", "loss_mask": "bool"}
+        batch = {n: jax.ShapeDtypeStruct(shape, d, sharding=place) for n, d in dtypes.items()}
+        return Call(self.step, (self.abstract_state(), batch), made_of=self.made_of)
+
+    def compile_ahead(self, report: Callable[[str], None]) -> Step:
+        """The step, traced and being compiled while weights are read; or found on disk."""
+        if jax.process_count() > 1:
+            return self.step
+        call = self.call()
+        (program,), like = begin([call]), {n: x.shape for n, x in call.args[1].items()}
+        program.add_done_callback(lambda _: report(f"compiled {summary(made[-1:])}"))
+
+        def step(state: TrainState, batch: Mapping[str, Any]) -> Any:
+            same = {name: x.shape for name, x in batch.items()} == like
+            return (program.result() if same else self.step)(state, batch)
+
+        return step
 
     def describe(self) -> str:
         """Model, devices and length in words."""
@@ -416,32 +448,3 @@ def _mesh(config: TrainConfig) -> Mesh | None:
         return None
     devices = jax.devices()[:wanted] if jax.process_count() == 1 else jax.devices()
     return make_mesh(dp=config.dp, fsdp=fsdp, sp=config.sp, tp=config.tp, devices=devices)
-
-
-def _loggers(config: TrainConfig, output: Path) -> list[Any]:
-    if not config.tensorboard and config.wandb is None:
-        return []
-    try:
-        from metrax import logging  # pyright: ignore[reportMissingImports]
-    except ImportError as e:
-        raise ImportError(
-            "tensorboard and wandb need google-metrax: pip install 'hmf-jax[train]'"
-        ) from e
-    loggers: list[Any] = []
-    if config.tensorboard:
-        loggers.append(logging.TensorboardBackend(str(output / "tensorboard")))
-    if config.wandb is not None:
-        loggers.append(logging.WandbBackend(config.wandb, name=output.name))
-    return loggers
-
-
-def describe_source(batches: Batches) -> str:
-    """Where the rows come from, and what is left out of them."""
-    return "data     " + batches.describe().replace("\n", "\n         ")
-
-
-def describe_data(batches: Batches) -> str:
-    """How many rows, documents and tokens were read, of which formats, in words."""
-    counts = ", ".join(f"{n:,} {name}" for name, n in batches.counts.items())
-    more = textwrap.indent(batches.describe(), " " * 9)
-    return f"data     read by this process: {counts}\n{more}"

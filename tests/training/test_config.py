@@ -23,8 +23,7 @@ from hmf_jax.cli import app
 from hmf_jax.demo import write_checkpoint
 from hmf_jax.loading import from_pretrained
 from hmf_jax.parameters import flat_params
-from hmf_jax.training import RECIPES, read_metrics, train
-from hmf_jax.training.run import _loggers
+from hmf_jax.training import RECIPES, read_metrics, report, train
 from hmf_jax.training.schema import TrainConfig
 
 pytest.importorskip("grain")
@@ -187,7 +186,7 @@ def test_the_command(files):
 
 def test_tensorboard(files):
     pytest.importorskip("metrax")
-    loggers = _loggers(TrainConfig.load("run.yaml", ["tensorboard=true"]), files)
+    loggers = report.loggers(True, None, files)
 
     def step(state, batch):
         return state, {"loss": jnp.float32(0.5)}

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from hmf_jax import stored
 from hmf_jax.demo import write_checkpoint
 from hmf_jax.loading import from_pretrained
 from hmf_jax.text import load_tokenizer
@@ -112,6 +113,25 @@ def test_lines_and_validation(finished):
     where = directory / "run" / "checkpoints" / str(int(best["step"]))
     assert where.is_dir() and any(f"after step {best['step']}: {where}" in t for t in said), said
     assert len(list((directory / "run").glob("checkpoints/*"))) <= 3
+
+
+def test_the_key_of_a_compiled_step(finished):
+    """It is found again by the same run, and by no other."""
+    directory, said = finished
+    assert any(line.startswith("compiled 1 program: 0 found") for line in said)
+
+    def key(**values: Any) -> str:
+        return stored._key(Run.prepare(config_of(directory, **values), None).call())
+
+    changes: list[dict[str, Any]] = [
+        {}, {"learning_rate": 0.2}, {"steps": 5}, {"remat": "none"}, {"lora_alpha": 1.0},
+        {"lora_rank": 3}, {"seq_len": 16}, {"dtype": "bfloat16"}, {"chunk_size": 16},
+    ]  # fmt: skip
+    assert len({key(**values) for values in changes}) == len(changes)
+    assert key() == key(output=str(directory / "other"), save_every=1)
+    call = Run.prepare(config_of(directory), loss=lambda *_, **__: (0, 1)).call()
+    with pytest.raises(stored._Unknown):
+        stored._key(call)
 
 
 def test_the_validation_loss_is_the_mean_over_targets(finished):
