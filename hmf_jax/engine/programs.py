@@ -136,13 +136,15 @@ def first(
 
 
 @program(
-    others=4, donate_argnames=("rows",), static_argnames=("top", "processor", "impl", "solver")
+    others=4,
+    donate_argnames=("rows",),
+    static_argnames=("top", "processor", "impl", "solver", "most"),
 )
 def decode(
     packed: PackedModel,
     rows: Rows,
     ends: jax.Array,
-    steps: jax.Array,
+    steps: jax.Array | None,
     settings: Settings,
     top: int = 0,
     processor: Processor | None = None,
@@ -151,16 +153,19 @@ def decode(
     table: jax.Array | None = None,
     waits: jax.Array | None = None,
     allowed: jax.Array | None = None,
+    most: int = MOST_STEPS,
 ) -> tuple[Rows, jax.Array, jax.Array, jax.Array, Top | None]:
     """Up to `steps` tokens for each row that runs and is not to end now, `ends` [B] bool.
 
     Args:
+      steps: at most `most`, which is known when compiling. None: just as many, whether a row still
+        runs or not: a loop whose end is not known beforehand keeps the callers of GPUs waiting.
       table: [B, M] int32, the pages of each row, if rows have pages (`PageTable`).
       waits: [B] bool, rows that get no token this time; None: none.
       allowed: see `next_token`.
 
-    Returns the rows, tokens [B, MOST_STEPS] (-1 where there is none), their logprobs, the reason
-    [B] of each row, and the `top` most likely tokens of each step (None: 0).
+    Returns the rows, tokens [B, most] (-1 where there is none), their logprobs, the reason [B]
+    of each row, and the `top` most likely tokens of each step (None: 0).
     """
     model = packed.model()
     stopped = ends & (rows.reason == RUNNING)
@@ -173,21 +178,25 @@ def decode(
         top=top, processor=processor, impl=impl, solver=solver, allowed=allowed
     )
     step = functools.partial(one_step, model, settings=settings, **options)
-    shape = (len(ends), MOST_STEPS)
+    shape = (len(ends), most)
     found: tuple[Any, ...] = (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     if top:
         found += (Top(jnp.zeros((*shape, top), jnp.int32), jnp.zeros((*shape, top), jnp.float32)),)
 
-    def body(carry):
-        i, rows, found = carry
+    def body(i, carry):
+        rows, found = carry
         rows, *new = step(rows)
         put = functools.partial(jax.tree.map, lambda all, one: all.at[:, i].set(one))
-        return i + 1, rows, put(found, tuple(new[: len(found)]))
+        return rows, put(found, tuple(new[: len(found)]))
 
     def more(carry):
         return (carry[0] < steps) & jnp.any(carry[1].reason == RUNNING)
 
-    _, rows, found = jax.lax.while_loop(more, body, (jnp.int32(0), rows, found))
+    if steps is None:
+        rows, found = jax.lax.fori_loop(0, most, body, (rows, found))
+    else:
+        begin = jnp.int32(0), rows, found
+        _, rows, found = jax.lax.while_loop(more, lambda c: (c[0] + 1, *body(c[0], c[1:])), begin)
     reason = jnp.where(waits, RUNNING, rows.reason)
     state = dataclasses.replace(rows.state, pages=None)
     rows = dataclasses.replace(rows, reason=reason, state=state)

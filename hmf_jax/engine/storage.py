@@ -257,19 +257,21 @@ class Storage:
 
     def decode(
         self,
-        ends: np.ndarray,
-        steps: int,
+        ends: Any,
+        steps: int | None,
         settings: Settings,
         top: int,
-        table: np.ndarray | None,
-        waits: np.ndarray,
+        table: Any,
+        waits: Any,
         allowed: Any,
+        most: int,
     ) -> Call:
         """See `programs.decode`."""
+        count = None if steps is None else np.int32(steps)
         return self._call(
             programs.decode.on(self._layout(), self.counts), self._packed, self.rows, ends,
-            np.int32(steps), settings, options=dict(table=table, waits=waits, allowed=allowed),
-            top=top, processor=self._processor, solver=self._solver,
+            count, settings, options=dict(table=table, waits=waits, allowed=allowed),
+            top=top, processor=self._processor, solver=self._solver, most=most,
         )  # fmt: skip
 
     def save(self, slot: int, logits: bool) -> Call:
