@@ -30,6 +30,7 @@ import os
 import pickle
 import sys
 import tempfile
+import threading
 import time
 import types
 import warnings
@@ -152,12 +153,34 @@ def summary(done: Sequence[Made]) -> str:
 def _finish(
     call: Call, compile: Callable[[], jax.stages.Compiled], traced: float, place: Path | None
 ) -> jax.stages.Compiled:
-    began = time.perf_counter()
+    began, before = time.perf_counter(), _hits()
     program = compile()
     made.append(Made(call.name, False, time.perf_counter() - began, traced))
-    if place is not None:
+    if place is None:
+        return program
+    if _hits() > before and _devices(call)[0].platform == "cpu":
+        # What XLA has read for a CPU it cannot write again: functions are missing from it.
+        log.info("%s is not kept: JAX's cache had it", call.name)
+    else:
         _write(place, program)
     return program
+
+
+def _hits() -> int:
+    """How many programs this thread has found in JAX's own cache."""
+    return _listen().__dict__.setdefault("hits", 0)
+
+
+@functools.cache
+def _listen() -> threading.local:
+    counts = threading.local()
+
+    def heard(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            counts.hits = getattr(counts, "hits", 0) + 1
+
+    jax.monitoring.register_event_listener(heard)
+    return counts
 
 
 def directory() -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,24 @@ def test_what_is_not_kept_is_compiled(folder, what: str) -> None:
             call = call_of(jnp.array(X), n=local if what == "from here" else lambda x: x)
         run(call)
     assert not files(folder)
+
+
+def test_what_a_cpu_had_in_jax_own_cache_is_not_kept(folder, monkeypatch) -> None:
+    """XLA writes such programs without all of their functions."""
+    counts = iter([0, 1, 1, 1])
+    monkeypatch.setattr(stored, "_hits", lambda: next(counts))
+    run(call_of())
+    assert not files(folder)
+    run(call_of())
+    assert len(files(folder)) == 1
+
+
+def test_hits_are_counted_by_thread() -> None:
+    before = stored._hits()
+    jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
+    assert stored._hits() == before + 1
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(stored._hits).result() == 0
 
 
 def test_sources_that_were_changed_meanwhile_are_not_described(monkeypatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -346,6 +347,7 @@ def serve(
     if (ssl_keyfile is None) != (ssl_certfile is None):
         raise ValueError("--ssl-keyfile and --ssl-certfile go together.")
     _set_memory_fraction(gpu_memory_utilization)
+    began = time.perf_counter()
     try:
         from hmf_jax.serving import EngineConfig, ServeConfig
         from hmf_jax.serving import serve as run
@@ -353,6 +355,7 @@ def serve(
         if e.name is not None:
             raise
         raise ValueError(str(e)) from None
+    say(f"imported, in {time.perf_counter() - began:.1f} s")
     engine = EngineConfig(
         slots=slots, max_model_len=max_model_len, prefill_chunk=prefill_chunk,
         max_stall=None if max_stall_ms is None else max_stall_ms / 1000, page_size=page_size,
