@@ -339,6 +339,8 @@ def warmup(
 def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path | None:
     """Keep compiled programs on disk, so that a new process does not compile them again.
 
+    Also whole programs, in the directory "programs" there: see `hmf_jax.stored`.
+
     Args:
       directory: default the environment variable JAX_COMPILATION_CACHE_DIR, else
         ~/.cache/hmf_jax/xla.
