@@ -294,7 +294,7 @@ class Device:
         """On the device, if several programs get them."""
         return numbers if self._loops else jax.device_put(numbers, self._all.rows.reason.sharding)
 
-    def _programs(self, steps: int) -> list[tuple[int | None, int]]:
+    def _programs(self, steps: int) -> Sequence[tuple[int | None, int]]:
         """`steps` and `most` of the programs that decode so many tokens together."""
         if self._loops:
             return [(steps, MOST_STEPS)]

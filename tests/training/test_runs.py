@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from hmf_jax import stored
 from hmf_jax.demo import write_checkpoint
 from hmf_jax.loading import from_pretrained
+from hmf_jax.stored.key import Unknown, key_of
 from hmf_jax.text import load_tokenizer
 from hmf_jax.training import (
     Batches,
@@ -121,7 +121,7 @@ def test_the_key_of_a_compiled_step(finished):
     assert any(line.startswith("compiled 1 program: 0 found") for line in said)
 
     def key(**values: Any) -> str:
-        return stored._key(Run.prepare(config_of(directory, **values), None).call())
+        return key_of(Run.prepare(config_of(directory, **values), None).call())
 
     changes: list[dict[str, Any]] = [
         {}, {"learning_rate": 0.2}, {"steps": 5}, {"remat": "none"}, {"lora_alpha": 1.0},
@@ -130,8 +130,8 @@ def test_the_key_of_a_compiled_step(finished):
     assert len({key(**values) for values in changes}) == len(changes)
     assert key() == key(output=str(directory / "other"), save_every=1)
     call = Run.prepare(config_of(directory), loss=lambda *_, **__: (0, 1)).call()
-    with pytest.raises(stored._Unknown):
-        stored._key(call)
+    with pytest.raises(Unknown):
+        key_of(call)
 
 
 def test_the_validation_loss_is_the_mean_over_targets(finished):
