@@ -10,7 +10,9 @@ import jax
 
 from hmf_jax.memory import device_bytes, size_text
 from hmf_jax.stored import compiled
+from hmf_jax.training.devices import device_limit
 from hmf_jax.training.flops import peak_flops, training_flops
+from hmf_jax.training.remat import AUTO, Choices, remat_choices, remat_text
 from hmf_jax.training.report import describe_data, describe_source
 from hmf_jax.training.run import Run
 from hmf_jax.training.schema import TrainConfig
@@ -24,8 +26,10 @@ def plan(config: TrainConfig, *, loss: Loss | None = None) -> str:
     machine; no weight is loaded, nothing is written.
     """
     run = Run.prepare(config, loss)
-    call = run.call()
-    state, (program,) = call.args[0], compiled([call])
+    state, said = run.abstract_state(), []
+    remat, program = run.fit(state, None, said.append)
+    if program is None:
+        (program,) = compiled([run.call(state, remat)])
     if config.steps is not None:
         next(run.seen)
     return "\n".join(
@@ -35,6 +39,8 @@ def plan(config: TrainConfig, *, loss: Loss | None = None) -> str:
             describe_data(run.seen),
             *(f"         {problem}" for problem in run.seen.problems[:5]),
             *_describe_parameters(state),
+            *said,
+            *_describe_remat(run, state, remat, loss),
             *_describe_memory(state, program.memory_analysis()),
             *_describe_cost(run, state, program.cost_analysis()),
         ]
@@ -51,6 +57,19 @@ def _describe_parameters(state: TrainState) -> list[str]:
     total = trained + sum(p.size for p in state.frozen.values())
     head = f"trained  {len(state.params)} tensors, {trained:,} of {total:,} parameters"
     return [head, *(f"  {n:4d} x {name} {list(s)}" for (name, s), n in sorted(groups.items()))]
+
+
+def _describe_remat(run: Run, state: TrainState, remat: Choices, loss: Loss | None) -> list[str]:
+    """What each layer keeps, and the memory that this was chosen by."""
+    choices = remat_choices(remat, run.model_config.student_kinds)
+    lines = [f"remat    {remat_text(choices)} ({'auto' if run.config.remat == AUTO else 'given'})"]
+    if loss is None:
+        limit = device_limit()
+        of = "" if limit is None else f" of {size_text(limit)} that a step may take"
+        peak = run.memory(state).peak(choices)
+        lines.append(f"         planned: {size_text(sum(peak.values()))}{of}; when it is fullest")
+        lines += [f"  {size_text(n):>12}  {name}" for name, n in peak.items() if n]
+    return lines
 
 
 def _describe_memory(state: TrainState, analysis: Any) -> list[str]:

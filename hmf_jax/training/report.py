@@ -20,6 +20,7 @@ from tqdm import tqdm
 from hmf_jax.training.batches import Batches
 from hmf_jax.training.flops import peak_flops
 from hmf_jax.training.identity import write_atomically
+from hmf_jax.training.schema import TrainConfig
 
 METRICS = "metrics.jsonl"
 
@@ -190,9 +191,9 @@ def plot_loss(directory: str | Path) -> Path | None:
     return path
 
 
-def loggers(tensorboard: bool, wandb: str | None, output: Path) -> list[Any]:
-    """Receivers of the metrics besides the files: TensorBoard's, this Weights & Biases project."""
-    if not tensorboard and wandb is None:
+def loggers(config: TrainConfig, output: Path) -> list[Any]:
+    """Those that a config asks for, of a run in the directory `output`."""
+    if not config.tensorboard and config.wandb is None:
         return []
     try:
         from metrax import logging  # pyright: ignore[reportMissingImports]
@@ -200,12 +201,12 @@ def loggers(tensorboard: bool, wandb: str | None, output: Path) -> list[Any]:
         raise ImportError(
             "tensorboard and wandb need google-metrax: pip install 'hmf-jax[train]'"
         ) from e
-    found: list[Any] = []
-    if tensorboard:
-        found.append(logging.TensorboardBackend(str(output / "tensorboard")))
-    if wandb is not None:
-        found.append(logging.WandbBackend(wandb, name=output.name))
-    return found
+    loggers: list[Any] = []
+    if config.tensorboard:
+        loggers.append(logging.TensorboardBackend(str(output / "tensorboard")))
+    if config.wandb is not None:
+        loggers.append(logging.WandbBackend(config.wandb, name=output.name))
+    return loggers
 
 
 def describe_source(batches: Batches) -> str:

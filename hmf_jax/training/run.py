@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,18 +16,20 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.loading import from_pretrained, resolve, save_pretrained
+from hmf_jax.loading import from_pretrained, resolve
 from hmf_jax.model import HybridLM
-from hmf_jax.sharding import BATCH_AXES, for_model, make_mesh, row_parts
-from hmf_jax.stored import Call, begin, made, summary
+from hmf_jax.sharding import BATCH_AXES, for_model, row_parts
+from hmf_jax.stored import Call, begin, compiled, made, summary
 from hmf_jax.text import load_tokenizer
 from hmf_jax.training.batches import Batches
 from hmf_jax.training.checkpoint import Checkpoints, of_all_processes
+from hmf_jax.training.devices import device_limit, join_processes, mesh_for
 from hmf_jax.training.diagnosis import find_not_finite
 from hmf_jax.training.evaluation import Evaluation
+from hmf_jax.training.export import chosen, export
 from hmf_jax.training.identity import (
     ADAPTER,
     CHECKPOINTS,
@@ -48,7 +49,9 @@ from hmf_jax.training.identity import (
 )
 from hmf_jax.training.loop import Step, data_shard, holding, train
 from hmf_jax.training.loss import aux_coef
+from hmf_jax.training.memory import StepMemory, fit, plan_memory
 from hmf_jax.training.optimizer import Recipe
+from hmf_jax.training.remat import AUTO, check_remat
 from hmf_jax.training.report import describe_data, describe_source, loggers
 from hmf_jax.training.schema import TrainConfig, yaml_module
 from hmf_jax.training.signals import stopping_at_once
@@ -57,7 +60,7 @@ from hmf_jax.training.step import Loss, TrainState, make_train_step
 # Fields that are passed on as they are, to `Batches` and to `make_train_step`.
 _DATA = ("column", "template_options", "max_row_bytes", "packing", "overlong", "on_bad")
 _DATA += ("padding_side", "shuffle", "seed")
-_STEP = ("accumulate", "remat", "max_grad_norm", "num_iter", "impl", "chunk_size")
+_STEP = ("accumulate", "max_grad_norm", "num_iter", "impl", "chunk_size")
 _STEP += ("router_aux_loss_coef",)
 
 
@@ -95,7 +98,7 @@ def fine_tune(
     progress = progress and first
     report(run.describe())
     report(describe_source(run.seen))
-    run.abstract_state()  # finds patterns that select nothing before anything is loaded or written
+    planned = run.abstract_state()  # finds bad patterns before anything is loaded or written
     output = Path(config.output).expanduser()
     checkpoints = Checkpoints(
         output / CHECKPOINTS, run.model_config, every=config.save_every, keep=config.keep
@@ -104,8 +107,11 @@ def fine_tune(
         evaluate = run.evaluation(loss)
         identity = run.identity() if first else {}
         record = _begin(run, identity, checkpoints, overwrite, report)
-        ended = (checkpoints.latest or 0) >= run.steps
-        step = run.step if ended else run.compile_ahead(report)
+        remat, program = run.fit(planned, None if record is None else record.remat, report)
+        if record is not None and config.remat == AUTO:
+            record.remat = list(remat)
+            record.save()
+        step = run.step(planned, remat, program, report)
         model = from_pretrained(
             run.source,
             mesh=run.mesh,
@@ -123,7 +129,7 @@ def fine_tune(
             steps=run.steps,
             checkpoints=checkpoints,
             directory=output,
-            loggers=loggers(config.tensorboard, config.wandb, output) if first else (),
+            loggers=loggers(config, output) if first else (),
             diagnose=functools.partial(find_not_finite, loss=loss),
             evaluate=evaluate,
             eval_every=config.eval_every or config.save_every,
@@ -133,14 +139,14 @@ def fine_tune(
             profile=config.profile,
         )
         report(describe_data(batches))
-        state = _chosen(state, checkpoints, config.export, report)
+        state = chosen(state, checkpoints, config.export, report)
         model = state.model()
         del state
         if jax.process_count() > 1:  # gathered on every host, written by one
             gather = functools.partial(multihost_utils.process_allgather, tiled=True)
             model = jax.tree.map(gather, model)
         if record is not None:
-            _export(model, record, lora=config.lora_rank is not None, progress=progress)
+            export(model, record, lora=config.lora_rank is not None, progress=progress)
             report(f"Wrote {output / MODEL}.")
     return output / MODEL
 
@@ -185,45 +191,6 @@ def _begin(
     return record
 
 
-def _chosen(
-    state: TrainState, checkpoints: Checkpoints, export: str, report: Callable[[str], None]
-) -> TrainState:
-    """The state that is to be exported."""
-    best = checkpoints.best
-    if best is None:
-        return state
-    where = checkpoints.directory / str(best.step)
-    report(f"The smallest validation loss is {best.loss:.4g}, after step {best.step}: {where}")
-    if export == "last" or best.step == checkpoints.latest:
-        return state
-    trained = state.params, state.opt_state, state.step
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), trained
-    )
-    jax.tree.map(lambda a: a.delete(), trained)  # there may be no room for both
-    params, opt_state, step = shapes
-    state = dataclasses.replace(state, params=params, opt_state=opt_state, step=step)
-    return checkpoints.restore(state, step=best.step)[0]
-
-
-def _export(model: HybridLM, record: Record, *, lora: bool, progress: bool) -> None:
-    """Writes the adapters if there are any, and the model with the adapters merged."""
-    if lora:
-        from hmf_jax.training.lora import merge_lora, save_lora
-
-        with record.writing(ADAPTER) as directory:
-            new = directory.with_name(f".{ADAPTER}.new")
-            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
-            save_lora(model, new)
-            directory.mkdir(exist_ok=True)
-            for file in new.iterdir():  # what else is there stays
-                file.replace(directory / file.name)
-            new.rmdir()
-        model = merge_lora(model)
-    with record.writing(MODEL) as directory:
-        save_pretrained(model, directory, overwrite=True, for_original=False, progress=progress)
-
-
 @dataclasses.dataclass
 class Run:
     """What a config means on this machine; made before any weight is loaded.
@@ -239,8 +206,7 @@ class Run:
       batches: makes the data of the run from their beginning.
       seen: such data, read to their end if the length of the run depends on them, else not yet.
       steps: of the whole run.
-      optimizer, step: the functions that train.
-      made_of: what the step was made of, see `hmf_jax.stored.Call`; None: that cannot be said.
+      optimizer: the optimizer; make_step: `make_train_step`, but for remat.
     """
 
     config: TrainConfig
@@ -254,8 +220,7 @@ class Run:
     seen: Batches = dataclasses.field(init=False)
     steps: int = 0
     optimizer: optax.GradientTransformation = dataclasses.field(init=False)
-    step: jax.stages.Wrapped = dataclasses.field(init=False)
-    made_of: Any = None
+    make_step: functools.partial[jax.stages.Wrapped] = dataclasses.field(init=False)
 
     @classmethod
     def prepare(cls, config: TrainConfig, loss: Loss | None, *, alone: bool = False) -> Self:
@@ -267,11 +232,11 @@ class Run:
                 "reads a file, TrainConfig.of takes a dict"
             )
         if config.distributed and not jax.distributed.is_initialized():
-            _join_processes()
+            join_processes()
         source = resolve(config.model)
         model_config = HybridConfig.from_json(source).override(config.config_overrides)
         balance = aux_coef(config.router_aux_loss_coef, model_config)
-        mesh = for_model(_mesh(config), model_config)
+        mesh = for_model(mesh_for(config), model_config)
         parts = 1 if mesh is None else row_parts(mesh)
         each = config.accumulate * parts
         batch_size = config.batch_size or each * (config.per_device_batch_size or 1)
@@ -304,10 +269,9 @@ class Run:
         run.steps = config.steps or _count(run.seen)  # the schedule must know
         run.optimizer = config.optimizer(run.steps)
         options = {name: getattr(config, name) for name in _STEP}
-        run.step = make_train_step(run.optimizer, loss=loss, **options)
-        if loss is None:
-            fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Recipe)}
-            run.made_of = {"recipe": fields, "steps": run.steps, "step": options}
+        run.make_step = functools.partial(make_train_step, run.optimizer, loss=loss, **options)
+        if config.remat != AUTO:
+            check_remat(config.remat)
         return run
 
     def inputs(self) -> dict[str, list[Path]]:
@@ -373,27 +337,71 @@ class Run:
             lambda: self.adapt(HybridLM(self.model_config, dtype=dtype, mesh=self.mesh))
         )
         model.source = self.source
-        return TrainState.abstract(model, self.optimizer, **self.selection)
+        state = TrainState.abstract(model, self.optimizer, **self.selection)
+        if self.mesh is not None:
+            return state
+        one = SingleDeviceSharding(jax.local_devices()[0])  # as `TrainState.create` leaves it
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), state)
 
-    def call(self) -> Call:
-        """The step on a state and a batch that are shapes, dtypes and shardings."""
-        place = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch as shapes, dtypes and shardings."""
+        split = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
         shape = self.batch_size, self.config.seq_len
         dtypes = {"tokens": "int32", "segment_ids": "int32", "loss_mask": "bool"}
-        batch = {n: jax.ShapeDtypeStruct(shape, d, sharding=place) for n, d in dtypes.items()}
-        return Call(self.step, (self.abstract_state(), batch), made_of=self.made_of)
+        return {n: jax.ShapeDtypeStruct(shape, t, sharding=split) for n, t in dtypes.items()}
 
-    def compile_ahead(self, report: Callable[[str], None]) -> Step:
-        """The step, traced and being compiled while weights are read; or found on disk."""
+    def memory(self, state: TrainState) -> StepMemory:
+        """The plan of a step's memory."""
+        c = self.config
+        options = {n: getattr(c, n) for n in ("accumulate", "num_iter", "impl", "chunk_size")}
+        return plan_memory(state, self.batch_size, c.seq_len, **options)
+
+    def fit(
+        self, state: TrainState, before: Sequence[str] | None, say: Callable[[str], None]
+    ) -> tuple[Any, jax.stages.Compiled | None]:
+        """The remat of the step, and its program if finding that took to compile it."""
+        loss, limit = self.make_step.keywords["loss"], device_limit()
+        found = of_all_processes([limit, before]) or []
+        limits = [n for n, _ in found]
+        if self.config.remat != AUTO:
+            return self.config.remat, None
+        if loss is not None or None in limits:
+            return ["block"] * len(self.model_config.layer_kinds), None
+
+        def compile(choices: Sequence[str]) -> jax.stages.Compiled:
+            return compiled([self.call(state, choices)])[0]
+
+        return fit(self.memory(state), min(limits), compile, before=found[0][1], say=say)
+
+    def call(self, state: TrainState, remat: Any) -> Call:
+        """The step on an abstract state."""
+        fields = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(Recipe)}
+        options = {**self.make_step.keywords, "remat": remat}
+        made_of = {"optimizer": fields, "steps": self.steps, "step": options}
+        return Call(self.make_step(remat=remat), (state, self.abstract_batch()), made_of=made_of)
+
+    def step(
+        self,
+        state: TrainState,
+        remat: Any,
+        program: jax.stages.Compiled | None,
+        report: Callable[[str], None],
+    ) -> Step:
+        """The step with this program; without one it is compiled from now on, or found on disk."""
+        call = self.call(state, remat)
         if jax.process_count() > 1:
-            return self.step
-        call = self.call()
-        (program,), like = begin([call]), {n: x.shape for n, x in call.args[1].items()}
-        program.add_done_callback(lambda _: report(f"compiled {summary(made[-1:])}"))
+            return call.program
+        ready: Future[jax.stages.Compiled] = Future()
+        if program is None:
+            (ready,) = begin([call])
+        else:
+            ready.set_result(program)
+        ready.add_done_callback(lambda _: report(f"compiled {summary(made[-1:])}"))
+        like = {name: x.shape for name, x in call.args[1].items()}
 
         def step(state: TrainState, batch: Mapping[str, Any]) -> Any:
             same = {name: x.shape for name, x in batch.items()} == like
-            return (program.result() if same else self.step)(state, batch)
+            return (ready.result() if same else call.program)(state, batch)
 
         return step
 
@@ -424,27 +432,3 @@ def _count(batches: Batches) -> int:
     if jax.process_count() > 1:
         count = int(multihost_utils.process_allgather(np.asarray(count)).max())
     return count
-
-
-def _join_processes() -> None:
-    """JAX finds the others under SLURM, Open MPI and Kubernetes; elsewhere the environment says."""
-    given = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
-    count, index = (None if n is None else int(n) for n in given)
-    jax.distributed.initialize(num_processes=count, process_id=index)
-
-
-def _mesh(config: TrainConfig) -> Mesh | None:
-    """The mesh of the config on the devices there are; None for a single device."""
-    there = jax.device_count()
-    others = config.dp * config.sp * config.tp
-    fsdp = max(1, there // others) if config.fsdp is None else config.fsdp
-    wanted = others * fsdp
-    if wanted > there or (config.fsdp is None and there % others):
-        raise ValueError(
-            f"dp={config.dp} x fsdp={fsdp} x sp={config.sp} x tp={config.tp} does not fit the "
-            f"{there} device(s)"
-        )
-    if wanted == 1:
-        return None
-    devices = jax.devices()[:wanted] if jax.process_count() == 1 else jax.devices()
-    return make_mesh(dp=config.dp, fsdp=fsdp, sp=config.sp, tp=config.tp, devices=devices)

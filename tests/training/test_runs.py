@@ -121,7 +121,8 @@ def test_the_key_of_a_compiled_step(finished):
     assert any(line.startswith("compiled 1 program: 0 found") for line in said)
 
     def key(**values: Any) -> str:
-        return key_of(Run.prepare(config_of(directory, **values), None).call())
+        run = Run.prepare(config_of(directory, **{"remat": "block", **values}), None)
+        return key_of(run.call(run.abstract_state(), run.config.remat))
 
     changes: list[dict[str, Any]] = [
         {}, {"learning_rate": 0.2}, {"steps": 5}, {"remat": "none"}, {"lora_alpha": 1.0},
@@ -129,9 +130,9 @@ def test_the_key_of_a_compiled_step(finished):
     ]  # fmt: skip
     assert len({key(**values) for values in changes}) == len(changes)
     assert key() == key(output=str(directory / "other"), save_every=1)
-    call = Run.prepare(config_of(directory), loss=lambda *_, **__: (0, 1)).call()
+    other = Run.prepare(config_of(directory), loss=lambda *_, **__: (0, 1))
     with pytest.raises(Unknown):
-        key_of(call)
+        key_of(other.call(other.abstract_state(), "block"))
 
 
 def test_the_validation_loss_is_the_mean_over_targets(finished):
