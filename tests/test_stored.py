@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +86,22 @@ def test_shapes_are_enough_and_meshes_work(folder) -> None:
     assert len(traced) == 2 and found["sum"].devices() == {jax.devices()[3]}
 
 
+def test_trees_may_hold_meshes(folder, monkeypatch) -> None:
+    """As those of models do."""
+    monkeypatch.setattr(key, "_NAMED", (*key._NAMED, "tests"))
+    mesh = make_mesh(fsdp=8)
+    x = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec("fsdp")))
+    traced: list[int] = []
+    program = jax.jit(lambda held: (traced.append(1), held)[1])
+    for _ in range(2):
+        call = Call(program, (_Held(x, mesh),), made_of="held")
+        (ready,) = compiled([call])
+        found = ready(*call.args)
+        assert isinstance(found, _Held) and found.mesh == mesh and np.array_equal(found.x, x)
+        program = jax.jit(lambda held: (traced.append(1), held)[1])
+    assert len(traced) == len(files(folder)) == 1
+
+
 def test_whatever_a_program_depends_on_is_in_its_key(monkeypatch) -> None:
     def of(*args: Any, **more: Any) -> str:
         return key.key_of(call_of(*args, **more))
@@ -109,6 +127,13 @@ def test_whatever_a_program_depends_on_is_in_its_key(monkeypatch) -> None:
     keys.append(of(X))
     assert len(set(keys)) == len(keys)
     assert of(X) == of(jnp.array(X)) == of(jax.ShapeDtypeStruct((4,), jnp.float32))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=["mesh"])
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    x: Any
+    mesh: Any
 
 
 def local(x: Any) -> Any:

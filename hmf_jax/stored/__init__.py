@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import logging
 import os
 import pickle
@@ -216,7 +217,7 @@ def _read(place: Path | None, call: Call) -> jax.stages.Compiled | None:
         body = data[len(_HEAD) + 32 :]
         if not data.startswith(_HEAD + hashlib.sha256(body).digest()):
             raise ValueError("it is not complete")
-        program, out_tree = pickle.loads(body)
+        program, out_tree = _loads(body)
         in_tree = jax.tree.structure((call.args, dict(call.options)))
         devices = _devices(call)
         found = serialize_executable.deserialize_and_load(
@@ -249,7 +250,7 @@ def _write(place: Path, program: jax.stages.Compiled) -> None:
     """Keeps a program, unless it or the disk does not allow it."""
     try:
         data, _, out_tree = serialize_executable.serialize(program)
-        body = pickle.dumps((data, out_tree))
+        body = _dumps((data, out_tree))
     except Exception as e:  # the backend cannot, it calls Python, ...
         log.info("a program is not kept: %s: %s", type(e).__name__, e)
         return
@@ -266,6 +267,28 @@ def _write(place: Path, program: jax.stages.Compiled) -> None:
         _clean(place.parent)
     except OSError as e:
         warnings.warn(f"a compiled program is not kept: {e}", stacklevel=2)
+
+
+class _Pickler(pickle.Pickler):
+    """Devices, which the meshes of models have, by their numbers."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.id if isinstance(obj, jax.Device) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, pid: Any) -> Any:
+        return next(device for device in jax.devices() if device.id == pid)
+
+
+def _dumps(value: Any) -> bytes:
+    with io.BytesIO() as file:
+        _Pickler(file).dump(value)
+        return file.getvalue()
+
+
+def _loads(data: bytes) -> Any:
+    return _Unpickler(io.BytesIO(data)).load()
 
 
 def _clean(folder: Path) -> None:
