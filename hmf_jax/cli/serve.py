@@ -355,7 +355,6 @@ def serve(
         if e.name is not None:
             raise
         raise ValueError(str(e)) from None
-    say(f"imported, in {time.perf_counter() - began:.1f} s")
     engine = EngineConfig(
         slots=slots, max_model_len=max_model_len, prefill_chunk=prefill_chunk,
         max_stall=None if max_stall_ms is None else max_stall_ms / 1000, page_size=page_size,
@@ -375,7 +374,7 @@ def serve(
         exclude_tools_when_none=exclude_tools_when_none, ssl_keyfile=ssl_keyfile,
         ssl_certfile=ssl_certfile, seed=seed,
     )  # fmt: skip
-    run(model, config, engine, revision=revision, report=say, progress=progress())
+    run(model, config, engine, revision=revision, report=say, progress=progress(), began=began)
 
 
 def _prefixes(asked: Prefixes | None, enabled: bool | None, mode: str | None) -> str:

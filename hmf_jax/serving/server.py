@@ -48,6 +48,7 @@ def serve(
     revision: str | None = None,
     report: Report = log.info,
     progress: bool = False,
+    began: float | None = None,
 ) -> None:
     """Serves a model until SIGTERM or SIGINT, which a second one makes immediate.
 
@@ -60,12 +61,14 @@ def serve(
       revision: of a repository.
       report: gets a line for every step.
       progress: show bars while files are downloaded and read.
+      began: `time.perf_counter()` before anything was imported, for what `report` gets; None: now.
 
     Raises:
       ValueError, OSError: it cannot start.
       RuntimeError: an engine has died.
     """
-    began = time.perf_counter()
+    entered = time.perf_counter()
+    began = entered if began is None else began
     config, options = config or ServeConfig(), engine or EngineConfig()
     enable_compilation_cache()
     directory = resolve(model, revision=revision, progress=progress)
@@ -85,6 +88,7 @@ def serve(
     sys.setswitchinterval(5e-4)
     with listener(config.host, config.port) as place:
         life = Life(directory, hybrid, tokenizer, config, options, plan, report, progress, began)
+        life.imports = entered - began
         asyncio.run(life.run(place))
         life.end()
 
@@ -104,7 +108,7 @@ class Life:
         progress: bool,
         began: float,
     ) -> None:
-        self._began = began
+        self._began, self.imports = began, 0.0
         self._directory, self._hybrid, self._tokenizer = directory, hybrid, tokenizer
         self._options, self._plan, self._progress = options, plan, progress
         self._say = report
@@ -130,7 +134,8 @@ class Life:
             asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
         listening = asyncio.create_task(server.serve(sockets=[place]))
         seconds = time.perf_counter() - self._began
-        self._say(f"listening at {self._address(place)} after {seconds:.1f} s of preparation")
+        text = f"listening at {self._address(place)} after {seconds:.1f} s"
+        self._say(text + (f", {self.imports:.1f} s of them imports" if self.imports else ""))
         loading = asyncio.create_task(self._load(service))
         stop = asyncio.create_task(self._stop.wait())
         try:
