@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hmf_jax import HybridLM, generate, make_mesh, stored
 from hmf_jax.engine import Engine, New, Request, storage
 from hmf_jax.engine.settings import Settings
-from hmf_jax.stored import Call, compiled
+from hmf_jax.stored import Call, compiled, key
 from tests.util import random_model, tiny_config
 
 X = jnp.arange(4, dtype=jnp.float32)
@@ -83,9 +86,25 @@ def test_shapes_are_enough_and_meshes_work(folder) -> None:
     assert len(traced) == 2 and found["sum"].devices() == {jax.devices()[3]}
 
 
+def test_trees_may_hold_meshes(folder, monkeypatch) -> None:
+    """As those of models do."""
+    monkeypatch.setattr(key, "_NAMED", (*key._NAMED, "tests"))
+    mesh = make_mesh(fsdp=8)
+    x = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec("fsdp")))
+    traced: list[int] = []
+    program = jax.jit(lambda held: (traced.append(1), held)[1])
+    for _ in range(2):
+        call = Call(program, (_Held(x, mesh),), made_of="held")
+        (ready,) = compiled([call])
+        found = ready(*call.args)
+        assert isinstance(found, _Held) and found.mesh == mesh and np.array_equal(found.x, x)
+        program = jax.jit(lambda held: (traced.append(1), held)[1])
+    assert len(traced) == len(files(folder)) == 1
+
+
 def test_whatever_a_program_depends_on_is_in_its_key(monkeypatch) -> None:
-    def key(*args: Any, **more: Any) -> str:
-        return stored._key(call_of(*args, **more))
+    def of(*args: Any, **more: Any) -> str:
+        return key.key_of(call_of(*args, **more))
 
     split = NamedSharding(make_mesh(fsdp=8), PartitionSpec("fsdp"))
     eight = jnp.zeros(8)
@@ -94,20 +113,27 @@ def test_whatever_a_program_depends_on_is_in_its_key(monkeypatch) -> None:
         (jax.device_put(X, jax.devices()[1]),), (jax.device_put(eight, split),),
         (jax.device_put(eight, NamedSharding(split.mesh, PartitionSpec())),),
     ]  # fmt: skip
-    keys = [key(*args) for args in calls]
+    keys = [of(*args) for args in calls]
     keys += [
-        key(X, n=n)
+        of(X, n=n)
         for n in (1, True, 1.0, "1", (1,), [1], {"n": 1}, jnp.dtype("int8"), stored.directory)
     ]
-    keys += [key(X, made_of=what) for what in ("g", {"f": None}, {"f": 0.0}, Settings)]
+    keys += [of(X, made_of=what) for what in ("g", {"f": None}, {"f": 0.0}, Settings)]
     with jax.default_matmul_precision("highest"):
-        keys.append(key(X))
+        keys.append(of(X))
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + " ")
-    keys.append(key(X))
-    monkeypatch.setattr(stored, "_environment", lambda: "another version")
-    keys.append(key(X))
+    keys.append(of(X))
+    monkeypatch.setattr(key, "_environment", lambda: "another version")
+    keys.append(of(X))
     assert len(set(keys)) == len(keys)
-    assert key(X) == key(jnp.array(X)) == key(jax.ShapeDtypeStruct((4,), jnp.float32))
+    assert of(X) == of(jnp.array(X)) == of(jax.ShapeDtypeStruct((4,), jnp.float32))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=["mesh"])
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    x: Any
+    mesh: Any
 
 
 def local(x: Any) -> Any:
@@ -135,13 +161,31 @@ def test_what_is_not_kept_is_compiled(folder, what: str) -> None:
     assert not files(folder)
 
 
+def test_what_a_cpu_had_in_jax_own_cache_is_not_kept(folder, monkeypatch) -> None:
+    """XLA writes such programs without all of their functions."""
+    counts = iter([0, 1, 1, 1])
+    monkeypatch.setattr(stored, "_hits", lambda: next(counts))
+    run(call_of())
+    assert not files(folder)
+    run(call_of())
+    assert len(files(folder)) == 1
+
+
+def test_hits_are_counted_by_thread() -> None:
+    before = stored._hits()
+    jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
+    assert stored._hits() == before + 1
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(stored._hits).result() == 0
+
+
 def test_sources_that_were_changed_meanwhile_are_not_described(monkeypatch) -> None:
-    stored._environment.cache_clear()
-    assert stored._environment() == stored._environment()
-    stored._environment.cache_clear()
-    monkeypatch.setattr(stored, "_BEGAN", 0.0)
-    with pytest.raises(stored._Unknown, match="changed"):
-        stored._environment()
+    key._environment.cache_clear()
+    assert key._environment() == key._environment()
+    key._environment.cache_clear()
+    monkeypatch.setattr(key, "_BEGAN", 0.0)
+    with pytest.raises(key.Unknown, match="changed"):
+        key._environment()
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "bits", "pickle", "directory"])
@@ -197,7 +241,7 @@ def test_old_programs_are_removed(folder) -> None:
     for name, days in (("a", 1), ("b", 2), ("c", 31)):
         path = folder / f"{name}.program"
         path.write_bytes(bytes(1000))
-        os.utime(path, (now - 86400 * days,) * 2)
+        os.utime(path, (now - 86400 * days, now - 86400 * days))
     stored._clean(folder)
     assert [path.stem for path in files(folder)] == ["a", "b"]
     before = jax.config.jax_compilation_cache_max_size
@@ -229,7 +273,7 @@ def test_an_abstract_engine_has_the_programs_of_a_real_one(models) -> None:
     for model in models:
         device = Engine(model, 1, **SIZES)._device
         calls = list(device._calls())
-        keys.append([(device._all._key(call), stored._key(call)) for call in calls])
+        keys.append([(device._all._key(call), key.key_of(call)) for call in calls])
     assert keys[0] == keys[1] and len({disk for _, disk in keys[0]}) == len(keys[0])
     assert len({memory for memory, _ in keys[0]}) == len(keys[0])
 

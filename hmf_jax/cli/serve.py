@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -346,6 +347,7 @@ def serve(
     if (ssl_keyfile is None) != (ssl_certfile is None):
         raise ValueError("--ssl-keyfile and --ssl-certfile go together.")
     _set_memory_fraction(gpu_memory_utilization)
+    began = time.perf_counter()
     try:
         from hmf_jax.serving import EngineConfig, ServeConfig
         from hmf_jax.serving import serve as run
@@ -372,7 +374,7 @@ def serve(
         exclude_tools_when_none=exclude_tools_when_none, ssl_keyfile=ssl_keyfile,
         ssl_certfile=ssl_certfile, seed=seed,
     )  # fmt: skip
-    run(model, config, engine, revision=revision, report=say, progress=progress())
+    run(model, config, engine, revision=revision, report=say, progress=progress(), began=began)
 
 
 def _prefixes(asked: Prefixes | None, enabled: bool | None, mode: str | None) -> str:

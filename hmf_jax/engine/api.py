@@ -339,6 +339,8 @@ def warmup(
 def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path | None:
     """Keep compiled programs on disk, so that a new process does not compile them again.
 
+    Also whole programs, in the directory "programs" there: see `hmf_jax.stored`.
+
     Args:
       directory: default the environment variable JAX_COMPILATION_CACHE_DIR, else
         ~/.cache/hmf_jax/xla.
@@ -363,5 +365,5 @@ def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) ->
         jax.config.update("jax_compilation_cache_dir", None)
         return None
     jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     return path

@@ -188,10 +188,9 @@ def host_bytes(options: EngineConfig) -> int:
     return host_memory() // 4 if on_gpu() else 0
 
 
-def warm(engine: Engine, options: EngineConfig) -> None:
-    """Compiles everything, and runs what takes most memory; libraries take theirs at first use."""
+def run_largest(engine: Engine, options: EngineConfig) -> None:
+    """Runs what takes most memory; libraries take theirs at first use."""
     assert options.prefill_chunk is not None
-    engine.warm()
     length = min(options.prefill_chunk + 64, engine.capacity - 2)
     engine.add(Request([0] * length, max_new_tokens=2))
     while engine.busy:

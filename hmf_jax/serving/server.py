@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import uvicorn
 
+from hmf_jax import stored
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine import Engine, EngineThread, Request, enable_compilation_cache
 from hmf_jax.loading import from_pretrained, resolve
@@ -47,6 +48,7 @@ def serve(
     revision: str | None = None,
     report: Report = log.info,
     progress: bool = False,
+    began: float | None = None,
 ) -> None:
     """Serves a model until SIGTERM or SIGINT, which a second one makes immediate.
 
@@ -59,11 +61,14 @@ def serve(
       revision: of a repository.
       report: gets a line for every step.
       progress: show bars while files are downloaded and read.
+      began: `time.perf_counter()` before anything was imported, for what `report` gets; None: now.
 
     Raises:
       ValueError, OSError: it cannot start.
       RuntimeError: an engine has died.
     """
+    entered = time.perf_counter()
+    began = entered if began is None else began
     config, options = config or ServeConfig(), engine or EngineConfig()
     enable_compilation_cache()
     directory = resolve(model, revision=revision, progress=progress)
@@ -82,7 +87,8 @@ def serve(
     # How long a thread that computes keeps others from running: HTTP would make engines wait.
     sys.setswitchinterval(5e-4)
     with listener(config.host, config.port) as place:
-        life = Life(directory, hybrid, tokenizer, config, options, plan, report, progress)
+        life = Life(directory, hybrid, tokenizer, config, options, plan, report, progress, began)
+        life.imports = entered - began
         asyncio.run(life.run(place))
         life.end()
 
@@ -100,7 +106,9 @@ class Life:
         plan: EnginePlan,
         report: Report,
         progress: bool,
+        began: float,
     ) -> None:
+        self._began, self.imports = began, 0.0
         self._directory, self._hybrid, self._tokenizer = directory, hybrid, tokenizer
         self._options, self._plan, self._progress = options, plan, progress
         self._say = report
@@ -110,7 +118,6 @@ class Life:
 
     async def run(self, place: socket.socket) -> None:
         """From listening to the last answer."""
-        began = time.perf_counter()
         service = Service(self._config, self._engine_died)
         settings = uvicorn.Config(
             make_app(service),
@@ -126,8 +133,10 @@ class Life:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
         listening = asyncio.create_task(server.serve(sockets=[place]))
-        self._say(f"listening at {self._address(place)}")
-        loading = asyncio.create_task(self._load(service, began))
+        seconds = time.perf_counter() - self._began
+        text = f"listening at {self._address(place)} after {seconds:.1f} s"
+        self._say(text + (f", {self.imports:.1f} s of them imports" if self.imports else ""))
+        loading = asyncio.create_task(self._load(service))
         stop = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait({listening, loading, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -152,7 +161,7 @@ class Life:
         if not self._loaded:  # a thread that loads or compiles cannot be interrupted
             os._exit(0)
 
-    async def _load(self, service: Service, began: float) -> None:
+    async def _load(self, service: Service) -> None:
         """From the files to a server that is ready."""
         model, _ = await asyncio.gather(_apart(self._read), _apart(self._compile_ahead))
         made = await _apart(lambda: self._make(model))
@@ -166,7 +175,7 @@ class Life:
         )
         service.start(functools.partial(Router, threads), served)
         names = ", ".join(served.names)
-        self._say(f"ready: {names}, in {time.perf_counter() - began:.1f} s")
+        self._say(f"ready: {names}, in {time.perf_counter() - self._began:.1f} s")
 
     def _say_memory(self) -> None:
         peak = engines.peak(self._devices)
@@ -195,7 +204,7 @@ class Life:
         options = self._options
         if options.tp > 1 or options.dtype == "auto" or options.max_stall is not None:
             return
-        with self._timed("compiled while it was loaded"):
+        with self._timed("programs of a model that is being loaded", programs=True):
             engines.compile_ahead(self._hybrid, options, self._plan)
 
     def _make(self, model: HybridLM) -> list[Engine]:
@@ -212,9 +221,12 @@ class Life:
         return made
 
     def _warm(self, made: list[Engine]) -> None:
-        with self._timed("compiled all programs"):
+        with self._timed("compiled all programs", programs=True):
             for engine in made:
-                engines.warm(engine, self._options)
+                engine.warm()
+        with self._timed("a first request"):
+            for engine in made:
+                engines.run_largest(engine, self._options)
 
     def _quick_enough(self, model: HybridLM) -> EngineConfig:
         """The options with the largest chunk that is read in `max_stall` seconds."""
@@ -247,10 +259,14 @@ class Life:
         self._stop.set()
 
     @contextlib.contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        began = time.perf_counter()
+    def _timed(self, what: str, programs: bool = False) -> Iterator[None]:
+        """Says how long it took, and what programs were made meanwhile."""
+        began, before = time.perf_counter(), len(stored.made)
         yield
-        self._say(f"{what}, in {time.perf_counter() - began:.1f} s")
+        text = f"{what}, in {time.perf_counter() - began:.1f} s"
+        if programs and stored.made[before:]:
+            text += f" ({stored.summary(stored.made[before:])})"
+        self._say(text)
 
 
 class _Server(uvicorn.Server):

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from hmf_jax.memory import device_bytes, size_text
+from hmf_jax.stored import compiled
 from hmf_jax.training.devices import device_limit
 from hmf_jax.training.flops import peak_flops, training_flops
 from hmf_jax.training.remat import AUTO, Choices, remat_choices, remat_text
@@ -26,8 +27,9 @@ def plan(config: TrainConfig, *, loss: Loss | None = None) -> str:
     """
     run = Run.prepare(config, loss)
     state, said = run.abstract_state(), []
-    remat, step = run.fit(state, None, said.append)
-    compiled = step.lower(state, run.abstract_batch()).compile()
+    remat, program = run.fit(state, None, said.append)
+    if program is None:
+        (program,) = compiled([run.call(state, remat)])
     if config.steps is not None:
         next(run.seen)
     return "\n".join(
@@ -39,8 +41,8 @@ def plan(config: TrainConfig, *, loss: Loss | None = None) -> str:
             *_describe_parameters(state),
             *said,
             *_describe_remat(run, state, remat, loss),
-            *_describe_memory(state, compiled.memory_analysis()),
-            *_describe_cost(run, state, compiled.cost_analysis()),
+            *_describe_memory(state, program.memory_analysis()),
+            *_describe_cost(run, state, program.cost_analysis()),
         ]
     )
 

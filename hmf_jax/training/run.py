@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,15 +19,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hmf_jax.config import HybridConfig
-from hmf_jax.loading import from_pretrained, resolve, save_pretrained
+from hmf_jax.loading import from_pretrained, resolve
 from hmf_jax.model import HybridLM
 from hmf_jax.sharding import BATCH_AXES, for_model, row_parts
+from hmf_jax.stored import Call, begin, compiled, made, summary
 from hmf_jax.text import load_tokenizer
 from hmf_jax.training.batches import Batches
 from hmf_jax.training.checkpoint import Checkpoints, of_all_processes
 from hmf_jax.training.devices import device_limit, join_processes, mesh_for
 from hmf_jax.training.diagnosis import find_not_finite
 from hmf_jax.training.evaluation import Evaluation
+from hmf_jax.training.export import chosen, export
 from hmf_jax.training.identity import (
     ADAPTER,
     CHECKPOINTS,
@@ -45,9 +47,10 @@ from hmf_jax.training.identity import (
     weight_files,
     write_atomically,
 )
-from hmf_jax.training.loop import data_shard, holding, train
+from hmf_jax.training.loop import Step, data_shard, holding, train
 from hmf_jax.training.loss import aux_coef
 from hmf_jax.training.memory import StepMemory, fit, plan_memory
+from hmf_jax.training.optimizer import Recipe
 from hmf_jax.training.remat import AUTO, check_remat
 from hmf_jax.training.report import describe_data, describe_source, loggers
 from hmf_jax.training.schema import TrainConfig, yaml_module
@@ -104,10 +107,11 @@ def fine_tune(
         evaluate = run.evaluation(loss)
         identity = run.identity() if first else {}
         record = _begin(run, identity, checkpoints, overwrite, report)
-        remat, step = run.fit(planned, None if record is None else record.remat, report)
+        remat, program = run.fit(planned, None if record is None else record.remat, report)
         if record is not None and config.remat == AUTO:
             record.remat = list(remat)
             record.save()
+        step = run.step(planned, remat, program, report)
         model = from_pretrained(
             run.source,
             mesh=run.mesh,
@@ -135,14 +139,14 @@ def fine_tune(
             profile=config.profile,
         )
         report(describe_data(batches))
-        state = _chosen(state, checkpoints, config.export, report)
+        state = chosen(state, checkpoints, config.export, report)
         model = state.model()
         del state
         if jax.process_count() > 1:  # gathered on every host, written by one
             gather = functools.partial(multihost_utils.process_allgather, tiled=True)
             model = jax.tree.map(gather, model)
         if record is not None:
-            _export(model, record, lora=config.lora_rank is not None, progress=progress)
+            export(model, record, lora=config.lora_rank is not None, progress=progress)
             report(f"Wrote {output / MODEL}.")
     return output / MODEL
 
@@ -186,45 +190,6 @@ def _begin(
     if checkpoints.latest is not None:
         report(f"Going on from step {checkpoints.latest}.")
     return record
-
-
-def _chosen(
-    state: TrainState, checkpoints: Checkpoints, export: str, report: Callable[[str], None]
-) -> TrainState:
-    """The state that is to be exported."""
-    best = checkpoints.best
-    if best is None:
-        return state
-    where = checkpoints.directory / str(best.step)
-    report(f"The smallest validation loss is {best.loss:.4g}, after step {best.step}: {where}")
-    if export == "last" or best.step == checkpoints.latest:
-        return state
-    trained = state.params, state.opt_state, state.step
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), trained
-    )
-    jax.tree.map(lambda a: a.delete(), trained)  # there may be no room for both
-    params, opt_state, step = shapes
-    state = dataclasses.replace(state, params=params, opt_state=opt_state, step=step)
-    return checkpoints.restore(state, step=best.step)[0]
-
-
-def _export(model: HybridLM, record: Record, *, lora: bool, progress: bool) -> None:
-    """Writes the adapters if there are any, and the model with the adapters merged."""
-    if lora:
-        from hmf_jax.training.lora import merge_lora, save_lora
-
-        with record.writing(ADAPTER) as directory:
-            new = directory.with_name(f".{ADAPTER}.new")
-            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
-            save_lora(model, new)
-            directory.mkdir(exist_ok=True)
-            for file in new.iterdir():  # what else is there stays
-                file.replace(directory / file.name)
-            new.rmdir()
-        model = merge_lora(model)
-    with record.writing(MODEL) as directory:
-        save_pretrained(model, directory, overwrite=True, for_original=False, progress=progress)
 
 
 @dataclasses.dataclass
@@ -394,25 +359,57 @@ class Run:
 
     def fit(
         self, state: TrainState, before: Sequence[str] | None, say: Callable[[str], None]
-    ) -> tuple[Any, jax.stages.Wrapped]:
-        """The remat of the step, and the step; compiled, if it took that to know whether it fits.
+    ) -> tuple[Any, jax.stages.Compiled | None]:
+        """The remat of the step, and its program, if it took that to know whether it fits.
         `before`: what was chosen when the run began."""
         remat: Any = self.config.remat
-        step = self.make_step(remat="block" if remat == AUTO else remat)
+        program: jax.stages.Compiled | None = None
         found = of_all_processes([device_limit(), before]) or []
         limits = [limit for limit, _ in found]
         if remat != AUTO:
-            return remat, step
+            return remat, None
         if self.make_step.keywords["loss"] is not None or None in limits:
-            return ["block"] * len(self.model_config.layer_kinds), step
+            return ["block"] * len(self.model_config.layer_kinds), None
 
         def compile(choices: Sequence[str]) -> jax.stages.Compiled:
-            nonlocal step
-            step = self.make_step(remat=choices)  # its first call finds what is compiled here
-            return step.lower(state, self.abstract_batch()).compile()
+            nonlocal program
+            (program,) = compiled([self.call(state, choices)])
+            return program
 
         remat = fit(self.memory(state), min(limits), compile, before=found[0][1], say=say)
-        return remat, step
+        return remat, program
+
+    def call(self, state: TrainState, remat: Any) -> Call:
+        """The step on an abstract state."""
+        fields = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(Recipe)}
+        options = {**self.make_step.keywords, "remat": remat}
+        made_of = {"optimizer": fields, "steps": self.steps, "step": options}
+        return Call(self.make_step(remat=remat), (state, self.abstract_batch()), made_of=made_of)
+
+    def step(
+        self,
+        state: TrainState,
+        remat: Any,
+        program: jax.stages.Compiled | None,
+        report: Callable[[str], None],
+    ) -> Step:
+        """The step with this program; without one it is compiled from now on, or found on disk."""
+        call = self.call(state, remat)
+        if jax.process_count() > 1:
+            return call.program
+        ready: Future[jax.stages.Compiled] = Future()
+        if program is None:
+            (ready,) = begin([call])
+        else:
+            ready.set_result(program)
+        ready.add_done_callback(lambda _: report(f"compiled {summary(made[-1:])}"))
+        like = {name: x.shape for name, x in call.args[1].items()}
+
+        def step(state: TrainState, batch: Mapping[str, Any]) -> Any:
+            same = {name: x.shape for name, x in batch.items()} == like
+            return (ready.result() if same else call.program)(state, batch)
+
+        return step
 
     def describe(self) -> str:
         """Model, devices and length in words."""

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
@@ -36,7 +37,8 @@ def given(monkeypatch):
     def parse(*args: str):
         seen = []
 
-        def serve(model, config, engine, **rest):
+        def serve(model, config, engine, began, **rest):
+            assert 0 <= time.perf_counter() - began < 60
             seen.append((model, config, engine, rest))
 
         monkeypatch.setattr(server, "serve", serve)

@@ -16,6 +16,7 @@ import pytest
 
 from hmf_jax.demo import write_checkpoint
 from hmf_jax.loading import from_pretrained
+from hmf_jax.stored.key import Unknown, key_of
 from hmf_jax.text import load_tokenizer
 from hmf_jax.training import (
     Batches,
@@ -112,6 +113,27 @@ def test_lines_and_validation(finished):
     where = directory / "run" / "checkpoints" / str(int(best["step"]))
     assert where.is_dir() and any(f"after step {best['step']}: {where}" in t for t in said), said
     assert len(list((directory / "run").glob("checkpoints/*"))) <= 3
+
+
+def test_the_key_of_a_compiled_step(finished):
+    """It is found again by the same run, and by no other."""
+    directory, said = finished
+    assert any(line.startswith("compiled 1 program: 0 found") for line in said)
+
+    def key(**values: Any) -> str:
+        run = Run.prepare(config_of(directory, **{"remat": "block", **values}), None)
+        return key_of(run.call(run.abstract_state(), run.config.remat))
+
+    changes: list[dict[str, Any]] = [
+        {}, {"learning_rate": 0.2}, {"steps": 5}, {"remat": "none"}, {"lora_alpha": 1.0},
+        {"lora_rank": 3}, {"seq_len": 16}, {"dtype": "bfloat16"}, {"chunk_size": 16},
+    ]  # fmt: skip
+    assert len({key(**values) for values in changes}) == len(changes)
+    assert key() == key(output=str(directory / "other"), save_every=1)
+    own: Any = lambda *_, **__: (0, 1)  # noqa: E731
+    other = Run.prepare(config_of(directory), own)
+    with pytest.raises(Unknown):
+        key_of(other.call(other.abstract_state(), "block"))
 
 
 def test_the_validation_loss_is_the_mean_over_targets(finished):
