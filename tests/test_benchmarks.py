@@ -22,6 +22,7 @@ from benchmarks import (
     compiling,
     counting,
     full_size,
+    loading,
     models,
     operators,
     rows,
@@ -33,6 +34,7 @@ from benchmarks import (
 from benchmarks.peers import transformers_lora
 from hmf_jax.cli import app
 from hmf_jax.config import HybridConfig
+from hmf_jax.demo import build_tokenizer
 from hmf_jax.loading import from_pretrained
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
 from hmf_jax.model import HybridLM, PackedModel
@@ -572,6 +574,20 @@ def test_the_table_of_training_steps(tmp_path: Path, monkeypatch, capsys) -> Non
     with pytest.raises(SystemExit):
         training.main([*argv, "--only", "DPO"])
     assert "fits none of: LoRA, Qwen3; " in capsys.readouterr().err
+
+
+def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a step of 20 ms: whether it waits, of which the first batch is no part."""
+    pytest.importorskip("grain")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"row {i} " * 9}) + "\n" for i in range(50)))
+    monkeypatch.setattr(loading, "load_tokenizer", lambda directory: build_tokenizer())
+    argv = f"--tokenizer x --data {data} --length 64 --batch 2 --steps 3 --out {tmp_path / 'out'}"
+    loading.main([*argv.split(), "--step-ms", "20"])
+    (r,) = read(tmp_path / "out")
+    assert set(r) == FIELDS and r["case"] == "steps of 20 ms, 4 threads" and r["ms"] >= 20
+    assert r["extra"]["tokens_per_s"] == pytest.approx(1e3 * 128 / r["ms"])
+    assert 0 <= r["extra"]["wait"] < 0.5
 
 
 def test_random_documents_fill_every_row() -> None:
