@@ -184,6 +184,15 @@ SnapshotEvery = Annotated[
         rich_help_panel=_SIZE,
     ),
 ]
+SnapshotSpacing = Annotated[
+    int | None,
+    typer.Option(
+        help="Fewest tokens between two snapshots of a prompt, and before the first. Default: as "
+        "many as have keys and values of an eighth of a snapshot's bytes, at least 64.",
+        min=1,
+        rich_help_panel=_SIZE,
+    ),
+]
 Tp = Annotated[
     int,
     typer.Option(
@@ -303,6 +312,7 @@ def serve(
     prefix_cache: PrefixCache = None,
     prefix_host_gib: PrefixHostGib = None,
     snapshot_every: SnapshotEvery = 0,
+    snapshot_spacing: SnapshotSpacing = None,
     tp: Tp = 1,
     dp: Dp = 1,
     max_queue: MaxQueue = None,
@@ -347,6 +357,7 @@ def serve(
         slots=slots, max_model_len=max_model_len, prefill_chunk=prefill_chunk,
         max_stall=None if max_stall_ms is None else max_stall_ms / 1000, page_size=page_size,
         memory_fraction=gpu_memory_utilization, prefix_cache=cache, snapshot_every=snapshot_every,
+        snapshot_spacing=snapshot_spacing,
         host_bytes=None if prefix_host_gib is None else int(prefix_host_gib * 2**30),
         tp=tp, dp=dp, dtype="float32" if dtype is DType.float else dtype.value, num_iter=num_iter,
         overrides=_overrides(hf_overrides),

@@ -127,7 +127,9 @@ class _Routes:
         found = await asyncio.to_thread(prompts)
         constrain = None
         if structured is not None:
-            constrain = await service.constrain(structured, thinking=found[0].thinking)
+            param = "structured_outputs" if fields.structured_outputs else "response_format"
+            thinking = found[0].thinking
+            constrain = await service.constrain(structured, thinking=thinking, param=param)
         id = request.scope["state"]["request_id"]
         ask = asks.ask(fields, found, served, request_id=id, constrain=constrain)
         if fields.stream:

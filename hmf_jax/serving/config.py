@@ -83,6 +83,8 @@ class EngineConfig:
         is told before it starts (XLA_PYTHON_CLIENT_MEM_FRACTION).
       prefix_cache: "exact", "fast" or "off", see `hmf_jax.engine.Engine`.
       snapshot_every: also keep prefixes of every so many tokens, a multiple of the chunk; 0: no.
+      snapshot_spacing: fewest tokens between two snapshots of a prompt; None: as many as have keys
+        and values of an eighth of a snapshot's bytes, at least 64.
       host_bytes: memory of the host for prefixes; None: a quarter of it, without a GPU none.
       tp: devices that share one model. dp: how many engines, with a copy of the model each.
       dtype: of the model: "bfloat16", "float32" or "auto", that of its files.
@@ -98,6 +100,7 @@ class EngineConfig:
     memory_fraction: float | None = None
     prefix_cache: str = "exact"
     snapshot_every: int = 0
+    snapshot_spacing: int | None = None
     host_bytes: int | None = None
     tp: int = 1
     dp: int = 1

@@ -13,14 +13,18 @@ from jax.sharding import SingleDeviceSharding
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.engine import Engine, Request
+from hmf_jax.engine.programs import SMALLEST_CHUNK
 from hmf_jax.engine.storage import PAGE_SIZE
 from hmf_jax.memory import EnginePlan, plan_engine, size_text
 from hmf_jax.model import HybridLM
+from hmf_jax.options import MOST_POSITIONS, check_int
 from hmf_jax.parameters import abstract_params, flat_params, with_params
 from hmf_jax.serving.config import CHUNKS, EngineConfig
 from hmf_jax.sharding import make_mesh
 
 _HEADROOM = 0.98  # of the memory that JAX may use: the rest is lost between arrays
+_READ = 256  # tokens of prompts that GPUs read for each one that rows decode meanwhile
+_PART = 8  # snapshots take at most so many times the bytes of the keys and values between them
 
 
 def checked(config: HybridConfig, options: EngineConfig) -> tuple[HybridConfig, EngineConfig]:
@@ -44,8 +48,11 @@ def checked(config: HybridConfig, options: EngineConfig) -> tuple[HybridConfig, 
             f"snapshot_every={options.snapshot_every} must be a multiple of the chunk of {chunk} "
             "tokens."
         )
-    if options.snapshot_every and options.prefix_cache == "off":
-        raise ValueError("snapshot_every is for a prefix cache, which is off.")
+    for name in ("snapshot_every", "snapshot_spacing", "host_bytes"):
+        if getattr(options, name) and options.prefix_cache == "off":
+            raise ValueError(f"{name} is for a prefix cache, which is off.")
+    if options.snapshot_spacing is not None:
+        check_int("snapshot_spacing", options.snapshot_spacing, 1, MOST_POSITIONS)
     longest = config.max_position_embeddings
     if options.max_model_len is not None and options.max_model_len > longest:
         raise ValueError(
@@ -137,8 +144,10 @@ def make(model: HybridLM, options: EngineConfig, plan: EnginePlan) -> Engine:
         prefill_chunk=options.prefill_chunk,
         prefixes=options.prefix_cache,  # pyright: ignore[reportArgumentType]
         prefix_bytes=plan.prefix_bytes,
-        host_bytes=host_bytes(options) // options.dp,
+        host_bytes=host_bytes(options) // (options.dp * options.tp),  # per device, as pages are
         every=options.snapshot_every,
+        spacing=spacing(options, plan),
+        interleave=interleave(options.prefill_chunk),
         fixed=True,
         explain=False,
         threaded=True,
@@ -154,6 +163,20 @@ def compile_ahead(config: HybridConfig, options: EngineConfig, plan: EnginePlan)
     model = nnx.eval_shape(lambda: HybridLM(config, dtype=options.dtype))
     model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model)
     make(model, options, plan).warm()
+
+
+def spacing(options: EngineConfig, plan: EnginePlan) -> int:
+    """Fewest tokens between two snapshots of a prompt. Copying one takes no time, but it must not
+    take too much of the memory that longer beginnings could have."""
+    if options.snapshot_spacing is not None:
+        return options.snapshot_spacing
+    tokens = plan.snapshot_bytes * plan.page_size // max(_PART * plan.page_bytes, 1)
+    return max(SMALLEST_CHUNK, tokens) if plan.page_bytes else SMALLEST_CHUNK
+
+
+def interleave(chunk: int) -> int:
+    """Most tokens that rows decode beside a chunk of a prompt, see `Engine`."""
+    return max(1, chunk // _READ) if on_gpu() else 8
 
 
 def host_bytes(options: EngineConfig) -> int:

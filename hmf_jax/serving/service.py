@@ -140,11 +140,11 @@ class Service:
             raise self._dead() from None
 
     async def constrain(
-        self, structured: dict[str, Any], *, thinking: bool
+        self, structured: dict[str, Any], *, thinking: bool, param: str
     ) -> Callable[[], Constraint]:
         """What makes the constraints of answers that keep to a grammar, see `Grammars.compile`.
 
-        Raises ApiError: it is none, or too large.
+        Raises ApiError: it is none, or too large; `param` is the field that has it.
         """
         served = self.model
         if self._grammars is None:
@@ -152,7 +152,7 @@ class Service:
         try:
             return await self._grammars.compile(structured, thinking=thinking)
         except ValueError as e:
-            raise invalid(str(e), "tools" if "tools" in structured else None) from None
+            raise invalid(str(e), "tools" if "tools" in structured else param) from None
 
     async def numbers(self) -> tuple[bytes, str]:
         """All numbers as Prometheus reads them, and their media type."""

@@ -93,7 +93,8 @@ def test_what_the_http_side_gets(given, monkeypatch):
         "--max-body 1MiB --max-queue 0 --max-queued-tokens 77 --queue-timeout 1.5 "
         "--request-timeout 9 --shutdown-timeout 0 --trust-request-chat-template --seed 5 "
         "--revision main --snapshot-every 4096 --prefix-host-gib 0.5 --prefix-cache fast "
-        "--max-stall-ms 80 --page-size 512 --num-iter 3 --dtype float".split(),
+        "--snapshot-spacing 100 --max-stall-ms 80 --page-size 512 --num-iter 3 "
+        "--dtype float".split(),
         "--hf-overrides",
         '{"max_position_embeddings": 64}',
     )
@@ -104,6 +105,7 @@ def test_what_the_http_side_gets(given, monkeypatch):
     assert (config.shutdown_timeout, config.seed) == (0.0, 5)
     assert config.trust_request_chat_template and config.cors_origins == ("http://x.org",)
     assert (engine.snapshot_every, engine.host_bytes, engine.prefix_cache) == (4096, 2**29, "fast")
+    assert engine.snapshot_spacing == 100
     assert (engine.max_stall, engine.page_size, engine.num_iter) == (0.08, 512, 3)
     assert engine.dtype == "float32" and engine.overrides == {"max_position_embeddings": 64}
     assert rest["revision"] == "main"

@@ -319,7 +319,10 @@ def test_structured_output_becomes_a_constraint(fake):
     two = {"regex": "a", "choice": ["b"]}
     assert fake.error("/v1/completions", 400, prompt="a", structured_outputs=two)["param"]
     wrong = fake.error("/v1/completions", 400, prompt="a", structured_outputs={"regex": "("})
-    assert "regex" in wrong["message"]
+    assert "regex" in wrong["message"] and wrong["param"] == "structured_outputs"
+    schema = {"type": "json_schema", "json_schema": {"strict": True, "schema": {"not": {}}}}
+    wrong = fake.error("/v1/completions", 400, prompt="a", response_format=schema)
+    assert wrong["param"] == "response_format"
 
 
 def test_what_is_missing_is_named(monkeypatch):
