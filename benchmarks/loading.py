@@ -29,7 +29,7 @@ class Device:
     def __init__(self, seconds: float) -> None:
         self._seconds, self._free = seconds, 0.0
 
-    def step(self, state: Any, batch: Any) -> tuple[Any, dict[str, Device]]:
+    def step(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         result = Device(self._seconds)
         self._free = result._free = max(time.perf_counter(), self._free) + self._seconds
         return state, {"loss": result}

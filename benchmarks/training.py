@@ -133,7 +133,7 @@ def measure(
     return dataclasses.replace(row, case=f"{row.case}, remat {remat}{packed}")
 
 
-def segment_ids(shape: tuple[int, int], documents: int, seed: int) -> np.ndarray:
+def segment_ids(shape: tuple[int, ...], documents: int, seed: int) -> np.ndarray:
     """Numbers 1, 2, ... of documents of random lengths that fill every row, int32 [B, T]."""
     rng = np.random.default_rng(seed)
     starts = np.zeros(shape, np.int32)
