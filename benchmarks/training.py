@@ -42,6 +42,7 @@ from hmf_jax.sharding import BATCH_AXES, named_sharding
 from hmf_jax.training import TrainState, make_train_step, training_flops
 from hmf_jax.training.flops import peak_flops
 from hmf_jax.training.lora import apply_lora
+from hmf_jax.training.memory import auto_remat
 
 STEPS = ("lora_step", "mixers_step", "full_step")
 
@@ -58,9 +59,11 @@ def compiled(op: str, s: models.Settings, remat: str, documents: int | None = No
     split = named_sharding(model.mesh, ("batch", None), shape)
     names = ("tokens", "segment_ids") if documents else ("tokens",)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split) for name in names}
-    step = make_train_step(
-        OPTIMIZER, remat=remat, max_grad_norm=1.0, num_iter=s.num_iter, impl=s.impl
-    )
+    options = dict(num_iter=s.num_iter, impl=s.impl)
+    choices: Any = remat
+    if remat == "auto":
+        choices = auto_remat(state, *shape, packed=bool(documents), **options)
+    step = make_train_step(OPTIMIZER, remat=choices, max_grad_norm=1.0, **options)
     return step.lower(state, batch).compile()
 
 
@@ -79,7 +82,7 @@ def measure(
     """Time of one AdamW step on `batch` rows of `length` tokens; the state is donated.
 
     Args:
-      op: one of `STEPS`; remat: see `make_train_step`.
+      op: one of `STEPS`; remat: see `make_train_step`, or "auto".
       documents: pack every row of so many documents of random lengths; None: rows are one document.
 
     Extra numbers, of one device but for trained: tokens_per_s; mfu, the model's FLOP/s

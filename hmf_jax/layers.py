@@ -13,6 +13,7 @@ from flax import nnx
 
 from hmf_jax.moved import moved
 from hmf_jax.options import Backbone
+from hmf_jax.pallas_kernels.dispatch import PRODUCT, kept
 
 Array = jax.Array
 Dims = tuple[str | None, ...]
@@ -63,7 +64,8 @@ def without_dtype[L: nnx.Linear | nnx.Embed](layer: L) -> L:
 
 
 def _dot_general(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
-    return one_row_twice(lambda x: jax.lax.dot_general(x, kernel, *args, **options), x)
+    y = one_row_twice(lambda x: jax.lax.dot_general(x, kernel, *args, **options), x)
+    return kept(y, PRODUCT)
 
 
 def linear(

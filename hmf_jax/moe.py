@@ -17,6 +17,7 @@ from hmf_jax.layers import MLP, Dims, exact, one_row_twice
 from hmf_jax.mixers.base import Context
 from hmf_jax.options import Backbone, MoEConfig
 from hmf_jax.pallas_kernels import grouped_matmul
+from hmf_jax.pallas_kernels.dispatch import PRODUCT, kept
 from hmf_jax.pallas_kernels.sharded import AXES, call
 
 Array = jax.Array
@@ -99,8 +100,9 @@ class Experts(nnx.Module):
         place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k), unique_indices=True)
         sizes = jnp.sum(group[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
         rows = _by_expert(x, order, place)
-        gate, up = jnp.split(self.product("gate_up_proj", rows, sizes, impl), 2, axis=-1)
-        y = self.product("down_proj", jax.nn.silu(gate) * up, sizes, impl)
+        both = kept(self.product("gate_up_proj", rows, sizes, impl), PRODUCT)
+        gate, up = jnp.split(both, 2, axis=-1)
+        y = kept(self.product("down_proj", jax.nn.silu(gate) * up, sizes, impl), PRODUCT)
         y = _by_token(y, order, place).reshape(N, k, -1)
         return jnp.sum(weights[..., None] * exact(y), axis=1)
 

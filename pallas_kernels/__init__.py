@@ -11,6 +11,7 @@ from hmf_jax.pallas_kernels.ops.attention.api import (
 )
 from hmf_jax.pallas_kernels.ops.attention.pages import PageTable
 from hmf_jax.pallas_kernels.ops.causal_conv1d.api import causal_conv1d
+from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import L2Norm, l2_normalize
 from hmf_jax.pallas_kernels.ops.gated_delta_rule.api import gated_delta_rule, gated_delta_rule_step
 from hmf_jax.pallas_kernels.ops.gka.api import gka, gka_step
 from hmf_jax.pallas_kernels.ops.grouped_matmul.api import grouped_matmul
@@ -21,6 +22,7 @@ from hmf_jax.pallas_kernels.ops.two_window_attention.api import (
 )
 
 __all__ = [
+    "L2Norm",
     "PageTable",
     "attention",
     "causal_conv1d",
@@ -30,6 +32,7 @@ __all__ = [
     "gka",
     "gka_step",
     "grouped_matmul",
+    "l2_normalize",
     "paged_decode_attention",
     "ssd",
     "ssd_step",

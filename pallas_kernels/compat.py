@@ -63,6 +63,11 @@ def store_rows(ref: Any, x: jax.Array) -> None:
         store(ref, x, optimized=False)
 
 
+def is_cudnn_attention(primitive: Any) -> bool:
+    """Whether this is cuDNN's forward pass, as policies of `jax.checkpoint` see it."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 def find_cudnn() -> Any:
     """The module below `jax.nn.dot_product_attention`, implementation "cudnn", which returns the
     log-sum-exp unrounded; None where this jax has changed it."""

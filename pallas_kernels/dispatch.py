@@ -10,10 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from hmf_jax.pallas_kernels.compat import compute_capability
 
 IMPLS = ("auto", "mosaic", "triton", "jla", "cudnn", "xla", "chunked", "reference")
+# Names for policies of `jax.checkpoint`: what operators hand to their backward pass beside what
+# they were given, and products with weights.
+OPERATOR, PRODUCT = "operator", "product"
 _log = logging.getLogger("pallas_kernels")
 _said: set[tuple[str, str, str]] = set()
 
@@ -53,6 +57,15 @@ def resolve(op: str, impl: str, usable: Mapping[str, str | None]) -> str:
         _said.add((op, name, why))
         _log.info("%s runs %s (%s)", op, name, why)
     return name
+
+
+def kept[T](arrays: T, name: str = OPERATOR) -> T:
+    """These arrays under a name by which a policy of `jax.checkpoint` may keep them.
+
+    The forward rules of operators name what their backward rules read: where that is kept, no
+    kernel runs again.
+    """
+    return jax.tree.map(lambda x: checkpoint_name(x, name), arrays)
 
 
 def check_whole(op: str, name: str, value: Any) -> None:

@@ -133,8 +133,8 @@ class Warpgroup:
         sums = pl.run_scoped(run, accumulator(a.shape), accumulator(b.shape))
         return a + sums[0], b + sums[1]
 
-    def first(self, acc: Ref) -> jax.Array:
-        """The accumulator of the first of two products, while the second one runs."""
+    def before_last(self, acc: Ref) -> jax.Array:
+        """An accumulator to which the last product does not add, while that product runs."""
         return plgpu.wgmma_accumulator_load(acc, wait_n=1) if self.registers else acc[...]
 
 
@@ -154,16 +154,20 @@ def kernel(
     scratch: dict[str, Any],
     interpret: bool,
     warpgroups: int = 1,
+    barriers: bool = True,
     **static: Any,
 ) -> Callable[..., Any]:
     """`plgpu.kernel` with lane semantics; the body gets `static` and its `wg` (`Warpgroup`).
 
-    With several warpgroups it reads its own number from the axis "warpgroup".
+    With several warpgroups it reads its own number from the axis "warpgroup". A body whose threads
+    read nothing that others write needs no `barriers` around its stores.
     """
     options: Any = {"interpret": plgpu.InterpretGPUParams()}
     if not interpret:
         lane = plgpu.LoweringSemantics.Lane
-        params = plgpu.CompilerParams(approx_math=True, lowering_semantics=lane)
+        params = plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=lane, unsafe_no_auto_barriers=not barriers
+        )
         options = {"compiler_params": params}
     if warpgroups > 1:
         options |= {"num_threads": warpgroups, "thread_name": "warpgroup"}

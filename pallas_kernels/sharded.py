@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -74,6 +75,11 @@ def batch_parts(mesh: Mesh) -> int:
     for axis in AXES.batch:
         size *= mesh.shape.get(axis, 1)
     return size
+
+
+def parts(mesh: Mesh | None, letter: str) -> int:
+    """How many parts a mesh splits a dimension of this letter into."""
+    return 1 if mesh is None else math.prod(mesh.shape.get(a, 1) for a in AXES.letters[letter])
 
 
 def batch_axes(mesh: Mesh, batch: int) -> tuple[str, ...]:

@@ -138,7 +138,7 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
         "on_bad": "skip",
         "shuffle": True,
         "seed": 0,
-        "remat": "block",
+        "remat": "auto",
         "chunk_size": 512,
         **{"dp": 1, "fsdp": None, "sp": 1, "tp": 1},
         "distributed": False,

@@ -25,7 +25,7 @@ from hmf_jax.engine.turn import Chunk, First, Load, Result, Save, Turn
 from hmf_jax.memory import device_bytes
 from hmf_jax.model import HybridLM
 
-FEW = 8  # tokens per row that a GPU decodes in one program
+FIXED_STEPS = 8  # tokens per row that a GPU decodes in one program without asking the host
 _NOBODY = Request((), 1, GREEDY)
 
 
@@ -34,9 +34,8 @@ class Ticket:
     """What a turn will have produced.
 
     Attributes:
-      first: tokens, logprobs [B, n], reasons [B] and the most likely tokens there.
+      first, decode: tokens, logprobs [B, n], reasons [B] and the most likely tokens there.
       slots: those that `first` is about.
-      decode: the same of each program that decoded, one after the other.
       ids: whose each slot was.
       top: how many of the most likely tokens each slot asks for.
       scores: log-probabilities of the chunk's tokens, and the most likely ones there.
@@ -45,8 +44,8 @@ class Ticket:
     """
 
     first: tuple[Any, ...] | None
+    decode: tuple[Any, ...] | None
     slots: frozenset[int]
-    decode: Sequence[tuple[Any, ...]]
     ids: Sequence[int]
     top: Sequence[int]
     scores: tuple[Any, ...] | None
@@ -61,7 +60,7 @@ class Ticket:
 
         top = any(self.top)
         scores = found(self.scores, self.top_scores > 0)
-        return found(self.first, top), [found(one, top) for one in self.decode], scores
+        return found(self.first, top), found(self.decode, top), scores
 
 
 class Device:
@@ -152,10 +151,10 @@ class Device:
         for save in turn.cuts:
             self._save(save)
         first = self._first(turn.firsts, asked) if turn.firsts else None
-        decode = self._decode(turn) if turn.steps else ()
+        decode = self._decode(turn) if turn.steps else None
         slots = frozenset(one.slot for one in turn.firsts)
         top = [request.top_logprobs for request in self._asked]
-        ticket = Ticket(first, slots, decode, (*self._ids,), top, scores, scored, top_scores)
+        ticket = Ticket(first, decode, slots, (*self._ids,), top, scores, scored, top_scores)
         for array in jax.tree.leaves(ticket.wanted()):
             array.copy_to_host_async()
         return ticket
@@ -171,7 +170,7 @@ class Device:
         logprobs: list[list[float]] = [[] for _ in range(self.slots)]
         top: list[list[dict[int, float]]] = [[] for _ in range(self.slots)]
         reasons = [RUNNING] * self.slots
-        for found, slots in ((first, ticket.slots), (_joined(decode), range(self.slots))):
+        for found, slots in ((first, ticket.slots), (decode, range(self.slots))):
             if found is None:
                 continue
             new, values, ended, likely = found
@@ -271,34 +270,30 @@ class Device:
         settings, top = self._settings_and_top()
         return self._change(self._all.first(starts, left, settings, top, allowed))
 
-    def _decode(self, turn: Turn) -> Sequence[tuple[Any, ...]]:
+    def _decode(self, turn: Turn) -> tuple[Any, ...]:
         constrained = {slot for slot in self._live if self._asked[slot].constraint is not None}
         # A token that was chosen in this turn is not known to its constraint yet.
         waiting = constrained & {one.slot for one in turn.firsts}
         ends, waits = np.zeros(self.slots, bool), np.zeros(self.slots, bool)
         ends[list(self._ends)], waits[list(waiting)] = True, True
-        steps = 1 if constrained else min(turn.steps, MOST_STEPS)
+        steps = 1 if constrained else min(turn.steps, self.most_steps)
         settings, top = self._settings_and_top()
-        allowed = self._allowed(constrained - waiting)
-        ends, table, waits = self._shared(ends, self._all.table(turn.tables), waits)
-        found = [
-            self._change(self._all.decode(ends, n, settings, top, table, waits, allowed, most))
-            for n, most in self._programs(steps)
-        ]
+        count = None if steps == self.most_steps and not self._loops else steps
+        found = self._change(
+            self._all.decode(
+                ends, count, settings, top, self._all.table(turn.tables), waits,
+                self._allowed(constrained - waiting), self.most_steps,
+            )
+        )  # fmt: skip
         for slot in self._ends:
             self._ended(slot)
         self._ends = set()
         return found
 
-    def _shared(self, *numbers: Any) -> Any:
-        """On the device, if several programs get them."""
-        return numbers if self._loops else jax.device_put(numbers, self._all.rows.reason.sharding)
-
-    def _programs(self, steps: int) -> list[tuple[int | None, int]]:
-        """`steps` and `most` of the programs that decode so many tokens together."""
-        if self._loops:
-            return [(steps, MOST_STEPS)]
-        return [(None, FEW)] * (steps // FEW) + [(None, 1)] * (steps % FEW)
+    @property
+    def most_steps(self) -> int:
+        """Most tokens per row and turn."""
+        return MOST_STEPS if self._loops else FIXED_STEPS
 
     def _change(self, call: Call) -> tuple[Any, ...]:
         """Runs a program that changes the rows; what else it returns."""
@@ -385,9 +380,8 @@ class Device:
         settings, top = self._settings_and_top()
         allowed = self._allowed(())
         iterations, table = self._iterations(_NOBODY), all.table(())
-        for n, most in dict.fromkeys(self._programs(FEW + 1)):
-            ends, pages, waits = self._shared(none, table, none)
-            yield all.decode(ends, n, settings, top, pages, waits, allowed, most)
+        for steps in (1,) if self._loops else (1, None):
+            yield all.decode(none, steps, settings, top, table, none, allowed, self.most_steps)
         yield all.first(none, zeros, settings, top, allowed)
         for start in all.starts():
             for width in reversed(all.widths(start + 1)):
@@ -414,18 +408,6 @@ def loops_without_waiting() -> bool:
     """Whether the caller of a program can go on while it loops. GPUs ask the host after each step
     of a loop whose end is not known beforehand whether to go on, and keep the caller for that."""
     return jax.devices()[0].platform != "gpu"
-
-
-def _joined(parts: Sequence[tuple[Any, ...]]) -> tuple[Any, ...] | None:
-    """What several programs decoded, one after the other, as if one had."""
-    if not parts:
-        return None
-    tokens, logprobs, reasons, top = zip(*parts, strict=True)
-
-    def join(*arrays: np.ndarray) -> np.ndarray:
-        return np.concatenate(arrays, axis=1)
-
-    return join(*tokens), join(*logprobs), reasons[-1], jax.tree.map(join, *top)
 
 
 def _batches(numbers: Sequence[Any]) -> Iterator[Sequence[Any]]:

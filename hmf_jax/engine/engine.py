@@ -75,8 +75,9 @@ class Engine:
         wait meanwhile.
       record: gets lines that say what was asked and what was done, prompts included; see
         `hmf_jax.engine.replay`.
-      threaded: hand turns to the device in a thread of its own. The programs of some devices keep
-        their caller waiting while they loop; so the next turn can be planned meanwhile.
+      threaded: hand turns to the device in a thread of its own. A GPU's queue holds about a
+        thousand kernels, so that who hands it several steps waits for most of them; meanwhile what
+        the turn before has brought can be told.
       clock: seconds, for `Started.waited`.
 
     Raises:
@@ -273,7 +274,7 @@ class Engine:
         """Hands the next turn to the device, and then waits for the turn before it.
 
         So the device has always something to do while the host works. In a turn a piece of one
-        prompt is read, and all rows decode up to `steps` (at most 64) tokens.
+        prompt is read, and all rows decode up to `steps` tokens, at most 64, on GPUs 8.
 
         Returns:
           What has happened to the requests, in order.
@@ -285,7 +286,7 @@ class Engine:
         try:
             if self._pending is not None and self._pending[0].waits:
                 self._collect()
-            turn = self._scheduler.plan(max(1, min(steps, MOST_STEPS)))
+            turn = self._scheduler.plan(max(1, min(steps, self._device.most_steps)))
             handed = None if turn is None else self._enqueue(turn)
             self._collect()
             if turn is not None and handed is not None:

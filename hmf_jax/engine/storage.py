@@ -257,12 +257,12 @@ class Storage:
 
     def decode(
         self,
-        ends: Any,
+        ends: np.ndarray,
         steps: int | None,
         settings: Settings,
         top: int,
-        table: Any,
-        waits: Any,
+        table: np.ndarray | None,
+        waits: np.ndarray,
         allowed: Any,
         most: int,
     ) -> Call:

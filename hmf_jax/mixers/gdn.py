@@ -9,7 +9,7 @@ from flax import nnx
 
 from hmf_jax.convert import rows
 from hmf_jax.convert.rows import Row
-from hmf_jax.layers import exact, linear, log_decay, split_heads, together
+from hmf_jax.layers import exact, linear, log_decay, together
 from hmf_jax.mixers.base import Array, Context
 from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
 from hmf_jax.mixers.linear import (
@@ -19,7 +19,6 @@ from hmf_jax.mixers.linear import (
     defaults,
     gated_linear_rows,
     geometry,
-    l2_normalize,
     state_heads,
 )
 from hmf_jax.options import Backbone, check_fields
@@ -69,7 +68,15 @@ class GatedDeltaNet(GatedLinearMixer):
 
     def __init__(self, config: Backbone, c: GDNConfig, *, dtype, rngs: nnx.Rngs):
         convs = (c.use_short_conv, c.use_short_conv, c.use_short_conv)
-        super().__init__(config, c, dtype=dtype, rngs=rngs, convs=convs, conv_bias=c.conv_bias)
+        super().__init__(
+            config,
+            c,
+            dtype=dtype,
+            rngs=rngs,
+            convs=convs,
+            under_root=True,
+            conv_bias=c.conv_bias,
+        )
         d, H = config.hidden_size, self.heads
         self.gk_proj = linear(d, H, ("embed", "heads"), config, dtype, rngs)
         self.b_proj = linear(d, H, ("embed", "heads"), config, dtype, rngs)
@@ -81,14 +88,10 @@ class GatedDeltaNet(GatedLinearMixer):
         q, k, v, gate, beta, g = together(
             x, self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.b_proj, self.gk_proj
         )
-        q, conv_q = self.convolve(q, self.q_conv1d, ctx, s and s.conv_q, silu=True)
-        k, conv_k = self.convolve(k, self.k_conv1d, ctx, s and s.conv_k, silu=True)
+        q, conv_q = self.queries(q, ctx, s and s.conv_q)
+        k, conv_k = self.keys(k, ctx, s and s.conv_k)
         v, conv_v = self.convolve(v, self.v_conv1d, ctx, s and s.conv_v, silu=True)
-        q = self.repeat(split_heads(q, self.head_dim))
-        q = l2_normalize(q, 1e-6, under_root=True)
-        k = l2_normalize(self.expand(k, self.proj_k, self.k_rep), 1e-6, under_root=True)
         v = self.expand(v, self.proj_v, self.v_rep)
-        q, k = q.astype(v.dtype), k.astype(v.dtype)
         beta = jax.nn.sigmoid(exact(ctx.over_tokens(beta)))
         if self.c.allow_neg_eigval:
             beta = 2.0 * beta

@@ -10,7 +10,7 @@ from flax import nnx
 
 from hmf_jax.convert import rows
 from hmf_jax.convert.rows import Row
-from hmf_jax.layers import exact, linear, log_decay, split_heads, together
+from hmf_jax.layers import exact, linear, log_decay, together
 from hmf_jax.mixers.base import Array, Context
 from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
 from hmf_jax.mixers.linear import (
@@ -21,7 +21,6 @@ from hmf_jax.mixers.linear import (
     defaults,
     gated_linear_rows,
     geometry,
-    l2_normalize,
     state_heads,
 )
 from hmf_jax.mixers.parts import Parts
@@ -87,7 +86,7 @@ class GatedKalmaNet(GatedLinearMixer):
 
     def __init__(self, config: Backbone, c: GKAConfig, *, dtype, rngs: nnx.Rngs):
         convs = (True, True, c.use_v_conv)
-        super().__init__(config, c, dtype=dtype, rngs=rngs, convs=convs)
+        super().__init__(config, c, dtype=dtype, rngs=rngs, convs=convs, under_root=False)
 
         def gate(bias: bool) -> nnx.Linear:
             d, H = config.hidden_size, self.heads
@@ -106,14 +105,10 @@ class GatedKalmaNet(GatedLinearMixer):
             x, self.q_proj, self.k_proj, self.v_proj, self.g_proj,
             self.alpha_proj, self.b_proj, a_proj,
         )  # fmt: skip
-        q, conv_q = self.convolve(q, self.q_conv1d, ctx, s and s.conv_q, silu=True)
-        k, conv_k = self.convolve(k, self.k_conv1d, ctx, s and s.conv_k, silu=True)
+        q, conv_q = self.queries(q, ctx, s and s.conv_q)
+        k, conv_k = self.keys(k, ctx, s and s.conv_k)
         v, conv_v = self.convolve(v, self.v_conv1d, ctx, s and s.conv_v, silu=False)
-        q = self.repeat(split_heads(q, self.head_dim))
-        q = l2_normalize(q, 1e-6, under_root=False)
-        k = l2_normalize(self.expand(k, self.proj_k, self.k_rep), 1e-6, under_root=False)
         v = self.expand(v, self.proj_v, self.v_rep)
-        q, k = q.astype(v.dtype), k.astype(v.dtype)
 
         alpha, beta, g = (None if a is None else ctx.over_tokens(a) for a in gates)
         if alpha is not None:

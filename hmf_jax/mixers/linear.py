@@ -23,7 +23,7 @@ from hmf_jax.layers import (
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.mixers.kind import GATE
 from hmf_jax.options import WIDEST, Backbone
-from hmf_jax.pallas_kernels import causal_conv1d
+from hmf_jax.pallas_kernels import L2Norm, causal_conv1d, l2_normalize
 
 Channels = Literal["heads", "kv_heads"]
 
@@ -41,7 +41,8 @@ FROM_ATTENTION = {**QKVO, "g_proj": GATE}
 
 
 class ShortConv(nnx.Module):
-    """Depthwise causal convolution over time, then SiLU. weight [K, C]; weight[-1] is now."""
+    """Depthwise causal convolution over time, then SiLU, then a norm of heads if one is given.
+    weight [K, C]; weight[-1] is now."""
 
     def __init__(
         self,
@@ -58,12 +59,15 @@ class ShortConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels, dtype), dims=(dim,)) if bias else None
         self.letter: Literal["h", "k"] = "h" if dim == "heads" else "k"
 
-    def __call__(self, x: Array, ctx: Context, state: Array | None) -> tuple[Array, Array]:
+    def __call__(
+        self, x: Array, ctx: Context, state: Array | None, norm: L2Norm | None = None
+    ) -> tuple[Array, Array]:
         """x [B, T, C], state [B, K-1, C] or None -> (y [B, T, C], the last K-1 inputs)."""
         return causal_conv1d(
             ctx.over_tokens(x),
             self.weight[...],
             None if self.bias is None else self.bias[...],
+            norm=norm,
             initial_state=state,
             **ctx.padding,
             channels=self.letter,
@@ -119,6 +123,7 @@ class GatedLinearMixer(Mixer):
         dtype,
         rngs: nnx.Rngs,
         convs: tuple[bool, bool, bool],
+        under_root: bool,
         conv_bias: bool = False,
     ):
         d, heads = config.hidden_size, config.linear_heads
@@ -159,6 +164,7 @@ class GatedLinearMixer(Mixer):
         self.k_rep, self.v_rep = repeat(heads.k), repeat(heads.v)
         self.c, self.heads, self.head_dim = c, H, D
         self.shared = heads.k == heads.v
+        self.norm = L2Norm(D, 1e-6, under_root)
 
     @untabulated
     def convolve(
@@ -168,6 +174,35 @@ class GatedLinearMixer(Mixer):
         if conv is not None:
             return conv(x, ctx=ctx, state=state)
         return (jax.nn.silu(x) if silu else x), None
+
+    @untabulated
+    def queries(self, q: Array, ctx: Context, state: Array | None) -> tuple[Array, Array | None]:
+        """Projections [B, T, H*D] convolved, as unit vectors of all heads [B, T, H, D]."""
+        q, state = self._unit(q, self.q_conv1d, ctx, state)
+        return self.repeat(split_heads(q, self.head_dim)), state
+
+    @untabulated
+    def keys(self, k: Array, ctx: Context, state: Array | None) -> tuple[Array, Array | None]:
+        """Projections [B, T, K*D] convolved, as unit vectors of heads, see `expand`."""
+        if self.proj_k is None:
+            k, state = self._unit(k, self.k_conv1d, ctx, state)
+            return self.expand(k, None, None), state
+        k, state = self.convolve(k, self.k_conv1d, ctx, state, silu=True)
+        k = self.expand(k, self.proj_k, self.k_rep)
+        return self._normalize(k), state
+
+    @untabulated
+    def _unit(
+        self, x: Array, conv: ShortConv | None, ctx: Context, state: Array | None
+    ) -> tuple[Array, Array | None]:
+        if conv is not None:
+            return conv(x, ctx=ctx, state=state, norm=self.norm)
+        return merge_heads(self._normalize(split_heads(jax.nn.silu(x), self.head_dim))), None
+
+    @untabulated
+    def _normalize(self, heads: Array) -> Array:
+        norm = self.norm
+        return l2_normalize(heads, norm.eps, under_root=norm.under_root).astype(heads.dtype)
 
     @untabulated
     def expand(self, x: Array, low_rank: LowRank | None, rep: nnx.Param | None) -> Array:
@@ -212,20 +247,6 @@ class GatedLinearMixer(Mixer):
         """An empty float32 state [B, H, D, D] (float64 in float64 models)."""
         shape = (batch, self.heads, self.head_dim, self.head_dim)
         return zeros(shape, ("batch", "heads", None, None), exact_dtype(dtype), mesh)
-
-
-def l2_normalize(x: Array, eps: float, *, under_root: bool) -> Array:
-    """Unit vectors along the last axis, in float32 (kept).
-
-    Zero vectors stay zero: GKA adds eps to the norm, GDN adds it under the root.
-    """
-    x = exact(x)
-    square = jnp.sum(x * x, axis=-1, keepdims=True)
-    if under_root:
-        return x * jax.lax.rsqrt(square + eps)
-    positive = square > 0  # keeps the gradient of the root finite at zero
-    norm = jnp.sqrt(jnp.where(positive, square, 1.0))
-    return x / (jnp.where(positive, norm, 0.0) + eps)
 
 
 def state_heads(config: Backbone) -> int:

@@ -40,9 +40,10 @@ from hmf_jax.parameters import flat_params
 from hmf_jax.priming.unfuse import check_fused
 from hmf_jax.training.loss import next_token_targets
 from hmf_jax.training.plan import plan
+from hmf_jax.training.remat import Remat, rematerialized
 from hmf_jax.training.run import fine_tune
 from hmf_jax.training.schema import TrainConfig
-from hmf_jax.training.step import REMAT, Remat, make_train_step
+from hmf_jax.training.step import make_train_step
 
 Array = jax.Array
 
@@ -297,7 +298,8 @@ def _run_pair(
     """One layer for student and teacher, and its errors. One inner jit: equal layers are traced
     once."""
 
-    def run(block: Block, student: Array, teacher: Array, ctx: Context):
+    def run(pair: tuple[Array, Array], block: Block, ctx: Context):
+        student, teacher = pair
         frozen = jax.tree.map(jax.lax.stop_gradient, block)
         mixer = frozen.mixer if frozen.teacher is None else frozen.teacher
         y_a, m_a, f_a, *_ = frozen.run(mixer, teacher, ctx)
@@ -305,9 +307,7 @@ def _run_pair(
         pairs = {"decoder": (y_s, y_a), "mixer": (m_s, m_a), "mlp": (f_s, f_a)}
         return y_s, y_a, tuple(_square_error(*pairs[part], weights) for part in parts)
 
-    if choice != "none":
-        run = jax.checkpoint(run, policy=REMAT[choice])
-    return run(block, student, teacher, ctx)
+    return rematerialized(run, choice)((student, teacher), block, ctx)
 
 
 def _square_error(a: Array, b: Array, weights: Array) -> Array:

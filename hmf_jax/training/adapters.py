@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from hmf_jax.layers import exact, one_row_twice, untabulated
 from hmf_jax.moe import Experts
 from hmf_jax.pallas_kernels import grouped_matmul
+from hmf_jax.pallas_kernels.dispatch import PRODUCT, kept
 from hmf_jax.sharding import named_sharding
 
 Array = jax.Array
@@ -82,7 +83,7 @@ class LoRALinear(nnx.Module):
                 for a, u in zip(adapters, thin, strict=True)
             ]
 
-        return one_row_twice(run, x)
+        return kept(one_row_twice(run, x), PRODUCT)
 
     def _frozen(self, x: Array) -> Array:
         """x W + b."""

@@ -12,7 +12,8 @@ from flax import nnx
 
 from hmf_jax.sharding import row_parts
 from hmf_jax.training.loss import next_token_loss
-from hmf_jax.training.step import Loss, Remat, TrainState
+from hmf_jax.training.remat import Remat
+from hmf_jax.training.step import Loss, TrainState
 
 Array = jax.Array
 Batch = Mapping[str, Any]

@@ -106,11 +106,13 @@ class Record:
       identity: what it is a run of.
       wrote: the directories that it exported, each with the fingerprint of its weights; None: it
         was about to.
+      remat: what `remat: auto` chose for each layer; None: nothing yet.
     """
 
     directory: Path
     identity: dict[str, Any]
     wrote: dict[str, str | None]
+    remat: list[str] | None = None
 
     @classmethod
     def load(cls, directory: Path) -> Record | None:
@@ -127,10 +129,10 @@ class Record:
             isinstance(identity, dict) and isinstance(wrote, dict) and _IDENTITY <= set(identity)
         ):
             raise ValueError(f"{file} is no record of a run; choose another output")
-        return cls(directory, identity, wrote)
+        return cls(directory, identity, wrote, values.get("remat"))
 
     def save(self) -> None:
-        values = {"identity": self.identity, "wrote": self.wrote}
+        values = {"identity": self.identity, "wrote": self.wrote, "remat": self.remat}
         write_atomically(self.directory / RECORD, json.dumps(values, indent=1) + "\n")
 
     @contextlib.contextmanager

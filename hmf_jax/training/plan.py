@@ -7,11 +7,11 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from hmf_jax.memory import device_bytes, size_text
-from hmf_jax.sharding import BATCH_AXES
+from hmf_jax.training.devices import device_limit
 from hmf_jax.training.flops import peak_flops, training_flops
+from hmf_jax.training.remat import AUTO, Choices, remat_choices, remat_text
 from hmf_jax.training.run import Run, describe_data, describe_source
 from hmf_jax.training.schema import TrainConfig
 from hmf_jax.training.step import Loss, TrainState
@@ -24,13 +24,10 @@ def plan(config: TrainConfig, *, loss: Loss | None = None) -> str:
     machine; no weight is loaded, nothing is written.
     """
     run = Run.prepare(config, loss)
-    state = run.abstract_state()
-    sharding = None if run.mesh is None else NamedSharding(run.mesh, PartitionSpec(BATCH_AXES))
-    batch = {
-        name: jax.ShapeDtypeStruct((run.batch_size, config.seq_len), dtype, sharding=sharding)
-        for name, dtype in (("tokens", "int32"), ("segment_ids", "int32"), ("loss_mask", "bool"))
-    }
-    compiled = run.step.lower(state, batch).compile()
+    state, said = run.abstract_state(), []
+    remat, compiled = run.fit(state, None, said.append)
+    if compiled is None:
+        compiled = run.make_step(remat=remat).lower(state, run.abstract_batch()).compile()
     if config.steps is not None:
         next(run.seen)
     return "\n".join(
@@ -40,6 +37,8 @@ def plan(config: TrainConfig, *, loss: Loss | None = None) -> str:
             describe_data(run.seen),
             *(f"         {problem}" for problem in run.seen.problems[:5]),
             *_describe_parameters(state),
+            *said,
+            *_describe_remat(run, state, remat, loss),
             *_describe_memory(state, compiled.memory_analysis()),
             *_describe_cost(run, state, compiled.cost_analysis()),
         ]
@@ -56,6 +55,19 @@ def _describe_parameters(state: TrainState) -> list[str]:
     total = trained + sum(p.size for p in state.frozen.values())
     head = f"trained  {len(state.params)} tensors, {trained:,} of {total:,} parameters"
     return [head, *(f"  {n:4d} x {name} {list(s)}" for (name, s), n in sorted(groups.items()))]
+
+
+def _describe_remat(run: Run, state: TrainState, remat: Choices, loss: Loss | None) -> list[str]:
+    """What each layer keeps, and the memory that this was chosen by."""
+    choices = remat_choices(remat, run.model_config.student_kinds)
+    lines = [f"remat    {remat_text(choices)} ({'auto' if run.config.remat == AUTO else 'given'})"]
+    if loss is None:
+        limit = device_limit()
+        of = "" if limit is None else f" of {size_text(limit)} that a step may take"
+        peak = run.memory(state).peak(choices)
+        lines.append(f"         planned: {size_text(sum(peak.values()))}{of}; when it is fullest")
+        lines += [f"  {size_text(n):>12}  {name}" for name, n in peak.items() if n]
+    return lines
 
 
 def _describe_memory(state: TrainState, analysis: Any) -> list[str]:

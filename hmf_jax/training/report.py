@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from hmf_jax.training.flops import peak_flops
 from hmf_jax.training.identity import write_atomically
+from hmf_jax.training.schema import TrainConfig
 
 METRICS = "metrics.jsonl"
 
@@ -202,3 +203,21 @@ def plot_loss(directory: str | Path) -> Path | None:
     path = Path(directory) / "loss.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def loggers(config: TrainConfig, output: Path) -> list[Any]:
+    """Those that a config asks for, of a run in the directory `output`."""
+    if not config.tensorboard and config.wandb is None:
+        return []
+    try:
+        from metrax import logging  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise ImportError(
+            "tensorboard and wandb need google-metrax: pip install 'hmf-jax[train]'"
+        ) from e
+    loggers: list[Any] = []
+    if config.tensorboard:
+        loggers.append(logging.TensorboardBackend(str(output / "tensorboard")))
+    if config.wandb is not None:
+        loggers.append(logging.WandbBackend(config.wandb, name=output.name))
+    return loggers

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,15 +17,16 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hmf_jax.config import HybridConfig
 from hmf_jax.loading import from_pretrained, resolve, save_pretrained
 from hmf_jax.model import HybridLM
-from hmf_jax.sharding import for_model, make_mesh, row_parts
+from hmf_jax.sharding import BATCH_AXES, for_model, row_parts
 from hmf_jax.text import load_tokenizer
 from hmf_jax.training.batches import Batches
 from hmf_jax.training.checkpoint import Checkpoints, of_all_processes
+from hmf_jax.training.devices import device_limit, join_processes, mesh_for
 from hmf_jax.training.diagnosis import find_not_finite
 from hmf_jax.training.evaluation import Evaluation
 from hmf_jax.training.identity import (
@@ -48,6 +48,9 @@ from hmf_jax.training.identity import (
 )
 from hmf_jax.training.loop import data_shard, holding, train
 from hmf_jax.training.loss import aux_coef
+from hmf_jax.training.memory import StepMemory, fit, plan_memory
+from hmf_jax.training.remat import AUTO, check_remat
+from hmf_jax.training.report import loggers
 from hmf_jax.training.schema import TrainConfig, yaml_module
 from hmf_jax.training.signals import stopping_at_once
 from hmf_jax.training.step import Loss, TrainState, make_train_step
@@ -55,7 +58,7 @@ from hmf_jax.training.step import Loss, TrainState, make_train_step
 # Fields that are passed on as they are, to `Batches` and to `make_train_step`.
 _DATA = ("column", "template_options", "max_row_bytes", "packing", "overlong", "on_bad")
 _DATA += ("padding_side", "shuffle", "seed")
-_STEP = ("accumulate", "remat", "max_grad_norm", "num_iter", "impl", "chunk_size")
+_STEP = ("accumulate", "max_grad_norm", "num_iter", "impl", "chunk_size")
 _STEP += ("router_aux_loss_coef",)
 
 
@@ -93,7 +96,7 @@ def fine_tune(
     progress = progress and first
     report(run.describe())
     report(describe_source(run.seen))
-    run.abstract_state()  # finds patterns that select nothing before anything is loaded or written
+    planned = run.abstract_state()  # finds bad patterns before anything is loaded or written
     output = Path(config.output).expanduser()
     checkpoints = Checkpoints(
         output / CHECKPOINTS, run.model_config, every=config.save_every, keep=config.keep
@@ -102,6 +105,10 @@ def fine_tune(
         evaluate = run.evaluation(loss)
         identity = run.identity() if first else {}
         record = _begin(run, identity, checkpoints, overwrite, report)
+        remat, _ = run.fit(planned, None if record is None else record.remat, report)
+        if record is not None and config.remat == AUTO:
+            record.remat = list(remat)
+            record.save()
         model = from_pretrained(
             run.source,
             mesh=run.mesh,
@@ -114,12 +121,12 @@ def fine_tune(
         batches = run.batches()
         state = train(
             state,
-            run.step,
+            run.make_step(remat=remat),
             batches,
             steps=run.steps,
             checkpoints=checkpoints,
             directory=output,
-            loggers=_loggers(config, output) if first else (),
+            loggers=loggers(config, output) if first else (),
             diagnose=functools.partial(find_not_finite, loss=loss),
             evaluate=evaluate,
             eval_every=config.eval_every or config.save_every,
@@ -235,7 +242,7 @@ class Run:
       batches: makes the data of the run from their beginning.
       seen: such data, read to their end if the length of the run depends on them, else not yet.
       steps: of the whole run.
-      optimizer, step: the functions that train.
+      optimizer: the optimizer; make_step: `make_train_step`, but for remat.
     """
 
     config: TrainConfig
@@ -249,7 +256,7 @@ class Run:
     seen: Batches = dataclasses.field(init=False)
     steps: int = 0
     optimizer: optax.GradientTransformation = dataclasses.field(init=False)
-    step: jax.stages.Wrapped = dataclasses.field(init=False)
+    make_step: functools.partial[jax.stages.Wrapped] = dataclasses.field(init=False)
 
     @classmethod
     def prepare(cls, config: TrainConfig, loss: Loss | None, *, alone: bool = False) -> Self:
@@ -261,11 +268,11 @@ class Run:
                 "reads a file, TrainConfig.of takes a dict"
             )
         if config.distributed and not jax.distributed.is_initialized():
-            _join_processes()
+            join_processes()
         source = resolve(config.model)
         model_config = HybridConfig.from_json(source).override(config.config_overrides)
         balance = aux_coef(config.router_aux_loss_coef, model_config)
-        mesh = for_model(_mesh(config), model_config)
+        mesh = for_model(mesh_for(config), model_config)
         parts = 1 if mesh is None else row_parts(mesh)
         each = config.accumulate * parts
         batch_size = config.batch_size or each * (config.per_device_batch_size or 1)
@@ -298,7 +305,9 @@ class Run:
         run.steps = config.steps or _count(run.seen)  # the schedule must know
         run.optimizer = config.optimizer(run.steps)
         options = {name: getattr(config, name) for name in _STEP}
-        run.step = make_train_step(run.optimizer, loss=loss, **options)
+        run.make_step = functools.partial(make_train_step, run.optimizer, loss=loss, **options)
+        if config.remat != AUTO:
+            check_remat(config.remat)
         return run
 
     def inputs(self) -> dict[str, list[Path]]:
@@ -363,7 +372,42 @@ class Run:
         model = nnx.eval_shape(
             lambda: self.adapt(HybridLM(self.model_config, dtype=dtype, mesh=self.mesh))
         )
-        return TrainState.abstract(model, self.optimizer, **self.selection)
+        state = TrainState.abstract(model, self.optimizer, **self.selection)
+        if self.mesh is not None:
+            return state
+        one = SingleDeviceSharding(jax.local_devices()[0])  # as `TrainState.create` leaves it
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), state)
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch as shapes, dtypes and shardings."""
+        split = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        shape = self.batch_size, self.config.seq_len
+        dtypes = {"tokens": "int32", "segment_ids": "int32", "loss_mask": "bool"}
+        return {n: jax.ShapeDtypeStruct(shape, t, sharding=split) for n, t in dtypes.items()}
+
+    def memory(self, state: TrainState) -> StepMemory:
+        """The plan of a step's memory."""
+        c = self.config
+        options = {n: getattr(c, n) for n in ("accumulate", "num_iter", "impl", "chunk_size")}
+        return plan_memory(state, self.batch_size, c.seq_len, **options)
+
+    def fit(
+        self, state: TrainState, before: Sequence[str] | None, say: Callable[[str], None]
+    ) -> tuple[Any, jax.stages.Compiled | None]:
+        """The remat of the step, and its program if finding that took to compile it."""
+        loss, limit = self.make_step.keywords["loss"], device_limit()
+        found = of_all_processes([limit, before]) or []
+        limits = [n for n, _ in found]
+        if self.config.remat != AUTO:
+            return self.config.remat, None
+        if loss is not None or None in limits:
+            return ["block"] * len(self.model_config.layer_kinds), None
+
+        def compile(choices: Sequence[str]) -> jax.stages.Compiled:
+            step = self.make_step(remat=choices)
+            return step.lower(state, self.abstract_batch()).compile()
+
+        return fit(self.memory(state), min(limits), compile, before=found[0][1], say=say)
 
     def describe(self) -> str:
         """Model, devices and length in words."""
@@ -392,47 +436,6 @@ def _count(batches: Batches) -> int:
     if jax.process_count() > 1:
         count = int(multihost_utils.process_allgather(np.asarray(count)).max())
     return count
-
-
-def _join_processes() -> None:
-    """JAX finds the others under SLURM, Open MPI and Kubernetes; elsewhere the environment says."""
-    given = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
-    count, index = (None if n is None else int(n) for n in given)
-    jax.distributed.initialize(num_processes=count, process_id=index)
-
-
-def _mesh(config: TrainConfig) -> Mesh | None:
-    """The mesh of the config on the devices there are; None for a single device."""
-    there = jax.device_count()
-    others = config.dp * config.sp * config.tp
-    fsdp = max(1, there // others) if config.fsdp is None else config.fsdp
-    wanted = others * fsdp
-    if wanted > there or (config.fsdp is None and there % others):
-        raise ValueError(
-            f"dp={config.dp} x fsdp={fsdp} x sp={config.sp} x tp={config.tp} does not fit the "
-            f"{there} device(s)"
-        )
-    if wanted == 1:
-        return None
-    devices = jax.devices()[:wanted] if jax.process_count() == 1 else jax.devices()
-    return make_mesh(dp=config.dp, fsdp=fsdp, sp=config.sp, tp=config.tp, devices=devices)
-
-
-def _loggers(config: TrainConfig, output: Path) -> list[Any]:
-    if not config.tensorboard and config.wandb is None:
-        return []
-    try:
-        from metrax import logging  # pyright: ignore[reportMissingImports]
-    except ImportError as e:
-        raise ImportError(
-            "tensorboard and wandb need google-metrax: pip install 'hmf-jax[train]'"
-        ) from e
-    loggers: list[Any] = []
-    if config.tensorboard:
-        loggers.append(logging.TensorboardBackend(str(output / "tensorboard")))
-    if config.wandb is not None:
-        loggers.append(logging.WandbBackend(config.wandb, name=output.name))
-    return loggers
 
 
 def describe_source(batches: Batches) -> str:

@@ -20,6 +20,7 @@ from hmf_jax.training.fields import (
     yaml_module,
 )
 from hmf_jax.training.optimizer import RECIPES, Recipe
+from hmf_jax.training.remat import AUTO
 from hmf_jax.training.sources import MAX_ROW_BYTES
 
 __all__ = ["TrainConfig", "yaml_module"]
@@ -53,7 +54,10 @@ class TrainConfig(Recipe):
       eval_every: steps between validations (there is one at the end, too); None: save_every.
       export: which weights become output/model: "last", or "best", those of the smallest validation
         loss; their checkpoint is kept beside the newest.
-      remat, num_iter, impl, chunk_size: of `make_train_step`.
+      remat: of `make_train_step`, or "auto": as little is computed again as the memory of a device
+        allows, layer by layer (see `hmf_jax.training.memory`). Where devices do not say how much
+        they have, as CPUs do not, and with another loss than the next token's it is "block".
+      num_iter, impl, chunk_size: of `make_train_step`.
       dp, fsdp, sp, tp: the mesh, see `make_mesh`; fsdp None: all devices that the others leave.
       distributed: join the other processes of the run (`jax.distributed`): found by itself under
         SLURM, Open MPI and Kubernetes, else described by the variables JAX_COORDINATOR_ADDRESS
@@ -93,7 +97,7 @@ class TrainConfig(Recipe):
     eval_data: str | list[str] | None = None
     eval_every: Count | None = None
     export: Literal["last", "best"] = "last"
-    remat: str | dict[str, str] = "block"
+    remat: str | dict[str, str] = AUTO
     num_iter: Annotated[int, Range(0)] | None = None
     impl: str = "auto"
     chunk_size: Count = 512

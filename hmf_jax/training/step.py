@@ -16,14 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hmf_jax import table
-from hmf_jax.block import Block
 from hmf_jax.layers import exact, exact_dtype
-from hmf_jax.mixers import KINDS, Context
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import Origin
 from hmf_jax.parameters import abstract_params, flat_params
 from hmf_jax.sharding import constrain
 from hmf_jax.training.loss import balanced_loss
+from hmf_jax.training.remat import Choices, Remat, check_remat, remat_choices
 
 Array = jax.Array
 Params = dict[str, Array]
@@ -33,12 +32,6 @@ Metrics = dict[str, Array]
 Loss = Callable[..., tuple[Array, Array] | tuple[Array, Array, Metrics]]
 
 BATCH = ("tokens", "loss_mask", "segment_ids", "positions")
-# Remat choice -> policy of `jax.checkpoint`; "none" keeps everything.
-REMAT: dict[str, Any] = {
-    "none": None,
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 def select_parameters(model: HybridLM, trainable: str | Sequence[str] | None = None) -> list[str]:
@@ -190,7 +183,7 @@ def make_train_step(
     *,
     loss: Loss | None = None,
     accumulate: int = 1,
-    remat: str | Mapping[str, str] = "none",
+    remat: Choices = "none",
     max_grad_norm: float | None = None,
     num_iter: int | None = None,
     impl: str = "auto",
@@ -218,9 +211,12 @@ def make_train_step(
         tokens, which is differentiated with respect to the model, and their number; if it wants
         also a dict of further sums, which become metrics ("loss": in place of the first).
       accumulate: micro-batches that the batch is cut into; must divide B.
-      remat: what the backward pass computes again: "none"; "block": everything inside a block (only
-        its input [B, T, d] is kept); "dots": all but matrix products with weights. Or one
-        choice per layer kind: {"GKA": "block", "*": "dots"}; kinds left out keep everything.
+      remat: what the backward pass computes again: "none"; "dots": all but products with weights
+        and what operators (attention, solvers) hand to their own backward pass; "named": all but
+        the latter; "block": everything inside a block, whose input [B, T, d] alone is kept;
+        "offload": as "named", that input in pinned memory of the host. Or one choice
+        per layer kind, {"GKA": "block", "*": "dots"}, where kinds left out keep everything; or one
+        per layer, as `plan_memory` chooses them.
       max_grad_norm: gradients are scaled down to this global norm.
       num_iter: Chebyshev iterations of GKA layers; None: the config's.
       impl: operator implementation, see `hmf_jax.pallas_kernels.dispatch`.
@@ -231,7 +227,7 @@ def make_train_step(
       ValueError: bad arguments; when called, a batch with unknown keys or wrong shapes.
     """
     _check_settings(accumulate, max_grad_norm, chunk_size)
-    choice_of = _remat_choices(remat)
+    check_remat(remat)
     if loss is None:
         loss = functools.partial(
             balanced_loss, chunk_size=chunk_size, router_aux_loss_coef=router_aux_loss_coef
@@ -241,7 +237,7 @@ def make_train_step(
 
     def objective(params: Params, frozen: Params, template: Template, batch: Mapping[str, Any]):
         model = template.model(frozen | params)
-        choices = [choice_of.get(kind, "none") for kind in model.config.student_kinds]
+        choices = remat_choices(remat, model.config.student_kinds)
         pairs = zip(model.layers, choices, strict=True)
         model.layers = nnx.List([b if c == "none" else Remat(b, c) for b, c in pairs])
         total, tokens, *more = loss(model, **batch, num_iter=num_iter, impl=impl)
@@ -328,19 +324,6 @@ def _updated(
     return TrainState(new[0], state.frozen, new[1], new[2], state.template), rate
 
 
-class Remat(Block):
-    """A block that keeps for its backward pass only what the policy says."""
-
-    def __init__(self, block: Block, choice: str):
-        self.block, self.choice = block, choice
-
-    def __call__(self, x: Array, ctx: Context, state: Any, experts: Array | None = None) -> Any:
-        def run(block: Block, *args: Any):
-            return block(*args)
-
-        return jax.checkpoint(run, policy=REMAT[self.choice])(self.block, x, ctx, state, experts)
-
-
 def _check_settings(accumulate: int, max_grad_norm: float | None, chunk_size: int) -> None:
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1.")
@@ -348,20 +331,6 @@ def _check_settings(accumulate: int, max_grad_norm: float | None, chunk_size: in
         raise ValueError(f"max_grad_norm={max_grad_norm} must be positive; None does not clip.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
-
-
-def _remat_choices(remat: str | Mapping[str, str]) -> dict[str, str]:
-    """Layer kind -> key of `REMAT`."""
-    if isinstance(remat, str):
-        remat = dict.fromkeys(KINDS, remat)
-    choices = dict(remat)
-    for kind, choice in choices.items():
-        if kind not in KINDS or choice not in REMAT:
-            raise ValueError(
-                f"remat {kind!r}: {choice!r} is unknown; kinds are {tuple(KINDS)}, choices "
-                f"{tuple(REMAT)}."
-            )
-    return choices
 
 
 def _check(batch: Mapping[str, Any], accumulate: int) -> None:

@@ -24,7 +24,7 @@ from hmf_jax.demo import write_checkpoint
 from hmf_jax.loading import from_pretrained
 from hmf_jax.parameters import flat_params
 from hmf_jax.training import RECIPES, read_metrics, train
-from hmf_jax.training.run import _loggers
+from hmf_jax.training.report import loggers
 from hmf_jax.training.schema import TrainConfig
 
 pytest.importorskip("grain")
@@ -187,13 +187,13 @@ def test_the_command(files):
 
 def test_tensorboard(files):
     pytest.importorskip("metrax")
-    loggers = _loggers(TrainConfig.load("run.yaml", ["tensorboard=true"]), files)
+    made = loggers(TrainConfig.load("run.yaml", ["tensorboard=true"]), files)
 
     def step(state, batch):
         return state, {"loss": jnp.float32(0.5)}
 
     batches = [{"tokens": np.zeros((1, 2), np.int32)}]
-    train(jnp.zeros(1), step, batches, steps=1, loggers=loggers, progress=False)
+    train(jnp.zeros(1), step, batches, steps=1, loggers=made, progress=False)
     (events,) = Path("tensorboard").glob("events*")
     assert b"train/loss" in events.read_bytes()
 

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hmf_jax.pallas_kernels.dispatch import kept
 from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs, Token
 from hmf_jax.pallas_kernels.segments import documents, leading
 
@@ -153,7 +154,7 @@ def _attend(key_sets: tuple[KeySet, ...], scale: float) -> jax.Array:
 
 
 def _attend_fwd(key_sets: tuple[KeySet, ...], scale: float) -> tuple[jax.Array, tuple[Any, ...]]:
-    out, lse = _forward(key_sets, scale)
+    out, lse = kept(_forward(key_sets, scale))
     return out, (key_sets, out, lse)
 
 

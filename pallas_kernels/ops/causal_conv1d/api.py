@@ -10,15 +10,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hmf_jax.pallas_kernels import sharded
-from hmf_jax.pallas_kernels.dispatch import resolve
+from hmf_jax.pallas_kernels.dispatch import finite, resolve
+from hmf_jax.pallas_kernels.ops.causal_conv1d import mosaic
 from hmf_jax.pallas_kernels.ops.causal_conv1d.chunked import causal_conv1d_chunked
-from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import Inputs
+from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import Inputs, L2Norm
 from hmf_jax.pallas_kernels.ops.causal_conv1d.reference import causal_conv1d_reference
 from hmf_jax.pallas_kernels.recurrent import check, check_padding
 
 __all__ = ["causal_conv1d"]
 
-_IMPLS = {"chunked": causal_conv1d_chunked, "reference": causal_conv1d_reference}
+_IMPLS = {
+    "mosaic": mosaic.causal_conv1d_mosaic,
+    "chunked": causal_conv1d_chunked,
+    "reference": causal_conv1d_reference,
+}
 
 
 def causal_conv1d(
@@ -27,6 +32,7 @@ def causal_conv1d(
     bias: jax.Array | None = None,
     *,
     activation: Literal["silu"] | None = "silu",
+    norm: L2Norm | None = None,
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     lengths: jax.Array | None = None,
@@ -37,20 +43,23 @@ def causal_conv1d(
     """y[t, c] = act( sum_i weight[i, c] * x[t - K + 1 + i, c] + bias[c] ).
 
     `weight[K-1]` multiplies the current token; tokens before the start of a document are zero. The
-    sum and the activation are float32 (float64 for float64 inputs), with one cast at the end.
+    sum and the activation are float32 (float64 for float64 inputs), with one cast at the end. With
+    a norm, every head of y becomes a unit vector: float32 again, and a second cast.
 
     Args:
       x: [B, T, C], any float dtype, T >= 1.
       weight: [K, C] taps, oldest first.
       bias: [C], or None.
       activation: "silu" or None.
+      norm: makes unit vectors of the heads of y; None leaves them as they are.
       initial_state: [B, K-1, C], the newest K-1 inputs before x, newest last; None = zeros.
       segment_ids: [B, T] integers; 0 = padding, a change between non-zero neighbours starts a new
         document. The first document continues `initial_state`. Padding may be anywhere.
       lengths: [B] integers in 0..T, leading tokens of each row that are valid, the rest being
         padding. Cheaper than to look for it in `segment_ids`; with both, these have no 0 among
         the valid tokens, and only say where documents change.
-      impl: "auto", "chunked" or "reference".
+      impl: "auto", "mosaic" (NVIDIA Hopper: bfloat16, 2 <= K <= 4, 64 tokens and more, channels
+        divisible by 512, padding at the end of rows), "chunked" or "reference".
       mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`), or None.
       channels: how a mesh splits C: like query heads ("h") or like key/value heads ("k").
 
@@ -80,11 +89,20 @@ def causal_conv1d(
         raise ValueError(f"{op}: activation={activation!r} is unknown; use 'silu' or None.")
     if channels not in ("h", "k"):
         raise ValueError(f"{op}: channels={channels!r} is unknown; use 'h' or 'k'.")
-    name = resolve(op, impl, dict.fromkeys(_IMPLS))
+    if norm is not None:
+        if finite(op, "norm.eps", norm.eps, 0) <= 0 or norm.head_dim < 1 or C % norm.head_dim:
+            raise ValueError(
+                f"{op}: norm={norm} does not fit; head_dim must divide the {C} channels, and eps "
+                "must be positive."
+            )
+    inputs = Inputs(x, weight, bias, state.astype(x.dtype), segment_ids, lengths)
+    parts = sharded.parts(mesh, channels)
+    usable = dict.fromkeys(_IMPLS) | {"mosaic": mosaic.why_not(inputs, norm, parts)}
+    name = resolve(op, impl, usable)
     return sharded.run(
-        partial(_IMPLS[name], activation=activation),
+        partial(_IMPLS[name], activation=activation, norm=norm),
         mesh,
-        Inputs(x, weight, bias, state.astype(x.dtype), segment_ids, lengths),
+        inputs,
         ("btc", "bic"),
         rename={"c": channels},
     )

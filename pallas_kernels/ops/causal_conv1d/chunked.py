@@ -5,12 +5,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import Inputs
+from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import Inputs, L2Norm, normalized
 from hmf_jax.pallas_kernels.segments import documents, leading
 
 
-def causal_conv1d_chunked(inputs: Inputs, *, activation: str | None) -> tuple[jax.Array, jax.Array]:
+def causal_conv1d_chunked(
+    inputs: Inputs, *, activation: str | None, norm: L2Norm | None = None
+) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.causal_conv1d`."""
+    y, state = _convolved(inputs, activation)
+    return normalized(y, norm), state
+
+
+def _convolved(inputs: Inputs, activation: str | None) -> tuple[jax.Array, jax.Array]:
     if inputs.segment_ids is not None:
         return _packed(inputs, activation)
     x, lengths, T = inputs.x, inputs.lengths, inputs.x.shape[1]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import Inputs
+from hmf_jax.pallas_kernels.ops.causal_conv1d.inputs import Inputs, L2Norm, normalized
 from hmf_jax.pallas_kernels.segments import documents, leading
 
 
 def causal_conv1d_reference(
-    inputs: Inputs, *, activation: str | None
+    inputs: Inputs, *, activation: str | None, norm: L2Norm | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.causal_conv1d`."""
     x, weight, bias, state, segment_ids, lengths = inputs
@@ -36,4 +36,4 @@ def causal_conv1d_reference(
 
     carry = (state, jnp.zeros(B, jnp.int32))
     (window, _), y = jax.lax.scan(token, carry, (x.swapaxes(0, 1), doc.T, valid.T))
-    return y.swapaxes(0, 1), window
+    return normalized(y.swapaxes(0, 1), norm), window

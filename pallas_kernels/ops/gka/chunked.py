@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hmf_jax.pallas_kernels.dispatch import kept
 from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options, Result
 from hmf_jax.pallas_kernels.recurrent import decays, from_chunks, to_chunks
 
@@ -200,7 +201,7 @@ def _solve(
 
 def _solve_forward(ridge, bp_lambda, solver, q, k, pair, start, states, num_iter):
     f = _norm(k, pair, start, states)
-    x = _SOLVERS[solver](q, k, pair, start, states, f, num_iter, ridge)
+    f, x = kept((f, _SOLVERS[solver](q, k, pair, start, states, f, num_iter, ridge)))
     return x, (k, pair, start, states, num_iter, f, x)
 
 

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from hmf_jax.pallas_kernels.dispatch import why_no_hopper
+from hmf_jax.pallas_kernels.dispatch import kept, why_no_hopper
 from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options, Result
 from hmf_jax.pallas_kernels.ops.gka.mosaic_backward import (
     gram_backward,
@@ -114,8 +114,9 @@ def _gka(static: _Static, inputs: Inputs) -> Result:
 
 
 def _forward(static: _Static, inputs: Inputs):
-    result, saved = _run_forward(static, inputs, save=True)
-    return result, (inputs, *saved)
+    (out, last), saved = _run_forward(static, inputs, save=True)
+    out, x, f = kept((out, *saved))
+    return (out, last), (inputs, x, f)
 
 
 def _run_forward(static: _Static, inputs: Inputs, *, save: bool):

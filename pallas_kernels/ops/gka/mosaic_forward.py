@@ -127,7 +127,7 @@ def chebyshev(
 
             def add(acc):
                 plgpu.wgmma(acc, decayed, h_s)
-                s = wg.first(scores)
+                s = wg.before_last(scores)
                 plgpu.wgmma(acc, wg.operand(s * (matrix(m_s) * -ws), rooms[1]), k_s)
 
             return wg.accumulate(begin, add)

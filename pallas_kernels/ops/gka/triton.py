@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hmf_jax.pallas_kernels.compat import compute_capability
+from hmf_jax.pallas_kernels.dispatch import kept
 from hmf_jax.pallas_kernels.ops.gka import chunked
 from hmf_jax.pallas_kernels.ops.gka.inputs import Inputs, Options, Result, Token
 from hmf_jax.pallas_kernels.ops.gka.triton_solver import CHUNK, solve, states
@@ -102,7 +103,8 @@ def _read_states(static, k, u, g, beta, doc, initial):
 
 def _read_states_forward(static, k, u, g, beta, doc, initial):
     saved = (k.astype(static.dtype), u.astype(static.dtype), g, beta, doc, initial)
-    return _read_states(static, k, u, g, beta, doc, initial), saved
+    starts, last = _read_states(static, k, u, g, beta, doc, initial)
+    return (kept(starts), last), saved
 
 
 def _read_states_backward(static, saved, cotangents):
@@ -130,6 +132,7 @@ def _solution_forward(static, q, k, g, beta, num_iter, doc, h_kk):
     starts, last = _run_states(static, k, k, g, beta, doc, h_kk, static.dtype)
     decays = (*_sums(g, doc), beta, doc)
     x, f = solve(q, low, *decays, starts, num_iter, None, ridge=static.ridge)
+    starts, f, x = kept((starts, f, x))
     saved = (low, g, beta, num_iter, doc, h_kk, starts, f, x)
     return (x.astype(jnp.float32), last), saved
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from hmf_jax.pallas_kernels.compat import find_cudnn_backward
-from hmf_jax.pallas_kernels.dispatch import with_gradient_of
+from hmf_jax.pallas_kernels.dispatch import kept, with_gradient_of
 from hmf_jax.pallas_kernels.ops.attention import cudnn
 from hmf_jax.pallas_kernels.ops.attention import inputs as attention_inputs
 from hmf_jax.pallas_kernels.ops.two_window_attention import chunked
@@ -82,6 +82,7 @@ def _forward(window, scale, *arrays):
         both = weighted(o[:, late], lse[..., late]) + weighted(old, old_lse)
         o = jnp.concatenate([o[:, :window], both.astype(o.dtype)], axis=1)
         lse = jnp.concatenate([lse[..., :window], joint], axis=-1)
+    o, lse = kept((o, lse))
     return o, (arrays, o, lse)
 
 
