@@ -37,6 +37,7 @@ from hmf_jax.training import (
     next_token_targets,
     train,
 )
+from hmf_jax.training.memory import auto_remat
 
 WAYS = ("reference", "slow", "fast")
 RATES = {"lora": 1e-3, "all": 1e-4}  # learning rates, after 20 steps of warmup
@@ -67,7 +68,10 @@ def curve(args: argparse.Namespace, trained: str, way: str) -> list[float]:
     )  # fmt: skip
     options: dict[str, Any] = dict(remat="none", impl="chunked", loss=whole_loss)
     if way == "fast":
-        options = dict(remat=args.remat, impl=args.impl)
+        choices = args.remat
+        if choices == "auto":
+            choices = auto_remat(state, args.batch, args.length, impl=args.impl)
+        options = dict(remat=choices, impl=args.impl)
     precision = "highest" if way == "reference" else "default"
     losses: list[float] = []
 
@@ -164,7 +168,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--length", type=int, default=2048, help="tokens per row")
     parser.add_argument("--batch", type=int, default=1, help="rows per step")
-    parser.add_argument("--remat", default="block", help="of the fast way")
+    parser.add_argument("--remat", default="auto", help="of the fast way")
     parser.add_argument("--impl", default="auto", help="of the fast way's operators")
     return parser.parse_args(argv)
 
