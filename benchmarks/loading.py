@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         "loading", "grain", "int32",
         dict(batch=args.batch, length=args.length, heads=0, kv_heads=0, head_dim=0),
         None, "fwd", 1e3 * seconds / args.steps, None,
-        f"steps of {args.step_ms:g} ms, {args.threads} threads",
+        f"{Path(args.data).stem}, steps of {args.step_ms:g} ms, {args.threads} threads",
         {
             "tokens_per_s": tokens / seconds,
             "tokens_per_cpu_s": tokens / busy,

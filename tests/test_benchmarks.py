@@ -587,7 +587,7 @@ def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = f"--tokenizer x --data {data} --length 64 --batch 2 --steps 3 --out {tmp_path / 'out'}"
     loading.main([*argv.split(), "--step-ms", "20"])
     (r,) = read(tmp_path / "out")
-    assert set(r) == FIELDS and r["case"] == "steps of 20 ms, 4 threads" and r["ms"] >= 20
+    assert set(r) == FIELDS and r["case"] == "rows, steps of 20 ms, 4 threads" and r["ms"] >= 20
     assert r["extra"]["tokens_per_s"] == pytest.approx(1e3 * 128 / r["ms"])
     assert 0 <= r["extra"]["wait"] < 0.5
 
