@@ -258,7 +258,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="measure the peer's step, too, which needs PyTorch, transformers and PEFT",
     )  # fmt: skip
     parser.add_argument(
-        "--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 4),
+        "--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2),
         help="programs to compile side by side",
     )  # fmt: skip
     args = parser.parse_args(argv)
