@@ -128,18 +128,21 @@ def read(file: Path) -> dict[tuple[str, str, str], list[float]]:
 
 
 def compare(curves: dict[tuple[str, str, str], list[float]]) -> str:
-    """Markdown: of each curve, where it begins and ends, and how far it is from the reference."""
-    head = ("model", "trained", "way", "first 10 steps", "last 10", "difference", "at most")
+    """Markdown: where each curve begins and ends, and how far it is from others (root of the mean
+    square over the second half of the steps, nats per token)."""
+    others = WAYS[:2]
+    head = ["model", "trained", "way", "first 10 steps", "last 10", *(f"from {w}" for w in others)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for mixer, trained, way in sorted(curves, key=lambda key: (*key[:2], WAYS.index(key[2]))):
         found = curves[mixer, trained, way]
         cells = [mixer, trained, way, *(f"{np.mean(x):.4f}" for x in (found[:10], found[-10:]))]
-        reference = curves.get((mixer, trained, "reference"))
-        if reference is None or len(reference) != len(found):
-            cells += ["–", "–"]
-        else:
-            off = np.abs(np.subtract(found, reference))
-            cells += [f"{np.sqrt(np.mean(off**2)):.1e}", f"{off.max():.1e}"]
+        for other in others:
+            theirs = curves.get((mixer, trained, other))
+            if theirs is None or len(theirs) != len(found):
+                cells.append("–")
+            else:
+                off = np.subtract(found, theirs)[len(found) // 2 :]
+                cells.append(f"{np.sqrt(np.mean(off**2)):.4f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

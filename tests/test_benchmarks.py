@@ -618,15 +618,15 @@ def test_curves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_curves_are_compared_with_the_reference() -> None:
     lines = curves.compare(
         {
-            ("*", "lora", "fast"): [3.0, 2.0],
-            ("*", "lora", "reference"): [3.0, 2.5],
+            ("*", "lora", "fast"): [3.0, 3.0, 2.0, 2.0],
+            ("*", "lora", "reference"): [3.0, 2.5, 2.5, 2.0],
             ("*", "all", "slow"): [3.0, 2.0],
         }
     ).splitlines()
     assert lines[2:] == [
-        "| * | all | slow | 2.5000 | 2.5000 | – | – |",
-        "| * | lora | reference | 2.7500 | 2.7500 | 0.0e+00 | 0.0e+00 |",
-        "| * | lora | fast | 2.5000 | 2.5000 | 3.5e-01 | 5.0e-01 |",
+        "| * | all | slow | 2.5000 | 2.5000 | – | 0.0000 |",
+        "| * | lora | reference | 2.5000 | 2.5000 | 0.0000 | – |",
+        "| * | lora | fast | 2.5000 | 2.5000 | 0.3536 | – |",
     ]
 
 
