@@ -3,12 +3,13 @@
 One model is trained on the same rows, in the same order, from the same start, in several ways:
 
 * reference: float32, "highest" products, plain-JAX operators, whole logits, nothing remade.
-* slow: the same in bfloat16.
-* fast: bfloat16, as a run does it: kernels, the piecewise cross-entropy, `--remat`.
+* exact: the reference with the piecewise cross-entropy and `--remat`.
+* slow: the reference in bfloat16.
+* fast: bfloat16, as a run does it: that, and kernels where there are any.
 
 and its loss is compared, step by step. What "slow" differs by from the reference is the noise of
-bfloat16; "fast" is to differ by no more. A line of `--out` (JSON) holds each curve; ways that it
-holds already are not run again.
+bfloat16, which "fast" is to have, too; "exact" is to have none. A line of `--out` (JSON) holds each
+curve; ways that it holds already are not run again.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from hmf_jax.training import (
 )
 from hmf_jax.training.memory import auto_remat
 
-WAYS = ("reference", "slow", "fast")
+WAYS = ("reference", "exact", "slow", "fast")
+FLOAT32 = WAYS[:2]
 RATES = {"lora": 1e-3, "all": 1e-4}  # learning rates, after 20 steps of warmup
 
 
@@ -67,12 +69,12 @@ def curve(args: argparse.Namespace, trained: str, way: str) -> list[float]:
         trainable="lora" if trained == "lora" else None,
     )  # fmt: skip
     options: dict[str, Any] = dict(remat="none", impl="chunked", loss=whole_loss)
-    if way == "fast":
+    if way in ("exact", "fast"):
         choices = args.remat
         if choices == "auto":
             choices = auto_remat(state, args.batch, args.length, impl=args.impl)
-        options = dict(remat=choices, impl=args.impl)
-    precision = "highest" if way == "reference" else "default"
+        options = dict(remat=choices, impl=args.impl if way == "fast" else "chunked")
+    precision = "highest" if way in FLOAT32 else "default"
     losses: list[float] = []
 
     class Losses:
@@ -94,7 +96,7 @@ def model(args: argparse.Namespace, way: str, *, lora: bool) -> HybridLM:
     if args.mixer != "*":
         kinds = [args.mixer if i % 2 else "*" for i in range(len(found.layers))]
         found = prime(found, kinds)
-    found = found if way == "reference" else found.astype(jnp.bfloat16)
+    found = found if way in FLOAT32 else found.astype(jnp.bfloat16)
     return apply_lora(found, rank=16) if lora else found
 
 
@@ -130,7 +132,7 @@ def read(file: Path) -> dict[tuple[str, str, str], list[float]]:
 def compare(curves: dict[tuple[str, str, str], list[float]]) -> str:
     """Markdown: where each curve begins and ends, and how far it is from others (root of the mean
     square over the second half of the steps, nats per token)."""
-    others = WAYS[:2]
+    others = ("reference", "slow")
     head = ["model", "trained", "way", "first 10 steps", "last 10", *(f"from {w}" for w in others)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for mixer, trained, way in sorted(curves, key=lambda key: (*key[:2], WAYS.index(key[2]))):
