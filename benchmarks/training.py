@@ -63,7 +63,7 @@ def compiled(
     split = named_sharding(model.mesh, ("batch", None), shape)
     names = ("tokens", "segment_ids") if documents else ("tokens",)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split) for name in names}
-    options = dict(num_iter=s.num_iter, impl=s.impl)
+    options: dict[str, Any] = dict(num_iter=s.num_iter, impl=s.impl)
     choices: Any = remat
     if remat == "auto":
         choices = auto_remat(state, *shape, packed=bool(documents), **options)
