@@ -4,6 +4,8 @@
     python -m benchmarks.run --ops ttft,decode_throughput --mixers GKA,BMF --shape 8B --out ...
     python -m benchmarks.run --ops full_step --batches 2 --shape 8B --mesh fsdp=2 --out ...
     python -m benchmarks.training --out training.jsonl
+    python -m benchmarks.curves DIR --data texts.jsonl --out curves.jsonl
+    python -m benchmarks.loading --tokenizer DIR --data chats.jsonl
     python -m benchmarks.serve_table --tp 2 --out table.jsonl
     python -m benchmarks.full_size --tp 2 --directory DIR --out results.jsonl
     python -m benchmarks.compare before.jsonl after.jsonl

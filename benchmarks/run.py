@@ -139,7 +139,7 @@ def _attempt(measure: Callable[..., Row], *args: Any, **kwargs: Any) -> Iterator
 def _short(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{k}:{v}" for k, v in value.items())
-    return f"{value:.4g}"
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

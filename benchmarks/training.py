@@ -43,15 +43,19 @@ from hmf_jax.training import TrainState, make_train_step, training_flops
 from hmf_jax.training.flops import peak_flops
 from hmf_jax.training.lora import apply_lora
 from hmf_jax.training.memory import auto_remat
+from hmf_jax.training.remat import remat_choices, remat_text
 
 STEPS = ("lora_step", "mixers_step", "full_step")
-
-
 OPTIMIZER = optax.adamw(1e-5, weight_decay=0.0)
 
 
-def compiled(op: str, s: models.Settings, remat: str, documents: int | None = None) -> Any:
-    """The program of one AdamW step, of a state that need not exist; arguments as of `measure`."""
+def compiled(
+    op: str, s: models.Settings, remat: str, documents: int | None = None
+) -> tuple[Any, str]:
+    """The program of one AdamW step, of a state that need not exist, and its remat in words.
+
+    Arguments as of `measure`.
+    """
     jax.clear_caches()  # choices are seen when blocks are traced
     model = nnx.eval_shape(lambda: _model(op, s))
     state = TrainState.abstract(model, OPTIMIZER, trainable=_trainable(op, s))
@@ -64,7 +68,8 @@ def compiled(op: str, s: models.Settings, remat: str, documents: int | None = No
     if remat == "auto":
         choices = auto_remat(state, *shape, packed=bool(documents), **options)
     step = make_train_step(OPTIMIZER, remat=choices, max_grad_norm=1.0, **options)
-    return step.lower(state, batch).compile()
+    words = remat_text(remat_choices(choices, s.config.layer_kinds))
+    return step.lower(state, batch).compile(), words
 
 
 def _model(op: str, s: models.Settings) -> HybridLM:
@@ -101,7 +106,7 @@ def measure(
     if documents is not None and not 1 <= documents <= s.length:
         raise ValueError(f"{documents} documents do not fit into rows of {s.length} tokens")
     with watching.watch_dispatch() as ran:
-        program = compiled(op, s, remat, documents)  # before anything that takes memory
+        program, words = compiled(op, s, remat, documents)  # before anything that takes memory
     model = _model(op, s)
     batches = [{"tokens": tokens} for tokens in s.tokens(model.mesh)]
     if documents:
@@ -130,13 +135,13 @@ def measure(
     extra["program_bytes"] = watching.program_bytes(program)
     if (used := watching.peak_bytes()) is not None:
         extra["peak_bytes"] = used
-    extra["ran"] = dict(sorted(ran.items()))
+    extra |= {"ran": dict(sorted(ran.items())), "remat": words}
     row = s.row(op, "fwd_bwd", ms, extra, env)
     packed = f", {documents} documents" if documents else ""
     return dataclasses.replace(row, case=f"{row.case}, remat {remat}{packed}")
 
 
-def segment_ids(shape: tuple[int, int], documents: int, seed: int) -> np.ndarray:
+def segment_ids(shape: tuple[int, ...], documents: int, seed: int) -> np.ndarray:
     """Numbers 1, 2, ... of documents of random lengths that fill every row, int32 [B, T]."""
     rng = np.random.default_rng(seed)
     starts = np.zeros(shape, np.int32)
@@ -253,7 +258,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="measure the peer's step, too, which needs PyTorch, transformers and PEFT",
     )  # fmt: skip
     parser.add_argument(
-        "--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 4),
+        "--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2),
         help="programs to compile side by side",
     )  # fmt: skip
     args = parser.parse_args(argv)

@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import hmf_jax
 from benchmarks import (
     compare,
     compiling,
     counting,
+    curves,
     full_size,
+    loading,
     models,
     operators,
     rows,
@@ -33,6 +36,7 @@ from benchmarks import (
 from benchmarks.peers import transformers_lora
 from hmf_jax.cli import app
 from hmf_jax.config import HybridConfig
+from hmf_jax.demo import build_tokenizer
 from hmf_jax.loading import from_pretrained
 from hmf_jax.memory import abstract_state, device_bytes, plan_memory
 from hmf_jax.model import HybridLM, PackedModel
@@ -572,6 +576,58 @@ def test_the_table_of_training_steps(tmp_path: Path, monkeypatch, capsys) -> Non
     with pytest.raises(SystemExit):
         training.main([*argv, "--only", "DPO"])
     assert "fits none of: LoRA, Qwen3; " in capsys.readouterr().err
+
+
+def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a step of 20 ms: whether it waits, of which the first batch is no part."""
+    pytest.importorskip("grain")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"row {i} " * 9}) + "\n" for i in range(50)))
+    monkeypatch.setattr(loading, "load_tokenizer", lambda directory: build_tokenizer())
+    argv = f"--tokenizer x --data {data} --length 64 --batch 2 --steps 3 --out {tmp_path / 'out'}"
+    loading.main([*argv.split(), "--step-ms", "20"])
+    (r,) = read(tmp_path / "out")
+    assert set(r) == FIELDS and r["case"] == "rows, steps of 20 ms, 4 threads" and r["ms"] >= 20
+    assert r["extra"]["tokens_per_s"] == pytest.approx(1e3 * 128 / r["ms"])
+    assert 0 <= r["extra"]["wait"] < 0.5
+
+
+@pytest.mark.slow
+def test_curves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """All ways learn the same, of which "fast" is close to "slow"; those that are there stay."""
+    data, out = tmp_path / "rows.jsonl", tmp_path / "curves.jsonl"
+    data.write_text(
+        "".join(json.dumps({"text": f"key {i} is {i % 7}. " * 9}) + "\n" for i in range(50))
+    )
+    folder = Path(hmf_jax.__file__).parent / "embedded" / "transformer"
+    argv = [str(folder), "--data", str(data), "--out", str(out), "--steps", "12", "--length", "64"]
+    curves.main([*argv, "--ways", "reference,slow"])
+    curves.main([*argv, "--mixer", "GKA", "--train", "lora"])
+    found = curves.read(out)
+    lines = capsys.readouterr().out.splitlines()
+    curves.main([*argv, "--ways", "reference,slow"])
+    assert capsys.readouterr().out.splitlines() == lines[-9:] and len(lines[-9:]) == 2 + 7
+    assert {len(losses) for losses in found.values()} == {12}
+    for trained in ("lora", "all"):
+        slow, reference = found["*", trained, "slow"], found["*", trained, "reference"]
+        assert rel(np.asarray(slow), np.asarray(reference)) < 0.05  # bfloat16
+    gka = (np.asarray(found["GKA", "lora", way]) for way in ("fast", "slow"))
+    assert rel(*gka) < 0.05
+
+
+def test_curves_are_compared_with_the_reference() -> None:
+    lines = curves.compare(
+        {
+            ("*", "lora", "fast"): [3.0, 3.0, 2.0, 2.0],
+            ("*", "lora", "reference"): [3.0, 2.5, 2.5, 2.0],
+            ("*", "all", "slow"): [3.0, 2.0],
+        }
+    ).splitlines()
+    assert lines[2:] == [
+        "| * | all | slow | 2.5000 | 2.5000 | – | 0.0000 |",
+        "| * | lora | reference | 2.5000 | 2.5000 | 0.0000 | – |",
+        "| * | lora | fast | 2.5000 | 2.5000 | 0.3536 | – |",
+    ]
 
 
 def test_random_documents_fill_every_row() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import importlib
 import importlib.util
 import statistics
 import sys
@@ -35,16 +36,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16, of the data sheets
 STEPS = 5
+PACKAGES = ("torch", "transformers", "peft")  # imported late: to say which one is missing
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     optional = {"flash_attention_2": "flash_attn"}.get(args.attention)
-    needs = [name for name in ("torch", "transformers", "peft", optional) if name]
+    needs = [name for name in (*PACKAGES, optional) if name]
     if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
         sys.exit(f"skipped: not installed here: {', '.join(missing)}")
-    import torch
-
+    torch = importlib.import_module("torch")
     if args.shape == "8B" and not torch.cuda.is_available():
         sys.exit("skipped: PyTorch sees no GPU here; --shape tiny runs on a CPU")
     for row in _rows(args):
@@ -56,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _rows(args: argparse.Namespace) -> Iterator[Row]:
-    import torch
-
+    torch = importlib.import_module("torch")
     gpu = torch.cuda.is_available()
     env = environment(torch.cuda.get_device_name() if gpu else "cpu", jax_version="")
     yield from _ceilings(8192 if gpu else 256, env)
@@ -70,10 +70,7 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _lora_step(args: argparse.Namespace, remat: str, env: dict[str, str]) -> Row:
-    import peft
-    import torch
-    import transformers
-
+    torch, transformers, peft = map(importlib.import_module, PACKAGES)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = transformers.Qwen3Config(
@@ -111,8 +108,9 @@ def _lora_step(args: argparse.Namespace, remat: str, env: dict[str, str]) -> Row
         extra["peak_bytes"] = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     extra |= {p.__name__: p.__version__ for p in (torch, transformers, peft)}
-    dims = dict(batch=1, length=args.length, heads=config.num_attention_heads)
-    dims |= dict(kv_heads=config.num_key_value_heads, head_dim=config.head_dim)
+    shape = SHAPES[args.shape]
+    dims = dict(batch=1, length=args.length, heads=shape["num_attention_heads"])
+    dims |= dict(kv_heads=shape["num_key_value_heads"], head_dim=shape["head_dim"])
     impl = f"transformers {args.attention}{' compiled' if args.compile else ''}"
     case = f"{args.shape} * {config.num_hidden_layers} layers, remat {remat}"
     return Row("lora_step", impl, "bfloat16", dims, None, "fwd_bwd", ms, None, case, extra, **env)
@@ -130,8 +128,7 @@ def training_flops(model: Any, config: Any, length: int) -> float:
 
 def _milliseconds(call: Callable[[Any], Any], inputs: Any) -> float:
     """Median time of a call that is waited for, after two that are not timed."""
-    import torch
-
+    torch = importlib.import_module("torch")
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = []
     for x in [*inputs[:2], *inputs]:
@@ -145,15 +142,15 @@ def _milliseconds(call: Callable[[Any], Any], inputs: Any) -> float:
 
 def _ceilings(size: int, env: dict[str, str]) -> Iterator[Row]:
     """A copy and a matrix product, as in `benchmarks.timing.ceilings`."""
-    import torch
-
+    torch = importlib.import_module("torch")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wide = torch.ones((2, 8 * size, size), dtype=torch.int32, device=device)
     copy = _milliseconds(lambda _: wide[1].copy_(wide[0]), range(10))
     a = torch.randn((3, size, size), dtype=torch.bfloat16, device=device)
     product = _milliseconds(lambda _: torch.matmul(a[0], a[1], out=a[2]), range(10))
     dims = dict(batch=1, length=size, heads=1, kv_heads=1, head_dim=size)
-    row = Row("ceiling_copy", "torch", "int32", dims, None, "fwd", copy, None, **env)
+    row = Row("ceiling_copy", "torch", "int32", dims, None, "fwd", copy, None)
+    row = dataclasses.replace(row, **env)
     yield dataclasses.replace(row, extra={"gb_per_s": 2 * wide[0].nbytes / copy / 1e6})
     row = dataclasses.replace(row, op="ceiling_matmul", dtype="bfloat16", ms=product)
     yield dataclasses.replace(row, extra={"tflop_per_s": 2 * size**3 / product / 1e9})

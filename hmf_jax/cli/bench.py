@@ -12,6 +12,7 @@ PROGRAMS = {
     "serve-table": "Decoding with the memory full and time to first token, as a table.",
     "run": "Operators, models and training steps, one row per measurement.",
     "training": "Training steps of every choice of remat, beside a peer's, as a table.",
+    "loading": "How fast training data are made, and whether a step waits for them.",
     "full-size": "A full-size checkpoint: loading, first token, memory.",
     "compare": "Two files of rows, or two commits.",
 }

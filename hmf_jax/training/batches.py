@@ -3,13 +3,16 @@
 Rows of the source are shuffled, split over processes and repeated by grain, become tokens and
 targets in background threads (`documents`, `encode`), and are packed here. Where the iterator
 stands is a few integers, from which it goes on exactly: grain can begin anywhere in the shuffled
-order, and packing is repeated from the beginning of a window of rows.
+order, and packing is repeated from the beginning of a window of rows. While the batches of one
+window are trained on, a thread fills the next one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +31,14 @@ _STREAM_RUN = 10_000  # bad rows of a stream without a good one, after which it 
 
 # Tokens and targets of (a part of) a document, [N] int32 and [N] bool.
 Piece = tuple[np.ndarray, np.ndarray]
+
+
+class _Window(NamedTuple):
+    """Rows that were packed together, and where the data were before and after (`_snapshot`)."""
+
+    start: dict[str, Any]
+    rows: list[list[Piece]]
+    end: dict[str, Any]
 
 
 def _grain() -> Any:
@@ -70,7 +81,8 @@ class Batches:
       window: rows that "first_fit" fills at a time; None = about 64.
       process_index, process_count: this process reads every process_count-th row of the shuffled
         order; None = those of jax.
-      threads: that read and tokenize in the background. More than a few do not help.
+      threads: that read and tokenize in the background. More than a few do not help. 0: all is done
+        when a batch is asked for, in the caller's thread.
 
     Attributes:
       counts: rows read; documents, tokens and targets packed; empty, malformed and overlong rows
@@ -159,6 +171,8 @@ class Batches:
             num_threads=threads, prefetch_buffer_size=max(128, threads)
         )
         self._reader: Any = None
+        self._ahead: Future[_Window] | None = None
+        self._in_background = threads > 0
         self.problems: list[str] = []
         zero = dict.fromkeys(
             ("documents", "tokens", "targets", "empty", "malformed", "overlong", "cut"), 0
@@ -169,11 +183,11 @@ class Batches:
 
     @property
     def counts(self) -> dict[str, int]:
-        return {"rows": self._row, **self._counts}
+        return {"rows": self._end["row"], **self._end["counts"]}
 
     @property
     def reasons(self) -> dict[str, int]:
-        return dict(self._reasons)
+        return dict(self._end["reasons"])
 
     def describe(self) -> str:
         """Where the rows come from, their format, what is not used of them and what is left out.
@@ -183,14 +197,14 @@ class Batches:
         if isinstance(self.documents, Stream):
             lines = ["a stream of rows"]
         else:
-            lines = [self.documents.describe(sample=0 if self._row else 200)]
-        if self._reasons:
-            what = ", ".join(f"{n:,} {why}" for why, n in sorted(self._reasons.items()))
-            lines.append(f"left out of {self._row:,} rows: {what}; the first is {self.problems[0]}")
-        if self._counts["cut"]:
-            lines.append(
-                f"{self._counts['cut']:,} tokens beyond length {self._length} are left out"
-            )
+            lines = [self.documents.describe(sample=0 if self._end["row"] else 200)]
+        counts = self.counts
+        if self.reasons:
+            what = ", ".join(f"{n:,} {why}" for why, n in sorted(self.reasons.items()))
+            rows, first = counts["rows"], self.problems[0]
+            lines.append(f"left out of {rows:,} rows: {what}; the first is {first}")
+        if counts["cut"]:
+            lines.append(f"{counts['cut']:,} tokens beyond length {self._length} are left out")
         return "\n".join(lines)
 
     def get_state(self) -> dict[str, Any]:
@@ -214,16 +228,21 @@ class Batches:
             raise ValueError(f"this state belongs to other training data settings: {changes}")
         self._enter(state)
         if state["batch"]:
-            self._rows, self._taken = self._fill(), state["batch"]
+            self._begin_window()
+            self._taken = state["batch"]
 
     def _enter(self, state: dict[str, Any]) -> None:
         """To the beginning of a window of rows."""
+        if self._ahead is not None:
+            wait([self._ahead])  # it reads and counts, too
+            self._ahead = None
         self._row: int = state["row"]  # in the shuffled order: the next document not yet packed
         self._piece: int = state["piece"]  # of that document: the next one not yet packed
         self._counts: dict[str, int] = {**state["counts"]}
         self._counts.setdefault("cut", 0)
         self._reasons: dict[str, int] = dict(state.get("reasons", {}))
-        self._start, self._rows, self._taken = self._snapshot(), [], 0
+        self._start = self._end = self._snapshot()
+        self._rows, self._taken = [], 0
         self._pieces: list[Piece] | None = None
         # Tokens cut off these pieces' document, None if it fits; bad rows without a good one.
         self._cut_tokens: int | None = None
@@ -252,12 +271,7 @@ class Batches:
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._taken * self._batch_size >= len(self._rows):
-            self._start, self._rows, self._taken = self._snapshot(), [], 0
-            try:
-                self._rows = self._fill()
-            except BaseException:  # a bad row or an interrupt: the next call begins here again
-                self._enter(self._start)
-                raise
+            self._begin_window()
             if not self._rows:
                 raise StopIteration
         first = self._taken * self._batch_size
@@ -283,8 +297,25 @@ class Batches:
             "loss_mask": np.zeros(shape, bool),
         }
 
+    def _begin_window(self) -> None:
+        """To the next window of rows; the one after it is filled in the background."""
+        try:
+            window = self._packed() if self._ahead is None else self._ahead.result()
+        except BaseException:
+            if self._ahead is None or self._ahead.done():
+                self._enter(self._end)  # after a bad row or an interrupt all begins here again
+            raise
+        self._start, self._rows, self._end = window
+        self._taken, self._ahead = 0, None
+        if self._in_background and self._rows:
+            self._ahead = _in_background(self._packed)
+
+    def _packed(self) -> _Window:
+        start = self._snapshot()
+        return _Window(start, self._fill(), self._snapshot())
+
     def _fill(self) -> list[list[Piece]]:
-        """The next window of rows: until a document finds no room, or the data end."""
+        """Rows until a document finds no room in a window of them, or the data end."""
         rows, room = [], []
         while (pieces := self._next_document()) is not None:
             while self._piece < len(pieces):
@@ -354,3 +385,17 @@ class Batches:
         pieces = [(tokens[a : a + self._length], targets[a : a + self._length]) for a in cuts]
         pieces = [piece for piece in pieces if piece[1].any()]
         return pieces, None if pieces else "overlong", f"{why}, where nothing is to be predicted"
+
+
+def _in_background[T](call: Callable[[], T]) -> Future[T]:
+    """The result of a call in a thread, which the end of the program does not wait for."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as e:
+            future.set_exception(e)
+
+    threading.Thread(target=run, name="batches", daemon=True).start()
+    return future

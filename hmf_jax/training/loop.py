@@ -77,7 +77,8 @@ def train[S](
         goes on with `batches.padding()`, if there is such a method, until all end.
       steps: in all, those before a restart included.
       checkpoints: where to save and to go on from; None: nowhere.
-      directory: gets metrics.jsonl (a line per step), loss.png (if matplotlib is installed) and
+      directory: gets metrics.jsonl (a line per step; `data_wait`: seconds in which the devices had
+        to wait for a batch, at most), loss.png (if matplotlib is installed) and
         profile/. None: no files. This call alone may write there and to the checkpoints meanwhile.
       loggers: further receivers of the metrics, e.g. `metrax.logging.TensorboardBackend`. They are
         closed at the end.
@@ -194,7 +195,7 @@ class _Loop[S]:
             stopped = stack.enter_context(stop_signals())
             tracing = stack.enter_context(contextlib.ExitStack())
             for number in range(first, steps + 1):
-                batch = next(iterator, padding)
+                batch = self._next(iterator, padding)
                 if batch is None:
                     break
                 if number == first:
@@ -218,6 +219,16 @@ class _Loop[S]:
                 if stop:
                     raise self._stopped(stop)
             self._finish(batches, first)
+
+    def _next(self, batches: Iterator[Batch], default: Batch | None) -> Batch | None:
+        """The next batch; the log is told how long the devices had nothing to do meanwhile."""
+        start = time.perf_counter()
+        batch = next(batches, default)
+        if self._pending is not None:
+            metrics = jax.tree.leaves(dict(self._pending[1]))
+            if all(a.is_ready() for a in metrics if hasattr(a, "is_ready")):
+                self._log.wait(time.perf_counter() - start)
+        return batch
 
     def _finish(self, batches: Iterable[Batch], first: int) -> None:
         """What is to be done after the last step, if it has not been done."""

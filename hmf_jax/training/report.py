@@ -73,13 +73,21 @@ class Log:
         )
         self._times: collections.deque[tuple[float, int]] = collections.deque(maxlen=20)
         self._last = time.perf_counter()
+        self._wait, self._waited, self._trained = 0.0, 0.0, 0.0
+
+    def wait(self, seconds: float) -> None:
+        """So long the devices have waited for the next batch, or a little less."""
+        self._wait += seconds
 
     def write(self, step: int, values: dict[str, float], tokens: int) -> None:
         """Report a step; `tokens` are those of its batch, padding included."""
         now = time.perf_counter()
         self._times.append((now, tokens))
-        record = {"step": step, **values, "seconds": now - self._last}
-        self._last = now
+        record = {"step": step, **values, "seconds": now - self._last, "data_wait": self._wait}
+        if len(self._times) > 1:
+            self._trained += record["seconds"]
+            self._waited += self._wait
+        self._last, self._wait = now, 0.0
         if len(self._times) > 1:  # the first step was compiled
             seconds = self._times[-1][0] - self._times[0][0]
             speed = sum(n for _, n in list(self._times)[1:]) / seconds
@@ -133,7 +141,8 @@ class Log:
             os.fsync(self._file.fileno())
 
     def close(self, batches: Any) -> None:
-        """Close everything, draw loss.png, and warn of the bad rows that the batches left out."""
+        """Close everything, draw loss.png, and warn of what was wrong with the data: rows that were
+        left out, or batches that came too late."""
         self._bar.close()
         for logger in self._loggers:
             logger.close()
@@ -149,6 +158,13 @@ class Log:
             first = next(iter(getattr(batches, "problems", [])), None)
             example = "" if first is None else f" The first that was left out: {first}"
             warnings.warn(f"of {counts['rows']} rows: {what}.{example}", stacklevel=4)
+        if self._waited > max(1.0, 0.01 * self._trained):
+            warnings.warn(
+                f"the devices waited for data for {self._waited:.0f} of {self._trained:.0f} s "
+                f"({self._waited / self._trained:.0%}): batches are made more slowly than they are "
+                "trained on; see docs/training.md",
+                stacklevel=4,
+            )
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, float]]:

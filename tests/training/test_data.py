@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -644,6 +645,37 @@ def test_streams(shuffle):
         for i in range(3)
     ]
     assert sorted(sum(parts, [])) == sorted(2 * everything)
+
+
+@needs_grain
+def test_the_next_window_is_filled_while_one_is_trained_on():
+    """In the background, with the batches, counts, states and errors of the foreground."""
+    asked = threading.Semaphore(0)
+
+    class Rows(Streaming):
+        def __iter__(self) -> Any:
+            for row in self.rows:
+                asked.release()
+                yield row
+
+    rows = [*texts(12), {"text": ""}, *texts(3)]
+    options = dict(shuffle=False, epochs=1, window=2, batch_size=2)
+    plain, ahead = (batches(Rows(rows), threads=n, **options) for n in (0, 1))
+    first = next(plain)
+    while asked.acquire(blocking=False):
+        pass
+    assert same([next(ahead)], [first]) and ahead.counts == plain.counts
+    needed = plain.counts["rows"] + 1  # the one that found no room
+    for _ in range(needed + 1):
+        assert asked.acquire(timeout=10)  # nobody has asked for a second batch
+    for expected in plain:
+        assert same([next(ahead)], [expected])
+        assert ahead.counts == plain.counts and ahead.get_state() == plain.get_state()
+    assert next(ahead, None) is None and ahead.reasons == plain.reasons != {}
+    strict = batches(Rows(rows), on_bad="error", threads=1, **options)
+    for _ in range(2):  # the error comes where the window does, and comes again
+        with pytest.raises(ValueError, match="row 12: empty row"):
+            list(strict)
 
 
 @needs_grain

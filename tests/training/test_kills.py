@@ -60,7 +60,7 @@ def results(directory: Path) -> dict[str, Any]:
     """All that a run leaves behind, but for times."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
-    clocks = ("seconds", "tokens_per_second")
+    clocks = ("seconds", "data_wait", "tokens_per_second")
     records = [{k: v for k, v in r.items() if k not in clocks} for r in read_metrics(directory)]
     adapter = load_file(directory / "adapter" / "adapter_model.safetensors")
     steps = sorted(p.name for p in (directory / "checkpoints").iterdir())

@@ -369,6 +369,26 @@ def test_profile(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_waiting_for_data_is_reported(tmp_path, monkeypatch):
+    """Of each step but the first, which is compiled, the time that its batch took."""
+
+    def step(state, batch):
+        return state, {"loss": jnp.float32(1)}
+
+    def batches(seconds: float) -> Iterator[dict[str, np.ndarray]]:
+        for batch in batches_of(4):
+            clock[0] += seconds  # while the batch is made
+            yield batch
+
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    state, options = {"w": jnp.zeros(())}, {"steps": 4, "progress": False}
+    with pytest.warns(UserWarning, match=r"waited for data for 4 of 4 s \(100%\)"):
+        train(state, step, batches(2.0), directory=tmp_path, **options)
+    assert [r["data_wait"] for r in read_metrics(tmp_path)] == [2, 2, 2, 0]
+    train(state, step, batches(0.001), **options)  # not worth a word
+
+
 def test_bad_rows_are_reported(tmp_path):
     class Data(list):
         counts = {"rows": 9, "empty": 2, "malformed": 1, "overlong": 0}
