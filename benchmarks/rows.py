@@ -10,8 +10,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import jax
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -80,14 +78,20 @@ class Row:
         return " ".join(word for word in words if word)
 
 
-def environment(device: str | None = None) -> dict[str, str]:
+def environment(device: str | None = None, jax_version: str | None = None) -> dict[str, str]:
     """The fields of a row that are the same for a whole run.
 
-    `device`: of another process, whose device this one is not to take.
+    `device`: of another process, whose device this one is not to take. `jax_version`: "" where JAX
+    had no part in it, and may not be installed.
     """
+    if device is None or jax_version is None:
+        import jax
+
+        device = jax.devices()[0].device_kind if device is None else device
+        jax_version = jax.__version__
     return {
-        "device": jax.devices()[0].device_kind if device is None else device,
-        "jax_version": jax.__version__,
+        "device": device,
+        "jax_version": jax_version,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

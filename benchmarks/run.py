@@ -18,11 +18,14 @@ from benchmarks.rows import Row, environment
 from benchmarks.timing import ceilings
 from hmf_jax.pallas_kernels.dispatch import IMPLS
 from hmf_jax.pallas_kernels.shapes import SHAPES, TP
-from hmf_jax.training.step import REMAT
 
 PASSES = ("fwd", "fwd_bwd", "decode")
 OPS = (*operators.OPERATORS, *models.MODELS, *training.STEPS, models.COMPILE)
-COMPILED = ("ttft", "decode_throughput")  # what can be compiled before it is measured
+COMPILED = (
+    "ttft",
+    "decode_throughput",
+    *training.STEPS,
+)  # what can be compiled before it is measured
 ON_A_MESH = (*models.ON_A_MESH, *training.STEPS)
 
 
@@ -102,16 +105,20 @@ def _one_model(
             yield from compiling.compile_times(settings, inner_jit=inner_jit, env=env)
     if ops := [op for op in args.ops if op in models.MODELS]:
         bench = models.Bench(settings, env, abstract=args.compile_only)
-        if args.compile_only:
-            for op in ops:
-                bench.compile(op)
-            return
         for op in ops:
-            yield from _attempt(bench.measure, op)
+            if args.compile_only:
+                bench.compile(op)
+            else:
+                yield from _attempt(bench.measure, op)
         del bench  # and with it the model
-    for op in args.ops:
-        if op in training.STEPS:
-            yield from _attempt(training.measure, op, settings, args.remat, env=env)
+    steps = [op for op in args.ops if op in training.STEPS]
+    for op, remat in itertools.product(steps, args.remat):
+        if args.compile_only:
+            training.compiled(op, settings, remat, args.documents)
+        else:
+            yield from _attempt(
+                training.measure, op, settings, remat, documents=args.documents, env=env
+            )
 
 
 def _attempt(measure: Callable[..., Row], *args: Any, **kwargs: Any) -> Iterator[Row]:
@@ -190,7 +197,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--compile-only", action="store_true",
         help=f"of {' and '.join(COMPILED)}: only fill JAX_COMPILATION_CACHE_DIR, on one device",
     )  # fmt: skip
-    parser.add_argument("--remat", choices=[*REMAT], default="block", help="of training steps")
+    many("--remat", "block", str, "of training steps, see hmf_jax.training.make_train_step")
+    parser.add_argument(
+        "--documents", type=int, help="training steps: of which every row is packed; default: one"
+    )
     parser.add_argument(
         "--ceilings", action=argparse.BooleanOptionalAction, default=on_gpu,
         help="measure copy bandwidth and matrix product rate first",

@@ -18,8 +18,9 @@ Array = jax.Array
 Dims = tuple[str | None, ...]
 
 
-def one_row_twice(f: Callable[[Array], Array], x: Array) -> Array:
+def one_row_twice[Y](f: Callable[[Array], Y], x: Array) -> Y:
     """f(x), row by row, of x [B, T, ...]; where B = T = 1, of two copies of the only row.
+    f returns an array or several.
 
     On GPUs XLA makes of a product of one row and a matrix of less than 10^7 elements an elementwise
     product and a sum, with few thread blocks, and of the lookup of one row in a table that is split
@@ -29,7 +30,7 @@ def one_row_twice(f: Callable[[Array], Array], x: Array) -> Array:
     """
     if x.shape[:2] != (1, 1):
         return f(x)
-    return f(jnp.broadcast_to(x, (1, 2, *x.shape[2:])))[:, :1]
+    return jax.tree.map(lambda y: y[:, :1], f(jnp.broadcast_to(x, (1, 2, *x.shape[2:]))))
 
 
 def in_dtype_of_first[T: tuple[Any, ...]](
@@ -90,6 +91,18 @@ def linear(
     return without_dtype(layer)
 
 
+def together(x: Array, *projections: Any) -> list[Any]:
+    """[p(x) for p in projections]; None stays None.
+
+    Those that have a method of this name make their products at once, see `LoRALinear.together`.
+    """
+    found = [p for p in projections if hasattr(p, "together")]
+    made = iter(found[0].together(x, found[1:]) if found else ())
+    return [
+        next(made) if hasattr(p, "together") else None if p is None else p(x) for p in projections
+    ]
+
+
 def exact_dtype(dtype):
     """What states, gates and norms are computed in: float32 (float64 in float64 models)."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -141,7 +154,8 @@ class MLP(nnx.Module):
         self.down_proj = linear(f, d, ("mlp", "embed"), config, dtype, rngs, bias)
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 def split_heads(x: Array, head_dim: int) -> Array:

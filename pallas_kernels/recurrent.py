@@ -33,11 +33,7 @@ def check_heads(op: str, heads: int, kv_heads: int) -> None:
 def check_padding(
     op: str, segment_ids: jax.Array | None, lengths: jax.Array | None, shape: tuple[int, int]
 ) -> None:
-    """Raise ValueError unless at most one is given: integers [B, T], or integers [B]."""
-    if segment_ids is not None and lengths is not None:
-        raise ValueError(
-            f"{op}: segment_ids and lengths both say where padding is; give one of them."
-        )
+    """Raise ValueError unless what is given are integers [B, T], and integers [B]."""
     named = {"segment_ids": (segment_ids, shape, "B, T"), "lengths": (lengths, shape[:1], "B")}
     for name, (x, expected, dims) in named.items():
         if x is not None and (x.shape != expected or not jnp.issubdtype(x.dtype, jnp.integer)):
@@ -53,7 +49,7 @@ def mask_padding(
     padding, whatever was there: a token of zeros neither writes nor decays, and reads zeros."""
     doc = None
     if segment_ids is not None:
-        doc, valid = documents(segment_ids)
+        doc, valid = documents(segment_ids, lengths)
     elif lengths is not None:
         valid = leading(lengths, arrays[0].shape[1])
     else:

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -27,7 +28,9 @@ from benchmarks import (
     run,
     serve_table,
     timing,
+    training,
 )
+from benchmarks.peers import transformers_lora
 from hmf_jax.cli import app
 from hmf_jax.config import HybridConfig
 from hmf_jax.loading import from_pretrained
@@ -37,7 +40,7 @@ from hmf_jax.options import MoEConfig
 from hmf_jax.pallas_kernels.shapes import SHAPES, TP
 from hmf_jax.parameters import flat_params
 from hmf_jax.sharding import make_mesh
-from hmf_jax.training import flops
+from hmf_jax.training import TrainState, flops
 from tests.util import rel
 
 FIELDS = {
@@ -533,6 +536,72 @@ def test_the_command_line_passes_arguments_on(tmp_path: Path, monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "benchmarks.serve_table", None)
     result = CliRunner().invoke(app, ["bench", "serve-table", "--out", "x"])
     assert result.exit_code == 1 and "get the repository and run `python -m" in result.stderr
+
+
+def test_the_table_of_training_steps(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Compiled first, then one process per row; the peer beside; nothing is measured again."""
+    out, ran = tmp_path / "rows.jsonl", []
+    dims = dict(batch=1, length=8192, heads=4, kv_heads=2, head_dim=16)
+
+    def process(command: list[str], env: Any = None, check: bool = False) -> None:
+        ran.append(command)
+        peer = command[2].endswith("lora")
+        if "--compile-only" in command or (not peer and "none" in command):
+            return  # what does not fit into the memory leaves no row
+        given = dict(zip(command[3::2], command[4::2], strict=False))
+        case, extra = f"tiny {given.get('--mixers', '*')} 4 layers", {"mfu": 0.5, "peak_bytes": 2e9}
+        row = dataclasses.replace(
+            ROW, op="lora_step", shape=dims, case=f"{case}, remat block", extra=extra,
+            impl="transformers sdpa" if peer else "auto", ms=3000.0 if peer else 2000.0,
+        )  # fmt: skip
+        with out.open("a") as file:
+            file.write(row.to_json() + "\n")
+
+    monkeypatch.setattr("subprocess.run", process)
+    argv = ["--out", str(out), "--shape", "tiny", "--remat", "block,none", "--jobs", "1"]
+    training.main([*argv, "--only", "LoRA, Qwen3"])
+    assert ["--compile-only" in c for c in ran] == [True, True, False, False, False]
+    assert "--ceilings" in ran[3] and "--no-ceilings" in ran[4]
+    text = capsys.readouterr().out
+    assert "| step | transformers sdpa, block | remat block |" in text
+    assert "| LoRA, Qwen3 | 3000 ms (50%, 2 GB) | 2000 ms (50%, 2 GB) |" in text
+    assert (tmp_path / "rows.md").read_text() == text
+    ran.clear()
+    training.main([*argv, "--only", "LoRA, Qwen3", "--no-peer"])
+    assert [c[c.index("--remat") + 1] for c in ran] == ["none", "none"]
+    with pytest.raises(SystemExit):
+        training.main([*argv, "--only", "DPO"])
+    assert "fits none of: LoRA, Qwen3; " in capsys.readouterr().err
+
+
+def test_random_documents_fill_every_row() -> None:
+    ids = training.segment_ids((2, 50), 7, 0)
+    assert (np.diff(ids, axis=1) >= 0).all() and (ids[:, 0] == 1).all() and (ids[:, -1] == 7).all()
+    assert (ids[0] != ids[1]).any() and (training.segment_ids((1, 3), 1, 0) == 1).all()
+
+
+def test_a_peer_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="skipped: not installed here: torch, transformers, peft,"):
+        transformers_lora.main(["--attention", "flash_attention_2"])
+
+
+def test_a_peers_flops_are_counted_like_ours() -> None:
+    settings = models.Settings("tiny", "*")
+    model = jax.eval_shape(lambda: training._model("lora_step", settings))
+    state = TrainState.abstract(model, training.OPTIMIZER, trainable="lora")
+    config, parameters = settings.config, []
+    for trained, arrays in ((True, state.params), (False, state.frozen)):
+        for name, a in arrays.items():
+            size = SimpleNamespace(ndim=a.ndim, numel=lambda a=a: a.size, requires_grad=trained)
+            parameters.append((name, size))
+    theirs = SimpleNamespace(
+        num_hidden_layers=len(config.layer_kinds), num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+    )  # fmt: skip
+    peer = SimpleNamespace(named_parameters=lambda: parameters)
+    found = transformers_lora.training_flops(peer, theirs, 100)
+    assert found == flops.training_flops(state, 100)
 
 
 @pytest.mark.slow

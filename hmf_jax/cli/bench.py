@@ -11,6 +11,7 @@ PROGRAMS = {
     "serve": "A whole server, as its clients see it.",
     "serve-table": "Decoding with the memory full and time to first token, as a table.",
     "run": "Operators, models and training steps, one row per measurement.",
+    "training": "Training steps of every choice of remat, beside a peer's, as a table.",
     "full-size": "A full-size checkpoint: loading, first token, memory.",
     "compare": "Two files of rows, or two commits.",
 }

@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -198,10 +197,8 @@ class Device:
         self._all.grow(capacity, pages)
 
     def warm(self) -> None:
-        """Compiles every program that can be needed, several at a time."""
-        with ThreadPoolExecutor() as pool:
-            for waiting in [pool.submit(call.compile()) for call in self._calls()]:
-                waiting.result()
+        """Compiles every program that can be needed, or finds it on disk."""
+        self._all.compile(self._calls())
 
     def compiled(self) -> int:
         """How many programs this process has compiled since its first `Device` was made."""
@@ -283,10 +280,7 @@ class Device:
         steps = 1 if constrained else min(turn.steps, MOST_STEPS)
         settings, top = self._settings_and_top()
         allowed = self._allowed(constrained - waiting)
-        numbers = ends, self._all.table(turn.tables), waits
-        if not self._loops:
-            numbers = jax.device_put(numbers, self._all.rows.reason.sharding)
-        ends, table, waits = numbers
+        ends, table, waits = self._shared(ends, self._all.table(turn.tables), waits)
         found = [
             self._change(self._all.decode(ends, n, settings, top, table, waits, allowed, most))
             for n, most in self._programs(steps)
@@ -295,6 +289,10 @@ class Device:
             self._ended(slot)
         self._ends = set()
         return found
+
+    def _shared(self, *numbers: Any) -> Any:
+        """On the device, if several programs get them."""
+        return numbers if self._loops else jax.device_put(numbers, self._all.rows.reason.sharding)
 
     def _programs(self, steps: int) -> list[tuple[int | None, int]]:
         """`steps` and `most` of the programs that decode so many tokens together."""
@@ -387,8 +385,9 @@ class Device:
         settings, top = self._settings_and_top()
         allowed = self._allowed(())
         iterations, table = self._iterations(_NOBODY), all.table(())
-        for n, most in dict.fromkeys((*self._programs(MOST_STEPS), *self._programs(1))):
-            yield all.decode(none, n, settings, top, table, none, allowed, most)
+        for n, most in dict.fromkeys(self._programs(FEW + 1)):
+            ends, pages, waits = self._shared(none, table, none)
+            yield all.decode(ends, n, settings, top, pages, waits, allowed, most)
         yield all.first(none, zeros, settings, top, allowed)
         for start in all.starts():
             for width in reversed(all.widths(start + 1)):
@@ -397,7 +396,7 @@ class Device:
         seen, token = np.zeros((1, V), bool), np.zeros(1, np.int32)
         for logits in (False, True):
             yield (save := all.save(0, logits))
-            held = Snapshot(*save())
+            held = Snapshot(*all.outcome(save))
             for resume in (False, True):
                 yield all.load(held, 0, token, seen, resume)
         for width in all.widths():
@@ -408,7 +407,7 @@ class Device:
             yield all.copy([])
             yield all.zero([])
             yield (read := all.read(0))
-            yield all.write(read(), 0)
+            yield all.write(all.outcome(read), 0)
 
 
 def loops_without_waiting() -> bool:

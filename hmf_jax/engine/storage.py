@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from hmf_jax.memory import device_bytes
 from hmf_jax.model import HybridLM
 from hmf_jax.packed import PackedModel
 from hmf_jax.sharding import row_parts
+from hmf_jax.stored import Call, compiled
 
 STEP = 4  # from one width of chunks to the next
 # Chunks that attention reads up to, and the next step from there. Each size is a program that takes
@@ -26,6 +27,9 @@ READ = 16
 # from buffers, a decode step as long (benchmarks/results); half a page per row is lost.
 PAGE_SIZE = 1024
 MOST_PAGES = 64  # that one call copies, or fills with zeros
+# What `Storage.compile` has made, for all storages of this process that are alike.
+_programs: dict[Any, jax.stages.Compiled] = {}
+_kinds: dict[Any, int] = {}  # numbers of models that share programs: comparing these is free
 
 
 class Snapshot(NamedTuple):
@@ -33,26 +37,6 @@ class Snapshot(NamedTuple):
 
     rows: Rows
     logits: jax.Array | None
-
-
-class Call(NamedTuple):
-    """A compiled program and its arguments."""
-
-    program: Any
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-    def __call__(self) -> Any:
-        """What it returns; of abstract arguments, what that would look like."""
-        if not is_abstract(self.args):
-            return self.program(*self.args, **self.options)
-        device = jax.tree.leaves(self.args)[0].sharding
-        made = jax.eval_shape(lambda: self.program(*self.args, **self.options))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), made)
-
-    def compile(self) -> Any:
-        """Begins to compile it: traced now, the rest in the function that is returned."""
-        return self.program.lower(*self.args, **self.options).compile
 
 
 def is_abstract(tree: Any) -> bool:
@@ -86,9 +70,15 @@ class Storage:
         self._parts = 1 if model.mesh is None else row_parts(model.mesh)
         self._processor, self._solver = processor, solver
         self.pool = self._pool_of(pages)
+        arrays = tuple((x.shape, x.dtype, x.sharding) for x in self._packed.arrays)
+        self._kind = _kinds.setdefault((self._packed.structure, arrays), len(_kinds))
         empty = programs.empty.on(self._layout())
-        made = Call(empty, (self._packed, slots, capacity), dict(pages=self.pool))()
-        if not is_abstract(made):
+        static = dict(size=slots, capacity=capacity, pages=self.pool)
+        call = Call(empty, (self._packed,), static=static)
+        if is_abstract(self._packed):
+            made = self.outcome(call)
+        else:
+            made = call()
             # Said to belong where they are: so is what comes back from host memory, and programs
             # are compiled for one or the other.
             place: Any = jax.tree.map(lambda x: x.sharding, made)
@@ -204,6 +194,35 @@ class Storage:
 
     # The programs with their arguments.
 
+    def compile(self, calls: Iterable[Call]) -> None:
+        """Makes what these calls need: found on disk or compiled, see `hmf_jax.stored`."""
+        missing = [call for call in calls if call.ready is None]
+        for call, program in zip(missing, compiled(missing), strict=True):
+            _programs[self._key(call)] = program
+
+    def outcome(self, call: Call) -> Any:
+        """Arrays like those that it returns, for calls to be compiled; it runs on a mesh only."""
+        device = self._packed.arrays[0].sharding
+        if self._layout() is not None:  # where they will lie is known to the compiler
+            return call()
+        made = jax.eval_shape(lambda: call.program(*call.args, **call.options, **call.static))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), made)
+
+    def _call(
+        self, program: Any, *args: Any, options: dict[str, Any] | None = None, **static: Any
+    ) -> Call:
+        call = Call(program, args, options or {}, static)
+        return call._replace(ready=_programs.get(self._key(call)))
+
+    def _key(self, call: Call) -> Any:
+        """Equal for calls that one program can serve."""
+        ours = self._packed, self.rows, self.logits
+        others = [x for x in call.args if not any(x is one for one in ours)]
+        leaves, tree = jax.tree.flatten((others, call.options))
+        sizes = self._kind, self.slots, self.capacity, self.pool, self.counts
+        shapes = tuple(np.shape(x) for x in leaves)
+        return sizes, call.program, tree, shapes, tuple(call.static.items())
+
     def prefill(
         self,
         slot: int,
@@ -217,24 +236,24 @@ class Storage:
         table = np.full(self._read_pages(start + count), self.nowhere, np.int32)
         pages = pages[: len(table)]
         table[: len(pages)] = pages
-        args = (
-            self._packed, self.rows, self.logits, np.int32(slot), table, tokens,
-            np.array([count], np.int32), num_iter, np.bool_(start == 0),
+        return self._call(
+            paged.prefill_slot.on(self._layout(), self.counts), self._packed, self.rows,
+            self.logits, np.int32(slot), table, tokens, np.array([count], np.int32), num_iter,
+            np.bool_(start == 0), solver=self._solver,
         )  # fmt: skip
-        options = dict(solver=self._solver)
-        return Call(paged.prefill_slot.on(self._layout(), self.counts), args, options)
 
     def score(self, hidden: jax.Array, targets: np.ndarray, top: int) -> Call:
         """See `paged.score`."""
-        return Call(paged.score, (self._packed, hidden, targets), dict(top=top))
+        return self._call(paged.score, self._packed, hidden, targets, top=top)
 
     def first(
         self, starts: np.ndarray, left: np.ndarray, settings: Settings, top: int, allowed: Any
     ) -> Call:
         """See `programs.first`."""
+        program = programs.first.on(self._layout(), self.counts)
         args = self.rows, self.logits, starts, left, settings
-        options = dict(top=top, processor=self._processor, allowed=allowed)
-        return Call(programs.first.on(self._layout(), self.counts), args, options)
+        options = dict(allowed=allowed)
+        return self._call(program, *args, options=options, top=top, processor=self._processor)
 
     def decode(
         self,
@@ -249,17 +268,17 @@ class Storage:
     ) -> Call:
         """See `programs.decode`."""
         count = None if steps is None else np.int32(steps)
-        args = self._packed, self.rows, ends, count, settings
-        options = dict(top=top, processor=self._processor, solver=self._solver)
-        options |= dict(table=table, waits=waits, allowed=allowed, most=most)
-        return Call(programs.decode.on(self._layout(), self.counts), args, options)
+        return self._call(
+            programs.decode.on(self._layout(), self.counts), self._packed, self.rows, ends,
+            count, settings, options=dict(table=table, waits=waits, allowed=allowed),
+            top=top, processor=self._processor, solver=self._solver, most=most,
+        )  # fmt: skip
 
     def save(self, slot: int, logits: bool) -> Call:
         """See `paged.save`."""
         layout = Layout.of(self._packed, 1, self.capacity, self.pool, marked=True)
-        options = dict(appends=self.appends, with_logits=logits)
-        args = self.rows, self.logits, np.int32(slot)
-        return Call(paged.save.on(layout, self.counts), args, options)
+        program, args = paged.save.on(layout, self.counts), (self.rows, self.logits, np.int32(slot))
+        return self._call(program, *args, appends=self.appends, with_logits=logits)
 
     def load(
         self, held: Snapshot, slot: int, token: np.ndarray, seen: np.ndarray, resume: bool
@@ -269,9 +288,9 @@ class Storage:
         if rows.state.capacity != self.capacity:  # it grew in the meantime
             state = dataclasses.replace(rows.state, capacity=self.capacity)
             rows = dataclasses.replace(rows, state=state)
+        program = paged.load.on(self._layout(), self.counts)
         args = self.rows, self.logits, rows, held.logits, np.int32(slot), token, seen
-        options = dict(appends=self.appends, resume=resume)
-        return Call(paged.load.on(self._layout(), self.counts), args, options)
+        return self._call(program, *args, appends=self.appends, resume=resume)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> Call:
         """See `paged.copy_pages`; at most `MOST_PAGES` of them."""
@@ -284,15 +303,15 @@ class Storage:
     def _over_pages(self, program: Any, numbers: np.ndarray) -> Call:
         padded = np.zeros((MOST_PAGES, *numbers.shape[1:]), np.int32)
         padded[: len(numbers)] = numbers
+        program = program.on(self._layout(), self.counts)
         args = self.rows, padded, np.int32(len(numbers))
-        return Call(program.on(self._layout(), self.counts), args, dict(appends=self.appends))
+        return self._call(program, *args, appends=self.appends)
 
     def read(self, page: int) -> Call:
         """See `paged.read_page`."""
-        return Call(paged.read_page, (self.rows, np.int32(page)), dict(appends=self.appends))
+        return self._call(paged.read_page, self.rows, np.int32(page), appends=self.appends)
 
     def write(self, held: Any, page: int) -> Call:
         """See `paged.write_page`."""
-        args = self.rows, held, np.int32(page)
         program = paged.write_page.on(self._layout(), self.counts)
-        return Call(program, args, dict(appends=self.appends))
+        return self._call(program, self.rows, held, np.int32(page), appends=self.appends)

@@ -23,6 +23,7 @@ from hmf_jax.layers import (
     linear,
     merge_heads,
     split_heads,
+    together,
 )
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
@@ -101,9 +102,9 @@ def refill(tokens: Array, offset: Array, lengths: Array, skip: int, size: int, l
     return jnp.take_along_axis(tokens, entry[:, :, None, None], axis=1)
 
 
-def project(x: Array, proj: nnx.Linear, ctx: Context, D: int) -> Array:
-    """x [B, T, d], projected to heads [B, T, H, D]."""
-    return split_heads(ctx.over_tokens(proj(x)), D)
+def in_heads(x: Array, ctx: Context, D: int) -> Array:
+    """What a projection made, [B, T, H * D], as heads [B, T, H, D]."""
+    return split_heads(ctx.over_tokens(x), D)
 
 
 def rotated(heads: Array, norm: RMSNorm | None, ctx: Context) -> Array:
@@ -140,14 +141,15 @@ class Attention(Mixer):
         self, x: Array, ctx: Context, state: AttentionState | WindowState | None = None
     ) -> tuple[Array, AttentionState | WindowState | None]:
         D, gate = self.head_dim, None
-        q = project(x, self.q_proj, ctx, 2 * D if self.gated else D)
+        q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+        q = in_heads(q, ctx, 2 * D if self.gated else D)
         if self.gated:
             q, gate = jnp.split(q, 2, axis=-1)
         q = rotated(q, self.q_norm, ctx)
         if ctx.query_scale is not None:
             q = q * ctx.query_scale.astype(q.dtype)
-        k = rotated(project(x, self.k_proj, ctx, D), self.k_norm, ctx)
-        v = project(x, self.v_proj, ctx, D)
+        k = rotated(in_heads(k, ctx, D), self.k_norm, ctx)
+        v = in_heads(v, ctx, D)
         attend = self._full if self.window is None else self._windowed
         o, state = attend(q, k, v, ctx, state)
         o = ctx.over_tokens(o)

@@ -64,9 +64,7 @@ class Context:
     @property
     def padding(self) -> dict:
         """What recurrent operators and convolutions are told about padding and documents."""
-        if self.segment_ids is not None:
-            return {"segment_ids": self.segment_ids}
-        return {"lengths": self.lengths}
+        return {"segment_ids": self.segment_ids, "lengths": self.lengths}
 
     @property
     def active(self) -> Array | None:

@@ -17,15 +17,15 @@ from flax import nnx
 
 from hmf_jax.convert import rows
 from hmf_jax.convert.rows import Row
-from hmf_jax.layers import linear, merge_heads
+from hmf_jax.layers import linear, merge_heads, together
 from hmf_jax.mixers.attention import (
     KV_DIMS,
     as_ring,
     chronological,
     composed_ring,
     head_norm,
+    in_heads,
     o_rows,
-    project,
     qkv_rows,
     refill,
     rotated,
@@ -106,22 +106,24 @@ class TwoWindowAttention(nnx.Module):
     ) -> tuple[Array, BMojoState | None]:
         """x, fading [B, T, d]; `inner` is the new state of the inner mixer."""
         D, tied = self.head_dim, self.tied
-        q = rotated(project(x, self.q_proj, ctx, D), self.q_norm, ctx)
         q_fading = None
-        if not tied:
-            q_fading = rotated(project(x, self.q_proj_, ctx, D), self.q_norm_, ctx)
         if tied and x.shape[1] == 1:
+            q = self.q_proj(x)
             # One token's products are as long as reading their weights takes: read them once.
-            both = jnp.stack([x, fading])
-            k, k_fading = rotated(project(both, self.k_proj, ctx, D), self.k_norm, ctx)
-            v, v_fading = project(both, self.v_proj, ctx, D)
+            (k, k_fading), (v, v_fading) = together(
+                jnp.stack([x, fading]), self.k_proj, self.v_proj
+            )
+        elif tied:
+            q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+            k_fading, v_fading = together(fading, self.k_proj, self.v_proj)
         else:
-            k = rotated(project(x, self.k_proj, ctx, D), self.k_norm, ctx)
-            v = project(x, self.v_proj, ctx, D)
-            k_proj, k_norm = (self.k_proj, self.k_norm) if tied else (self.k_proj_, self.k_norm_)
-            v_proj = self.v_proj if tied else self.v_proj_
-            k_fading = rotated(project(fading, k_proj, ctx, D), k_norm, ctx)
-            v_fading = project(fading, v_proj, ctx, D)
+            q, q_fading, k, v = together(x, self.q_proj, self.q_proj_, self.k_proj, self.v_proj)
+            q_fading = rotated(in_heads(q_fading, ctx, D), self.q_norm_, ctx)
+            k_fading, v_fading = together(fading, self.k_proj_, self.v_proj_)
+        q = rotated(in_heads(q, ctx, D), self.q_norm, ctx)
+        k = rotated(in_heads(k, ctx, D), self.k_norm, ctx)
+        k_fading = rotated(in_heads(k_fading, ctx, D), self.k_norm if tied else self.k_norm_, ctx)
+        v, v_fading = in_heads(v, ctx, D), in_heads(v_fading, ctx, D)
         attend = self._step if state is not None and x.shape[1] == 1 else self._prefill
         o, state = attend(q, k, v, q_fading, k_fading, v_fading, ctx, state, inner)
         return self.o_proj(merge_heads(ctx.over_tokens(o))), state

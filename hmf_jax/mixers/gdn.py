@@ -9,7 +9,7 @@ from flax import nnx
 
 from hmf_jax.convert import rows
 from hmf_jax.convert.rows import Row
-from hmf_jax.layers import exact, linear, log_decay, split_heads
+from hmf_jax.layers import exact, linear, log_decay, split_heads, together
 from hmf_jax.mixers.base import Array, Context
 from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
 from hmf_jax.mixers.linear import (
@@ -78,18 +78,21 @@ class GatedDeltaNet(GatedLinearMixer):
         self, x: Array, ctx: Context, state: GDNState | None = None
     ) -> tuple[Array, GDNState | None]:
         s = state
-        q, conv_q = self.convolve(self.q_proj(x), self.q_conv1d, ctx, s and s.conv_q, silu=True)
-        k, conv_k = self.convolve(self.k_proj(x), self.k_conv1d, ctx, s and s.conv_k, silu=True)
-        v, conv_v = self.convolve(self.v_proj(x), self.v_conv1d, ctx, s and s.conv_v, silu=True)
+        q, k, v, gate, beta, g = together(
+            x, self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.b_proj, self.gk_proj
+        )
+        q, conv_q = self.convolve(q, self.q_conv1d, ctx, s and s.conv_q, silu=True)
+        k, conv_k = self.convolve(k, self.k_conv1d, ctx, s and s.conv_k, silu=True)
+        v, conv_v = self.convolve(v, self.v_conv1d, ctx, s and s.conv_v, silu=True)
         q = self.repeat(split_heads(q, self.head_dim))
         q = l2_normalize(q, 1e-6, under_root=True)
         k = l2_normalize(self.expand(k, self.proj_k, self.k_rep), 1e-6, under_root=True)
         v = self.expand(v, self.proj_v, self.v_rep)
         q, k = q.astype(v.dtype), k.astype(v.dtype)
-        beta = jax.nn.sigmoid(exact(ctx.over_tokens(self.b_proj(x))))
+        beta = jax.nn.sigmoid(exact(ctx.over_tokens(beta)))
         if self.c.allow_neg_eigval:
             beta = 2.0 * beta
-        g = log_decay(self.A_log[...], ctx.over_tokens(self.gk_proj(x)), self.dt_bias[...])[1]
+        g = log_decay(self.A_log[...], ctx.over_tokens(g), self.dt_bias[...])[1]
 
         if state is not None and x.shape[1] == 1:
             q, k, v, g, beta = (ctx.mask(a)[:, 0] for a in (q, k, v, g, beta))
@@ -106,7 +109,7 @@ class GatedDeltaNet(GatedLinearMixer):
                 **ctx.padding,
                 **ctx.options,
             )
-        y = self.output(o, x, ctx)
+        y = self.output(o, gate, ctx)
         return y, None if state is None else GDNState(conv_q, conv_k, conv_v, matrix)
 
     def init_state(self, batch: int, capacity: int, dtype, mesh) -> GDNState:

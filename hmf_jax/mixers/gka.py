@@ -10,7 +10,7 @@ from flax import nnx
 
 from hmf_jax.convert import rows
 from hmf_jax.convert.rows import Row
-from hmf_jax.layers import exact, linear, log_decay, split_heads
+from hmf_jax.layers import exact, linear, log_decay, split_heads, together
 from hmf_jax.mixers.base import Array, Context
 from hmf_jax.mixers.kind import BASE, Kind, Section, Sections
 from hmf_jax.mixers.linear import (
@@ -101,22 +101,27 @@ class GatedKalmaNet(GatedLinearMixer):
         self, x: Array, ctx: Context, state: GKAState | None = None
     ) -> tuple[Array, GKAState | None]:
         c, s = self.c, state
-        q, conv_q = self.convolve(self.q_proj(x), self.q_conv1d, ctx, s and s.conv_q, silu=True)
-        k, conv_k = self.convolve(self.k_proj(x), self.k_conv1d, ctx, s and s.conv_k, silu=True)
-        v, conv_v = self.convolve(self.v_proj(x), self.v_conv1d, ctx, s and s.conv_v, silu=False)
+        a_proj = self.a_proj if c.use_forgetting_gate else None
+        q, k, v, gate, *gates = together(
+            x, self.q_proj, self.k_proj, self.v_proj, self.g_proj,
+            self.alpha_proj, self.b_proj, a_proj,
+        )  # fmt: skip
+        q, conv_q = self.convolve(q, self.q_conv1d, ctx, s and s.conv_q, silu=True)
+        k, conv_k = self.convolve(k, self.k_conv1d, ctx, s and s.conv_k, silu=True)
+        v, conv_v = self.convolve(v, self.v_conv1d, ctx, s and s.conv_v, silu=False)
         q = self.repeat(split_heads(q, self.head_dim))
         q = l2_normalize(q, 1e-6, under_root=False)
         k = l2_normalize(self.expand(k, self.proj_k, self.k_rep), 1e-6, under_root=False)
         v = self.expand(v, self.proj_v, self.v_rep)
         q, k = q.astype(v.dtype), k.astype(v.dtype)
 
-        alpha = beta = g = None
-        if self.alpha_proj is not None:
-            alpha = jax.nn.sigmoid(exact(ctx.over_tokens(self.alpha_proj(x))))
-        if self.b_proj is not None:
-            beta = jax.nn.sigmoid(exact(ctx.over_tokens(self.b_proj(x)))) + 1e-6
-        if c.use_forgetting_gate:
-            g = log_decay(self.A_log[...], ctx.over_tokens(self.a_proj(x)), self.dt_bias[...])[1]
+        alpha, beta, g = (None if a is None else ctx.over_tokens(a) for a in gates)
+        if alpha is not None:
+            alpha = jax.nn.sigmoid(exact(alpha))
+        if beta is not None:
+            beta = jax.nn.sigmoid(exact(beta)) + 1e-6
+        if g is not None:
+            g = log_decay(self.A_log[...], g, self.dt_bias[...])[1]
 
         options = {
             "num_iter": c.num_iter if ctx.num_iter is None else ctx.num_iter,
@@ -147,7 +152,7 @@ class GatedKalmaNet(GatedLinearMixer):
                 chunk_size=c.chunk_size,
                 **options,
             )
-        y = self.output(o, x, ctx)
+        y = self.output(o, gate, ctx)
         return y, None if state is None else GKAState(conv_q, conv_k, conv_v, *h)
 
     def init_state(self, batch: int, capacity: int, dtype, mesh) -> GKAState:

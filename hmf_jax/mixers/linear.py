@@ -193,9 +193,9 @@ class GatedLinearMixer(Mixer):
         return x if count == self.heads else jnp.repeat(x, self.heads // count, axis=2)
 
     @untabulated
-    def output(self, o: Array, x: Array, ctx: Context) -> Array:
-        """Norm, gate and output projection of o [B, T, H, D]; x is the mixer's input."""
-        gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.head_dim)
+    def output(self, o: Array, gate: Array | None, ctx: Context) -> Array:
+        """Norm, gate and output projection of o [B, T, H, D]; the gate is [B, T, H * D]."""
+        gate = None if gate is None else split_heads(gate, self.head_dim)
         return self.o_proj(merge_heads(self.o_norm(ctx.over_tokens(o), gate)))
 
     def conv_states(

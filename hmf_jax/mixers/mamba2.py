@@ -24,6 +24,7 @@ from hmf_jax.layers import (
     merge_heads,
     rms,
     split_heads,
+    together,
 )
 from hmf_jax.mixers.base import Array, Context, Mixer, zeros
 from hmf_jax.mixers.kind import BASE, GATE, Kind, Section, Sections
@@ -110,18 +111,20 @@ class Mamba2(Mixer):
         def heads(a: Array) -> Array:
             return split_heads(a, self.head_dim)
 
-        def key_like(proj: nnx.Linear, norm: RMSNorm | None) -> Array:
-            a = heads(proj(x))
-            a = a if norm is None else norm(a)
+        def key_like(a: Array, norm: RMSNorm | None) -> Array:
+            a = heads(a) if norm is None else norm(heads(a))
             return merge_heads(apply_rope(a, ctx.rope) if self.use_rope else a)
 
         s = state
-        u, conv_x = self.x_conv1d(self.x_proj(x), ctx=ctx, state=s and s.conv_x)
-        B, conv_B = self.B_conv1d(key_like(self.B_proj, self.B_norm), ctx=ctx, state=s and s.conv_B)
-        C, conv_C = self.C_conv1d(key_like(self.C_proj, self.C_norm), ctx=ctx, state=s and s.conv_C)
+        gate, u, B, C, dt = together(
+            x, self.z_proj, self.x_proj, self.B_proj, self.C_proj, self.dt_proj
+        )
+        u, conv_x = self.x_conv1d(u, ctx=ctx, state=s and s.conv_x)
+        B, conv_B = self.B_conv1d(key_like(B, self.B_norm), ctx=ctx, state=s and s.conv_B)
+        C, conv_C = self.C_conv1d(key_like(C, self.C_norm), ctx=ctx, state=s and s.conv_C)
         u, B, C = heads(u), heads(B), heads(C)
         A, D = -jnp.exp(exact(self.A_log[...])), exact(self.D[...])
-        dt, _ = log_decay(self.A_log[...], ctx.over_tokens(self.dt_proj(x)), self.dt_bias[...])
+        dt, _ = log_decay(self.A_log[...], ctx.over_tokens(dt), self.dt_bias[...])
         dt = ctx.mask(dt)
 
         if state is not None and x.shape[1] == 1:
@@ -140,7 +143,7 @@ class Mamba2(Mixer):
                 **ctx.padding,
                 **ctx.options,
             )
-        y = self.out_proj(merge_heads(self.norm(ctx.over_tokens(y), heads(self.z_proj(x)))))
+        y = self.out_proj(merge_heads(self.norm(ctx.over_tokens(y), heads(gate))))
         if state is None:
             return y, None
         total = state.log_decay + jnp.sum(dt, axis=1) * A

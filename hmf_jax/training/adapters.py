@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hmf_jax.layers import exact, one_row_twice
+from hmf_jax.layers import exact, one_row_twice, untabulated
 from hmf_jax.moe import Experts
 from hmf_jax.pallas_kernels import grouped_matmul
 from hmf_jax.sharding import named_sharding
@@ -60,9 +62,30 @@ class LoRALinear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x [B, T, in] -> y [B, T, out]."""
-        return one_row_twice(self._product, x)
+        return self.together(x, ())[0]
 
-    def _product(self, x: Array) -> Array:
+    @untabulated
+    def together(self, x: Array, others: Sequence[Self]) -> list[Array]:
+        """The products of this one and of others with the same x, those with all A as one.
+
+        A product with a thin matrix takes as long as reading x does.
+        """
+        adapters = [self, *others]
+        ends = np.cumsum([a.rank for a in adapters])[:-1]
+
+        def run(x: Array) -> list[Array]:
+            # Scaling A takes no time; scaling what is [B, T, out] would.
+            A = [a.lora_A[...] * (a.alpha / a.rank) for a in adapters]
+            thin = jnp.split(x @ jnp.concatenate(A, axis=1).astype(x.dtype), ends, axis=-1)
+            return [
+                a._frozen(x) + u @ a.lora_B[...].astype(x.dtype)
+                for a, u in zip(adapters, thin, strict=True)
+            ]
+
+        return one_row_twice(run, x)
+
+    def _frozen(self, x: Array) -> Array:
+        """x W + b."""
         if (kind := self.quantized) is None:
             y = x @ self.kernel[...].astype(x.dtype)
         else:
@@ -71,10 +94,7 @@ class LoRALinear(nnx.Module):
                 return x @ _dequantize(qvalue, scale, kind, x.dtype)
 
             y = jax.checkpoint(product)(x, self.qvalue[...], self.scale[...])
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
-        A, B = self.lora_A[...].astype(x.dtype), self.lora_B[...].astype(x.dtype)
-        return y + (x @ A) @ B * (self.alpha / self.rank)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
     @jax.jit
     def merged(self) -> Array:

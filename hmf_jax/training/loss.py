@@ -157,75 +157,90 @@ def cross_entropy(
 ) -> Array:
     """sum_bt weights * (logsumexp(logits) - logits[target]), logits = hidden @ kernel in float32.
 
-    The backward pass makes each piece of logits again: d logits = weights (softmax - one_hot).
-    On a mesh the vocabulary stays split; devices exchange maxima, sums and gradients, no logits.
+    Gradients are made in the forward pass, where the logits are there anyway: the product with the
+    kernel is never computed twice. d logits = weights (softmax - one_hot). Only what is
+    differentiated is made, and kept until the backward pass: [B, T, d] and [d, V] in the dtypes of
+    the arguments; the latter is summed up in a float32 [d, V] before. On a mesh the vocabulary
+    stays split; devices exchange maxima, sums and gradients, no logits.
 
     Args:
       hidden: [B, T, d]; kernel: [d, V]; targets: [B, T] integers; weights: [B, T] (no gradient).
       mesh: the model's mesh, or None.
       chunk_size: positions per piece, at least 1; a piece of logits takes B * chunk_size * V * 4
-        bytes, divided by the devices that split the batch and the vocabulary.
+        bytes, its gradient as many elements of the dtype of hidden, both divided by the devices
+        that split the batch and the vocabulary.
     """
-    return _forward(hidden, kernel, targets, weights, mesh, chunk_size)[0]
+    args = (hidden, kernel, targets, weights)
+    return _with_gradients(args, (False, False), mesh, chunk_size)[0]
 
 
 def _forward(hidden, kernel, targets, weights, mesh, chunk_size):
-    positions, vocab = _axes(mesh, len(hidden))
-
-    def local(hidden, kernel, targets, weights):
-        def piece(total, xs):
-            x, target, weight = xs
-            logits, is_target = _logits(x, kernel, target, vocab)
-            top = _over(jax.lax.pmax, jnp.max(logits, axis=-1), vocab)
-            exps = _over(jax.lax.psum, jnp.sum(jnp.exp(logits - top[..., None]), -1), vocab)
-            lse = top + jnp.log(exps)
-            own = _over(jax.lax.psum, jnp.sum(jnp.where(is_target, logits, 0), -1), vocab)
-            return total + jnp.sum(jnp.where(weight != 0, weight * (lse - own), 0)), lse
-
-        zero = jnp.zeros((), exact_dtype(hidden.dtype))
-        xs = [_pieces(a, chunk_size) for a in (hidden, targets, weights)]
-        total, lse = jax.lax.scan(piece, zero, xs)
-        return _over(jax.lax.psum, total, positions), lse
-
-    args = (hidden, kernel, targets, weights)
-    total, lse = call(local, mesh, len(hidden), args, ("bT-", "-V", "bT", "bT"), ("", "-bT"))
-    return total, (*args, lse)
+    wanted = hidden.perturbed, kernel.perturbed
+    args = tuple(a.value for a in (hidden, kernel, targets, weights))
+    return _with_gradients(args, wanted, mesh, chunk_size)
 
 
-def _backward(mesh, chunk_size, saved, g):
-    positions, vocab = _axes(mesh, len(saved[0]))
+def _backward(mesh, chunk_size, gradients, g):
+    scaled = (None if a is None else (g * a).astype(a.dtype) for a in gradients)
+    return *scaled, None, None
+
+
+cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _with_gradients(
+    args: tuple[Array, Array, Array, Array],
+    wanted: tuple[bool, bool],
+    mesh: Mesh | None,
+    chunk_size: int,
+) -> tuple[Array, tuple[Array | None, Array | None]]:
+    """The sum, and its gradients with respect to hidden and kernel where they are wanted."""
+    batch = len(args[0])
+    positions, vocab = _axes(mesh, batch)
     split = tuple(a for a in AXES.embed if a in positions)
     if mesh is not None and any(
         mesh.shape.get(a, 1) > 1 and a not in positions for a in AXES.embed
     ):
         split = ()  # a batch that stays whole
 
-    def local(hidden, kernel, targets, weights, lse, g):
-        def piece(d_kernel, xs):
-            x, target, weight, lse = xs
-            logits, is_target = _logits(x, kernel, target, vocab)
-            d_logits = (jnp.exp(logits - lse[..., None]) - is_target) * (g * weight)[..., None]
-            d_logits = d_logits.astype(x.dtype)
-            d_x = jnp.einsum("btv,dv->btd", d_logits, kernel, preferred_element_type=lse.dtype)
-            d_x = _over(jax.lax.psum, d_x, vocab).astype(x.dtype)
-            part = jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=lse.dtype)
-            return d_kernel + part, d_x
+    def local(hidden, kernel, targets, weights):
+        exact = exact_dtype(hidden.dtype)
 
-        xs = [*(_pieces(a, chunk_size) for a in (hidden, targets, weights)), lse]
-        d_kernel, d_x = jax.lax.scan(piece, jnp.zeros(kernel.shape, lse.dtype), xs)
-        d_x = jnp.moveaxis(d_x, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
-        if split:  # each device keeps that part of the sum that it keeps of the kernel
-            d_kernel = jax.lax.psum_scatter(d_kernel, split, scatter_dimension=0, tiled=True)
-        d_kernel = _over(jax.lax.psum, d_kernel, tuple(a for a in positions if a not in split))
-        return d_x[:, : hidden.shape[1]], d_kernel.astype(kernel.dtype)
+        def piece(sums, xs):
+            total, d_kernel = sums
+            x, target, weight = xs
+            logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=exact)
+            lse, own, is_target = _statistics(logits, target, vocab)
+            total += jnp.sum(jnp.where(weight != 0, weight * (lse - own), 0))
+            d_x = None
+            if any(wanted):
+                d_logits = (jnp.exp(logits - lse[..., None]) - is_target) * weight[..., None]
+                d_logits = d_logits.astype(x.dtype)
+            if wanted[0]:
+                d_x = jnp.einsum("btv,dv->btd", d_logits, kernel, preferred_element_type=exact)
+                d_x = _over(jax.lax.psum, d_x, vocab).astype(x.dtype)
+            if wanted[1]:
+                d_kernel += jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=exact)
+            return (total, d_kernel), d_x
 
-    in_dims = ("bT-", "-V", "bT", "bT", "-bT", "")
-    out_dims = ("bT-", "fV" if split else "-V")
-    d_x, d_kernel = call(local, mesh, len(saved[0]), (*saved, g), in_dims, out_dims)
-    return d_x, d_kernel, None, None
+        zeros = jnp.zeros((), exact), jnp.zeros(kernel.shape, exact) if wanted[1] else None
+        xs = [_pieces(a, chunk_size) for a in (hidden, targets, weights)]
+        (total, d_kernel), d_x = jax.lax.scan(piece, zeros, xs)
+        total = _over(jax.lax.psum, total, positions)
+        if d_x is not None:
+            B, T, d = hidden.shape
+            d_x = jnp.moveaxis(d_x, 0, 1).reshape(B, -1, d)[:, :T]
+        if d_kernel is not None:
+            if split:  # each device keeps that part of the sum that it keeps of the kernel
+                d_kernel = jax.lax.psum_scatter(d_kernel, split, scatter_dimension=0, tiled=True)
+            d_kernel = _over(jax.lax.psum, d_kernel, tuple(a for a in positions if a not in split))
+            d_kernel = d_kernel.astype(kernel.dtype)
+        return total, (d_x, d_kernel)
 
-
-cross_entropy.defvjp(_forward, _backward)
+    in_dims = ("bT-", "-V", "bT", "bT")
+    dims = "bT-", "fV" if split else "-V"
+    out_dims = "", tuple(d if w else None for d, w in zip(dims, wanted, strict=True))
+    return call(local, mesh, batch, args, in_dims, out_dims)
 
 
 def _axes(mesh: Mesh | None, batch: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -241,11 +256,23 @@ def _over(reduce, x: Array, axes: tuple[str, ...]) -> Array:
     return reduce(x, axes) if axes else x
 
 
-def _logits(x: Array, kernel: Array, target: Array, vocab) -> tuple[Array, Array]:
-    """Logits [B, C, V] of this device's part of the vocabulary, float32, and target == column."""
-    logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=exact_dtype(x.dtype))
-    start = jax.lax.axis_index(vocab) * kernel.shape[1] if vocab else 0
-    return logits, (target - start)[..., None] == jnp.arange(kernel.shape[1])
+def _statistics(logits: Array, target: Array, vocab) -> tuple[Array, Array, Array]:
+    """Log-sum-exp and the target's logit [B, C], and where that is [B, C, V], of the logits of this
+    device's part of the vocabulary."""
+    V = logits.shape[-1]
+    here = target - (jax.lax.axis_index(vocab) * V if vocab else 0)
+    own = jnp.take_along_axis(logits, here[..., None], axis=-1, mode="clip")[..., 0]
+    own = _over(jax.lax.psum, jnp.where((here >= 0) & (here < V), own, 0), vocab)
+    most, exps = _max_and_exps(logits)
+    top = _over(jax.lax.pmax, most, vocab)
+    exps = _over(jax.lax.psum, exps * jnp.exp(most - top), vocab)
+    return top + jnp.log(exps), own, here[..., None] == jnp.arange(V)
+
+
+def _max_and_exps(logits: Array) -> tuple[Array, Array]:
+    """The maximum over the vocabulary, and the sum of exp(logits - maximum)."""
+    top = jnp.max(logits, axis=-1)
+    return top, jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
 
 
 def _pieces(a: Array, size: int) -> Array:

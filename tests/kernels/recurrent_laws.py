@@ -216,6 +216,16 @@ class RecurrentLaws:
                 assert not np.asarray(grad)[padding].any(), name
         assert rel(grads[1], expected[1]) < 1e-5
 
+    def test_lengths_beside_documents(self):
+        """They say where padding is, and documents of one or two tokens are told apart."""
+        arrays, state = self.arguments(T=30)
+        lengths = np.asarray([26, 0], np.int32)
+        documents = np.asarray([[3] * 2 + [1] + [3] * 12 + [2] * 15, [7] * 30], np.int32)
+        padding = np.arange(30) >= lengths[:, None]
+        expected = self.run(arrays, state, np.where(padding, 0, documents))
+        for a, b in zip(self.run(arrays, state, documents, lengths=lengths), expected, strict=True):
+            assert rel(a, b) < 1e-6
+
     def test_lengths_need_neither_sorts_nor_document_numbers(self):
         """Nor gathers, but for one where a convolution reads its last inputs."""
         arrays, state = self.arguments(T=20)
@@ -232,6 +242,10 @@ class RecurrentLaws:
         assert count("sort", **prefix) == count("sort", **plain) == 0
         assert count("gather", **plain) <= count("gather", **prefix) <= count("gather", **plain) + 1
         assert count("gather", **prefix) < count("gather", **packed)
+        both = packed | {"lengths": prefix["lengths"]}
+        assert count("sort", **both) == 0
+        # Of a packed row, a convolution also reads which documents its last inputs are of.
+        assert count("gather", **both) <= count("gather", **prefix) + 1
 
     def test_packed_equals_separate(self):
         lengths = [10, 10, 10]  # equal, so that all share one program
@@ -326,8 +340,6 @@ class RecurrentLaws:
             self.run(arrays, state, np.ones((2, 3)))
         with pytest.raises(ValueError, match="lengths is int32"):
             self.run(arrays, state, lengths=np.ones((2, 1), np.int32))
-        with pytest.raises(ValueError, match="give one of them"):
-            self.run(arrays, state, np.ones((2, 3), np.int32), lengths=np.ones(2, np.int32))
         with pytest.raises(ValueError, match="chunk_size"):
             self.run(arrays, state, chunk_size=0)
 

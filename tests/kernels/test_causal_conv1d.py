@@ -70,8 +70,6 @@ class TestCausalConv1d(RecurrentLaws):
             self.run(arrays, np.concatenate([state, state[:, :1]], axis=1))
         with pytest.raises(ValueError, match="segment_ids"):
             self.run(arrays, state, np.ones((2, 4), np.int32))
-        with pytest.raises(ValueError, match="give one of them"):
-            self.run(arrays, state, np.ones((2, 3), np.int32), lengths=np.ones(2, np.int32))
         with pytest.raises(ValueError, match="activation='relu'"):
             causal_conv1d(**arrays, activation="relu")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="channels='c'"):

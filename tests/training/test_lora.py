@@ -18,12 +18,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from hmf_jax.config import BMojoConfig, GDNConfig
+from hmf_jax.layers import together
 from hmf_jax.loading import from_pretrained, save_pretrained
 from hmf_jax.model import HybridLM
 from hmf_jax.training import TrainState, make_train_step, next_token_loss, select_parameters
+from hmf_jax.training.adapters import Initial
 from hmf_jax.training.lora import LoRALinear, apply_lora, load_lora, merge_lora, save_lora
 from hmf_jax.training.peft import AdapterConfig
-from tests.training.test_step import HEADS, SIX, gathered, on_mesh, tokens_for, uneven
+from tests.training.test_step import HEADS, SIX, T, gathered, on_mesh, tokens_for, uneven
 from tests.util import random_model, rel, tiny_config
 
 ODD = dict(vocab_size=61)
@@ -116,6 +118,43 @@ def test_step_is_that_of_the_formula(remat):
                 np.testing.assert_array_equal(after[name], old)
                 continue
             assert rel(step, expected) < 1e-7, name
+
+
+def test_adapters_of_one_input_are_one_product():
+    """Whichever projections have adapters, of whatever rank and scale, forward and backward."""
+    with jax.enable_x64(True):
+        mlp: Any = random_model(tiny_config(("*",), **ODD), jnp.float64).layers[0].mlp
+        rng = np.random.default_rng(0)
+
+        def adapter(linear: nnx.Linear, rank: int, alpha: float) -> LoRALinear:
+            A, B = (jnp.asarray(rng.standard_normal(s)) for s in ((32, rank), (rank, 48)))
+            return LoRALinear(linear, Initial(A, B, alpha))
+
+        gate, up = adapter(mlp.gate_proj, 2, 3.0), adapter(mlp.up_proj, 3, 1.0)
+        x = jnp.asarray(rng.standard_normal((2, T, 32)))
+
+        def apart(x, *projections):
+            return [
+                x @ p.kernel[...] + p.alpha / p.rank * (x @ p.lora_A[...]) @ p.lora_B[...]
+                if isinstance(p, LoRALinear)
+                else p(x)
+                for p in projections
+            ]
+
+        found = (gate, up, mlp.up_proj)
+
+        @functools.partial(jax.jit, static_argnums=2)
+        def run(projections, x, made):
+            y, back = jax.vjp(lambda p, x: made(x, *p), projections, x)
+            return y, back([jnp.sin(a) for a in y])
+
+        got, expected = run(found, x, together), run(found, x, apart)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-9, 1e-9), got, expected)
+        products = [
+            str(jax.make_jaxpr(f)(x, *found)).count("dot_general") for f in (together, apart)
+        ]
+        assert products == [6, 7]
+        assert together(x, None, gate, None)[::2] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,51 @@ def test_cross_entropy_in_chunks(chunk_size):
         close(got, jax.tree.map(lambda a: 3 * a, expected), 1e-12)
 
 
+def logits_of(seed: int = 0, rows: int = 4) -> tuple[jax.Array, ...]:
+    """Hidden states, head, targets and weights of `cross_entropy`."""
+    rng = np.random.default_rng(seed)
+    x, w = rng.standard_normal((rows, T, 8)), 3 * rng.standard_normal((8, 64))
+    targets, weights = rng.integers(0, 64, (rows, T)), rng.random((rows, T))
+    return tuple(map(jnp.asarray, (x, w, targets, weights)))
+
+
+def products(f: Any, *args: Any) -> int:
+    return str(jax.make_jaxpr(f)(*args)).count("dot_general")
+
+
+def test_the_head_is_multiplied_once_and_once_per_gradient():
+    x, w, targets, weights = logits_of()
+
+    def loss(x, w):
+        return cross_entropy(x, w, targets, weights, None, 7)
+
+    assert products(loss, x, w) == 1
+    value, back = jax.vjp(loss, x, w)
+    assert products(back, value) == 0
+    for wanted, count in ((0, 2), (1, 2), ((0, 1), 3)):
+        assert products(jax.grad(loss, wanted), x, w) == count
+    both = jax.grad(loss, (0, 1))(x, w)
+    same([jax.grad(loss, i)(x, w) for i in (0, 1)], list(both))
+    assert products(jax.grad(jax.jit(loss)), x, w) == 2  # a frozen head stays one inside of jit
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=2, tp=2), dict(dp=2, sp=2)])
+def test_cross_entropy_on_meshes(sizes):
+    with jax.enable_x64(True):
+        args = logits_of()
+        mesh = make_mesh(**sizes, devices=jax.devices()[:4])
+
+        def run(mesh: Any, wanted: Any) -> Any:
+            def loss(x, w):
+                return cross_entropy(x, w, *args[2:], mesh, 5)
+
+            return jax.jit(jax.value_and_grad(loss, wanted))(*args[:2])
+
+        expected = run(None, (0, 1))
+        close(run(mesh, (0, 1)), expected, 1e-12)
+        close(run(mesh, 0)[1], expected[1][0], 1e-12)
+
+
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_chunked_loss_is_the_plain_loss(tied):
     with jax.enable_x64(True):

@@ -48,7 +48,8 @@ def causal_conv1d(
       segment_ids: [B, T] integers; 0 = padding, a change between non-zero neighbours starts a new
         document. The first document continues `initial_state`. Padding may be anywhere.
       lengths: [B] integers in 0..T, leading tokens of each row that are valid, the rest being
-        padding; not with `segment_ids`, and cheaper than they.
+        padding. Cheaper than to look for it in `segment_ids`; with both, these have no 0 among
+        the valid tokens, and only say where documents change.
       impl: "auto", "chunked" or "reference".
       mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`), or None.
       channels: how a mesh splits C: like query heads ("h") or like key/value heads ("k").

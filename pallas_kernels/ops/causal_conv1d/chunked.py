@@ -24,21 +24,26 @@ def causal_conv1d_chunked(inputs: Inputs, *, activation: str | None) -> tuple[ja
 
 
 def _packed(inputs: Inputs, activation: str | None) -> tuple[jax.Array, jax.Array]:
-    """The same for packed documents, with padding anywhere."""
+    """The same for packed documents; without `lengths` padding may be anywhere."""
     x, segment_ids = inputs.x, inputs.segment_ids
     assert segment_ids is not None
     T, K = x.shape[1], len(inputs.weight)
-    # Move padding to the end: then the K-1 tokens before a token are the K-1 entries before it.
-    doc, valid = documents(segment_ids)
-    order = jnp.argsort(~valid, axis=1, stable=True)
-    doc = jnp.pad(_permute(doc, order), ((0, 0), (K - 1, 0)))
-    history = jnp.concatenate([inputs.state, _permute(jnp.where(valid[..., None], x, 0), order)], 1)
+    doc, valid = documents(segment_ids, inputs.lengths)
+    x, order = jnp.where(valid[..., None], x, 0), None
+    if inputs.lengths is None:
+        # Move padding to the end: then the K-1 tokens before a token are the K-1 entries before it.
+        order = jnp.argsort(~valid, axis=1, stable=True)
+        doc, x = _permute(doc, order), _permute(x, order)
+    doc = jnp.pad(doc, ((0, 0), (K - 1, 0)))
+    history = jnp.concatenate([inputs.state, x], axis=1)
 
     def tap(i: int) -> jax.Array:
         same = doc[:, i : i + T] == doc[:, K - 1 :]
         return jnp.where(same[..., None], history[:, i : i + T], 0)
 
-    y = _permute(_sum(inputs, [tap(i) for i in range(K)], activation), jnp.argsort(order, axis=1))
+    y = _sum(inputs, [tap(i) for i in range(K)], activation)
+    if order is not None:
+        y = _permute(y, jnp.argsort(order, axis=1))
     count = jnp.sum(valid, axis=1)
     doc = _newest(doc, count, K - 1)
     state = _newest(history, count, K - 1)

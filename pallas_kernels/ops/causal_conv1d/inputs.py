@@ -16,7 +16,8 @@ class Inputs(NamedTuple):
       bias: [C], or None.
       state: [B, K-1, C], dtype of x: the newest inputs before x, newest last.
       segment_ids: [B, T] integers, 0 = padding, or None.
-      lengths: [B] integers, leading tokens that are valid, or None; never with `segment_ids`.
+      lengths: [B] integers, leading tokens that are valid, or None. With both, `segment_ids` have
+        no 0 among these.
     """
 
     x: Annotated[jax.Array, "btc"]

@@ -16,9 +16,8 @@ def causal_conv1d_reference(
     x, weight, bias, state, segment_ids, lengths = inputs
     B, T, _ = x.shape
     acc = jnp.promote_types(x.dtype, jnp.float32)
-    if lengths is not None:
-        segment_ids = leading(lengths, T).astype(jnp.int32)
-    doc, valid = documents(jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids)
+    ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+    doc, valid = documents(ids if lengths is None else jnp.where(leading(lengths, T), ids, 0))
 
     def token(carry, inputs):
         window, before = carry  # [B, K-1, C] newest last, [B]

@@ -83,7 +83,8 @@ def gka(
       segment_ids: [B, T] integers; 0 = padding, which changes nothing, wherever it is; a change
         between non-zero neighbours starts a new document. The first one continues `initial_state`.
       lengths: [B] integers in 0..T, leading tokens of each row that are valid, the rest being
-        padding; not with `segment_ids`, and cheaper than they.
+        padding. Cheaper than to look for it in `segment_ids`; with both, these have no 0 among
+        the valid tokens, and only say where documents change.
       chunk_size: tokens per chunk of impl "chunked"; changes speed and memory only.
       solver: whose steps num_iter counts: "chebyshev", or "cg", conjugate gradients: 20 steps are
         as accurate as 30 of Chebyshev, mostly fewer are enough (docs/num_iter.md). Needs ridge > 0.

@@ -61,7 +61,8 @@ def ssd(
         neighbours starts a document with a zero state. The first document continues
         `initial_state`; the final state is the last document's.
       lengths: [B] integers in 0..T, leading tokens of each row that are valid, the rest being
-        padding; not with `segment_ids`, and cheaper than they.
+        padding. Cheaper than to look for it in `segment_ids`; with both, these have no 0 among
+        the valid tokens, and only say where documents change.
       chunk_size: tokens per chunk of the "chunked" implementation; does not change the result.
       impl: "auto", "jla" (package jax-linear-attention, NVIDIA Hopper), "chunked" or "reference".
       mesh: device mesh (see `hmf_jax.pallas_kernels.sharded`) or None.
