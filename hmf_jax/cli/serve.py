@@ -336,14 +336,10 @@ def serve(
     SIGTERM or Ctrl-C ends it once running requests have had their time; a second one at once.
     """
     cache = _prefixes(prefix_cache, enable_prefix_caching, mamba_cache_mode)
-    for name, value, fine in (
-        ("--mamba-cache-dtype", mamba_cache_dtype, ("auto", "float32")),
-        ("--mamba-ssm-cache-dtype", mamba_ssm_cache_dtype, ("auto", "float32")),
-        ("--reasoning-parser", reasoning_parser, ("qwen3",)),
-        ("--tool-call-parser", tool_call_parser, ("hermes",)),
-    ):
-        if value is not None and value not in fine:
-            raise ValueError(f"{name} {value} is not supported; {' or '.join(fine)} is.")
+    _one_of("--mamba-cache-dtype", mamba_cache_dtype, "auto", "float32")
+    _one_of("--mamba-ssm-cache-dtype", mamba_ssm_cache_dtype, "auto", "float32")
+    _one_of("--reasoning-parser", reasoning_parser, "qwen3")
+    _one_of("--tool-call-parser", tool_call_parser, "hermes")
     if (ssl_keyfile is None) != (ssl_certfile is None):
         raise ValueError("--ssl-keyfile and --ssl-certfile go together.")
     _set_memory_fraction(gpu_memory_utilization)
@@ -359,10 +355,9 @@ def serve(
         slots=slots, max_model_len=max_model_len, prefill_chunk=prefill_chunk,
         max_stall=None if max_stall_ms is None else max_stall_ms / 1000, page_size=page_size,
         memory_fraction=gpu_memory_utilization, prefix_cache=cache, snapshot_every=snapshot_every,
-        snapshot_spacing=snapshot_spacing,
+        snapshot_spacing=snapshot_spacing, tp=tp, dp=dp, num_iter=num_iter,
         host_bytes=None if prefix_host_gib is None else int(prefix_host_gib * 2**30),
-        tp=tp, dp=dp, dtype="float32" if dtype is DType.float else dtype.value, num_iter=num_iter,
-        overrides=_overrides(hf_overrides),
+        dtype="float32" if dtype is DType.float else dtype.value, overrides=_overrides(hf_overrides),
     )  # fmt: skip
     config = ServeConfig(
         host=host, port=port, model_names=tuple(served_model_name or ()),
@@ -370,17 +365,20 @@ def serve(
         cors_origins=tuple(cors_origin or ()), max_body=_bytes("--max-body", max_body),
         max_queue=max_queue, max_queued_tokens=max_queued_tokens, queue_timeout=queue_timeout,
         request_timeout=request_timeout, shutdown_timeout=shutdown_timeout,
-        trust_request_chat_template=trust_request_chat_template,
-        exclude_tools_when_none=exclude_tools_when_none, ssl_keyfile=ssl_keyfile,
-        ssl_certfile=ssl_certfile, seed=seed,
+        trust_request_chat_template=trust_request_chat_template, ssl_keyfile=ssl_keyfile,
+        exclude_tools_when_none=exclude_tools_when_none, ssl_certfile=ssl_certfile, seed=seed,
     )  # fmt: skip
     run(model, config, engine, revision=revision, report=say, progress=progress(), began=began)
 
 
+def _one_of(option: str, value: str | None, *fine: str) -> None:
+    if value is not None and value not in fine:
+        raise ValueError(f"{option} {value} is not supported; {' or '.join(fine)} is.")
+
+
 def _prefixes(asked: Prefixes | None, enabled: bool | None, mode: str | None) -> str:
     """What three options say about the prefix cache."""
-    if mode not in (None, "align", "none"):
-        raise ValueError(f"--mamba-cache-mode {mode} is not supported; align or none is.")
+    _one_of("--mamba-cache-mode", mode, "align", "none")
     said = {
         "--prefix-cache": None if asked is None else asked is not Prefixes.off,
         "--enable-prefix-caching": enabled,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -31,7 +31,7 @@ from hmf_jax.serving.protocol import (
     TokenizeText,
     read,
 )
-from hmf_jax.serving.reading import aside, read_json
+from hmf_jax.serving.reading import Reader
 from hmf_jax.serving.service import READY, Service
 from hmf_jax.serving.stream import Batches, EventStream, while_connected
 
@@ -68,7 +68,7 @@ class _Routes:
     """What answers each path."""
 
     def __init__(self, service: Service) -> None:
-        self._service = service
+        self._service, self._reader = service, Reader(service.settings.max_body)
         self._ignored: set[str] = set()  # fields that were logged
 
     def table(self) -> list[Route]:
@@ -124,7 +124,7 @@ class _Routes:
         structured = asks.structured(fields)
         length = request.headers.get("content-length", "0")
         service.check(int(length) // 4 if length.isdigit() else 0)
-        found = await asyncio.to_thread(prompts)
+        found = await self._reader.apart(prompts)
         constrain = None
         if structured is not None:
             param = "structured_outputs" if fields.structured_outputs else "response_format"
@@ -145,11 +145,16 @@ class _Routes:
                 yield chunks.of(pieces)
             yield chunks.last()
 
-    async def _read[Kind: Fields](self, request: Request, kind: type[Kind]) -> Kind:
-        body = await read_json(request, self._service.settings.max_body)
-        length = request.headers.get("content-length", "")
-        size = int(length) if length.isdigit() else 1 << 30
-        fields, unknown = await aside(size, read, kind, body)
+    async def _read[Kind: Fields](
+        self, request: Request, kind: type[Kind], **others: type[Kind]
+    ) -> Kind:
+        """The fields of a request; `others`: of which kind one is that has this field."""
+
+        def fields_of(body: dict[str, Any]) -> tuple[Kind, list[str]]:
+            found = (other for name, other in others.items() if body.get(name) is not None)
+            return read(next(found, kind), body)
+
+        fields, unknown = await self._reader.read(request, fields_of)
         for name in unknown:
             self._service.metrics.ignored(name)
             if name not in self._ignored and len(self._ignored) < 1000:
@@ -215,20 +220,17 @@ class _Routes:
     # Text and tokens.
 
     async def tokenize(self, request: Request) -> Response:
-        body = await read_json(request, self._service.settings.max_body)
+        kinds: dict[str, type[TokenizeText | TokenizeChat]] = {"messages": TokenizeChat}
+        fields = await self._read(request, TokenizeText, **kinds)
         served = self._service.model
-        if body.get("messages") is not None:
-            chat, _ = read(TokenizeChat, body)
-            strings = chat.return_token_strs
-            prompt = await asyncio.to_thread(asks.render, chat, served)
-            tokens = prompt.tokens
+        if isinstance(fields, TokenizeChat):
+            tokens = (await self._reader.apart(asks.render, fields, served)).tokens
         else:
-            text, _ = read(TokenizeText, body)
-            strings, special = text.return_token_strs, text.add_special_tokens
-            encode = served.tokenizer.encode
-            tokens = await asyncio.to_thread(encode, text.prompt, add_special_tokens=special)
+            special = fields.add_special_tokens
+            encode = functools.partial(served.tokenizer.encode, add_special_tokens=special)
+            tokens = await self._reader.apart(encode, fields.prompt)
         answer = {"tokens": tokens, "count": len(tokens), "max_model_len": served.length}
-        if strings:
+        if fields.return_token_strs:
             answer["token_strs"] = served.tokenizer.convert_ids_to_tokens(tokens)
         return JSONResponse(answer)
 
@@ -236,7 +238,7 @@ class _Routes:
         fields = await self._read(request, Detokenize)
         served = self._service.model
         served.check_ids(fields.tokens, "tokens")
-        text = await asyncio.to_thread(served.tokenizer.decode, fields.tokens)
+        text = await self._reader.apart(served.tokenizer.decode, fields.tokens)
         return JSONResponse({"prompt": text})
 
     async def tokenizer_info(self, request: Request) -> Response:

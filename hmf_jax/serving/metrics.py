@@ -46,91 +46,101 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry, self.model = CollectorRegistry(), ""
-
         self._plain: list[Any] = []  # metrics without labels of their own
-
-        def made(kind: Any, name: str, what: str, *labels: str, **options: Any) -> Any:
-            metric = kind(name, what, [*LABELS, *labels], registry=self.registry, **options)
-            self._plain += [] if labels else [metric]
-            return metric
-
-        def counter(name: str, what: str, *labels: str) -> Counter:
-            return made(Counter, name, what, *labels)
-
-        def gauge(name: str, what: str, *labels: str) -> Gauge:
-            return made(Gauge, name, what, *labels)
-
-        def histogram(name: str, what: str, bounds: list[float]) -> Histogram:
-            return made(Histogram, name, what, buckets=bounds)
-
-        self._running = gauge("vllm:num_requests_running", "Requests that have a slot.")
-        self._waiting = gauge("vllm:num_requests_waiting", "Requests that wait for a slot.")
-        self._usage = gauge("vllm:kv_cache_usage_perc", "Part of the pages in use, 0 to 1.")
-        self._prompt = counter("vllm:prompt_tokens", "Tokens of prompts.")
-        self._generated = counter("vllm:generation_tokens", "Tokens that were generated.")
-        self._queries = counter("vllm:prefix_cache_queries", "Tokens looked up in the cache.")
-        self._hits = counter("vllm:prefix_cache_hits", "Tokens found in the cache.")
-        self._swaps = counter("vllm:num_preemptions", "Rows moved to host memory for others.")
-        self._success = counter(
-            "vllm:request_success", "Requests by how they ended.", "finished_reason"
-        )
-        self._first = histogram(
-            "vllm:time_to_first_token_seconds", "From arrival to the first token.", _SECONDS
-        )
-        self._between = histogram(
-            "vllm:inter_token_latency_seconds", "Between two tokens of a request.", _SHORT
-        )
-        self._per_token = histogram(
-            "vllm:request_time_per_output_token_seconds",
-            "Between two tokens, the mean of each request.",
-            _SHORT,
-        )
-        self._whole = histogram(
-            "vllm:e2e_request_latency_seconds", "From arrival to the last token.", _SECONDS
-        )
-        self._queue = histogram(
-            "vllm:request_queue_time_seconds", "From arrival to a slot.", _SECONDS
-        )
-        self._prefill = histogram(
-            "vllm:request_prefill_time_seconds", "From a slot to the first token.", _SECONDS
-        )
-        self._decode = histogram(
-            "vllm:request_decode_time_seconds", "From the first token to the last.", _SECONDS
-        )
-        self._prompts = histogram("vllm:request_prompt_tokens", "Tokens per prompt.", _TOKENS)
-        self._answers = histogram("vllm:request_generation_tokens", "Tokens per answer.", _TOKENS)
-        self._turn = histogram("vllm:iteration_tokens_total", "New tokens per turn.", _TOKENS)
-        self._n = histogram("vllm:request_params_n", "Choices asked for.", _steps(1, 100))
-        self._limit = histogram(
-            "vllm:request_params_max_tokens", "Most new tokens asked for.", _TOKENS
-        )
-        self._info = Info(
-            "vllm:cache_config", "How the cache is set up.", LABELS, registry=self.registry
-        )
-        self._missed = counter(
-            "hmf:prefix_miss_tokens", "Tokens not found in the cache, and why.", "reason"
-        )
-        self._num_iter = counter(
-            "hmf:num_iter_requests", "Requests by iterations of GKA layers.", "num_iter"
-        )
-        self._broken = counter("hmf:nonfinite", "Requests whose logits were not finite.")
-        self._slots = gauge("hmf:slots", "Slots by what they do.", "state")
-        self._bytes = gauge("hmf:prefix_bytes", "Bytes of the prefix cache.", "place", "kind")
-        self._entries = gauge("hmf:prefix_entries", "Prefixes that can be hit.", "place")
-        self._evictions = counter("hmf:prefix_evictions", "Prefixes that had to leave.", "place")
-        self._compiles = counter("hmf:compiles", "Programs compiled since the server is ready.")
-        self._turns = made(
-            Histogram, "hmf:dispatch_seconds", "How long turns take.", "kind", buckets=_SHORT
-        )
-        self._gaps = histogram(
-            "hmf:host_gap_seconds", "How long the device waited for the host, at most.", _SHORT
-        )
-        self._peak = gauge("hmf:device_peak_bytes", "Most memory in use, of one device.")
         self._told: dict[tuple[Any, ...], float] = {}  # of what engines count themselves
         self._ignored = Counter(
             "hmf:ignored_fields", "Unknown fields of requests.", ["field"], registry=self.registry
         )
         self._fields: set[str] = set()
+        self._make_requests()
+        self._make_engines()
+
+    def _make_requests(self) -> None:
+        self._running = self._gauge("vllm:num_requests_running", "Requests that have a slot.")
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait for a slot.")
+        self._prompt = self._counter("vllm:prompt_tokens", "Tokens of prompts.")
+        self._generated = self._counter("vllm:generation_tokens", "Tokens that were generated.")
+        self._queries = self._counter("vllm:prefix_cache_queries", "Tokens looked up in the cache.")
+        self._hits = self._counter("vllm:prefix_cache_hits", "Tokens found in the cache.")
+        self._success = self._counter(
+            "vllm:request_success", "Requests by how they ended.", "finished_reason"
+        )
+        self._first = self._histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token.", _SECONDS
+        )
+        self._between = self._histogram(
+            "vllm:inter_token_latency_seconds", "Between two tokens of a request.", _SHORT
+        )
+        self._per_token = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Between two tokens, the mean of each request.",
+            _SHORT,
+        )
+        self._whole = self._histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the last token.", _SECONDS
+        )
+        self._queue = self._histogram(
+            "vllm:request_queue_time_seconds", "From arrival to a slot.", _SECONDS
+        )
+        self._prefill = self._histogram(
+            "vllm:request_prefill_time_seconds", "From a slot to the first token.", _SECONDS
+        )
+        self._decode = self._histogram(
+            "vllm:request_decode_time_seconds", "From the first token to the last.", _SECONDS
+        )
+        self._prompts = self._histogram("vllm:request_prompt_tokens", "Tokens per prompt.", _TOKENS)
+        self._answers = self._histogram(
+            "vllm:request_generation_tokens", "Tokens per answer.", _TOKENS
+        )
+        self._turn = self._histogram("vllm:iteration_tokens_total", "New tokens per turn.", _TOKENS)
+        self._n = self._histogram("vllm:request_params_n", "Choices asked for.", _steps(1, 100))
+        self._limit = self._histogram(
+            "vllm:request_params_max_tokens", "Most new tokens asked for.", _TOKENS
+        )
+        self._num_iter = self._counter(
+            "hmf:num_iter_requests", "Requests by iterations of GKA layers.", "num_iter"
+        )
+        self._broken = self._counter("hmf:nonfinite", "Requests whose logits were not finite.")
+
+    def _make_engines(self) -> None:
+        self._info = Info(
+            "vllm:cache_config", "How the cache is set up.", LABELS, registry=self.registry
+        )
+        self._usage = self._gauge("vllm:kv_cache_usage_perc", "Part of the pages in use, 0 to 1.")
+        self._swaps = self._counter("vllm:num_preemptions", "Rows moved to host memory for others.")
+        self._missed = self._counter(
+            "hmf:prefix_miss_tokens", "Tokens not found in the cache, and why.", "reason"
+        )
+        self._slots = self._gauge("hmf:slots", "Slots by what they do.", "state")
+        self._bytes = self._gauge("hmf:prefix_bytes", "Bytes of the prefix cache.", "place", "kind")
+        self._entries = self._gauge("hmf:prefix_entries", "Prefixes that can be hit.", "place")
+        self._evictions = self._counter(
+            "hmf:prefix_evictions", "Prefixes that had to leave.", "place"
+        )
+        self._compiles = self._counter(
+            "hmf:compiles", "Programs compiled since the server is ready."
+        )
+        self._turns = self._made(
+            Histogram, "hmf:dispatch_seconds", "How long turns take.", "kind", buckets=_SHORT
+        )
+        self._gaps = self._histogram(
+            "hmf:host_gap_seconds", "How long the device waited for the host, at most.", _SHORT
+        )
+        self._peak = self._gauge("hmf:device_peak_bytes", "Most memory in use, of one device.")
+
+    def _made(self, kind: Any, name: str, what: str, *labels: str, **options: Any) -> Any:
+        metric = kind(name, what, [*LABELS, *labels], registry=self.registry, **options)
+        self._plain += [] if labels else [metric]
+        return metric
+
+    def _counter(self, name: str, what: str, *labels: str) -> Counter:
+        return self._made(Counter, name, what, *labels)
+
+    def _gauge(self, name: str, what: str, *labels: str) -> Gauge:
+        return self._made(Gauge, name, what, *labels)
+
+    def _histogram(self, name: str, what: str, bounds: list[float]) -> Histogram:
+        return self._made(Histogram, name, what, buckets=bounds)
 
     def begin(self, model: str, engines: int, cache: Mapping[str, str]) -> None:
         """What is served from now on: so many engines, with memory shared out like this."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.requests import Request
@@ -17,36 +18,49 @@ DEEPEST = 64  # lists and objects inside of each other
 _LARGE = 1 << 16  # bytes; more would keep others waiting
 
 
-async def read_json(request: Request, most: int) -> dict[str, Any]:
-    """The JSON object that a request brings.
+class Reader:
+    """Reads requests, so that none of them, nor many at once, keep the event loop from others.
 
     Args:
-      request: the request.
-      most: bytes that it may have.
-
-    Raises:
-      ApiError: it is too long, takes more than 30 seconds, is not JSON or no object; nested more
-        than 64 deep; numbers that are not finite; strings that are no Unicode.
-      ClientDisconnect: nobody waits for an answer any more.
+      most: bytes that a body may have.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    length = request.headers.get("content-length", "0")
-    nothing = not kind and length == "0" and "transfer-encoding" not in request.headers
-    if kind != "application/json" and not nothing:
-        raise ApiError(415, "send JSON, with the header Content-Type: application/json")
-    try:
-        body = await asyncio.wait_for(_body(request, most), SECONDS)
-    except TimeoutError:
-        message = f"the body of the request did not arrive within {SECONDS:.0f} seconds"
-        raise ApiError(408, message, headers={"connection": "close"}) from None
-    return await aside(len(body), parse, body)
 
+    def __init__(self, most: int) -> None:
+        self._most = most
+        # Few: threads that compute in Python take turns with that of the event loop.
+        self._threads = ThreadPoolExecutor(2, "reader")
+        self._turn = asyncio.Lock()
 
-async def aside[T](size: int, work: Callable[..., T], *arguments: Any) -> T:
-    """The result of work on so many bytes, in another thread if that takes long."""
-    if size > _LARGE:
-        return await asyncio.to_thread(work, *arguments)
-    return work(*arguments)
+    async def read[T](self, request: Request, fields: Callable[[dict[str, Any]], T]) -> T:
+        """What `fields` makes of the JSON object that a request brings.
+
+        Raises:
+          ApiError: it is too long, takes more than 30 seconds, is not JSON or no object; nested
+            more than 64 deep; numbers that are not finite; strings that are no Unicode.
+          ClientDisconnect: nobody waits for an answer any more.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        length = request.headers.get("content-length", "0")
+        nothing = not kind and length == "0" and "transfer-encoding" not in request.headers
+        if kind != "application/json" and not nothing:
+            raise ApiError(415, "send JSON, with the header Content-Type: application/json")
+        try:
+            body = await asyncio.wait_for(_body(request, self._most), SECONDS)
+        except TimeoutError:
+            message = f"the body of the request did not arrive within {SECONDS:.0f} seconds"
+            raise ApiError(408, message, headers={"connection": "close"}) from None
+        if len(body) > _LARGE:
+            return await self.apart(lambda: fields(parse(body)))
+        async with self._turn:  # one in each round of the event loop: others come between
+            try:
+                return fields(parse(body))
+            finally:
+                await asyncio.sleep(0)
+
+    async def apart[T](self, work: Callable[..., T], *arguments: Any) -> T:
+        """The result of work that takes long, in another thread."""
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._threads, work, *arguments)
 
 
 async def _body(request: Request, most: int) -> bytes:
@@ -66,7 +80,7 @@ async def _body(request: Request, most: int) -> bytes:
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """The JSON object in these bytes; ApiError if there is none, see `read_json`."""
+    """The JSON object in these bytes; ApiError if there is none, see `Reader.read`."""
 
     def constant(name: str) -> None:
         raise ValueError(f"{name} is no number in JSON")

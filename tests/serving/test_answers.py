@@ -13,7 +13,7 @@ from hmf_jax.serving.asks import ask, prompts_of, render
 from hmf_jax.serving.choice import Choice
 from hmf_jax.serving.protocol import Chat, Completion, read
 from hmf_jax.text.deltas import Content
-from tests.serving.fake import site
+from tests.serving.fake import LENGTH, site
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
 CALL = '<tool_call>\n{"name": "look", "arguments": {"a": "}{", "b": [1, {}]}}\n</tool_call>'
@@ -336,3 +336,28 @@ def test_however_the_tokens_are_told_the_answer_is_the_same(fake, chat):
         said = "".join(d.text for d in deltas if isinstance(d, Content))
         assert choice.text == (said if chat else "".join(piece.text for piece in pieces))
         assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+
+
+def test_texts_and_messages_as_tokens_and_back(fake):
+    tokens = fake.tokenizer.encode("abc abc")
+    told = fake.post("/tokenize", prompt="abc abc").json()
+    assert told == {"tokens": tokens, "count": len(tokens), "max_model_len": LENGTH}
+    strings = fake.post("/tokenize", prompt="abc abc", return_token_strs=True).json()["token_strs"]
+    assert strings == fake.tokenizer.convert_ids_to_tokens(tokens)
+    assert fake.post("/detokenize", tokens=tokens).json() == {"prompt": "abc abc"}
+    messages = [{"role": "user", "content": "hi"}]
+    told = fake.post("/tokenize", messages=messages).json()
+    chat = fake.chat("hi", return_token_ids=True)
+    assert told["tokens"] == chat["choices"][0]["prompt_token_ids"]
+    shorter = fake.post("/tokenize", messages=messages, add_generation_prompt=False).json()
+    assert shorter["tokens"] == told["tokens"][: shorter["count"]] != told["tokens"]
+    for body, status, param in (
+        ({}, 400, "prompt"),
+        ({"prompt": 3}, 400, "prompt"),
+        ({"messages": []}, 400, "messages"),
+        ({"prompt": "a", "model": "nobody"}, 404, "model"),
+    ):
+        assert fake.error("/tokenize", status, **body)["param"] == param
+    assert fake.error("/detokenize", 400, tokens=[10**6])["param"] == "tokens"
+    info = fake.http.get("/tokenizer_info").json()
+    assert info["eos_token"] == fake.tokenizer.eos_token and "messages" in info["chat_template"]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,11 @@ def loaded(live: Live, count: int, wrong: int, connections: int, *, seed: int, *
     assert len(sent) == count and all(reply.ok or reply.left for reply in sent)
     wrong_ones = [reply for reply in report.all if reply.call.expect]
     assert all(reply.status in reply.call.expect for reply in wrong_ones)
+    # All of them at once, and their clients in the same process: that takes more than the 100 ms of
+    # `test_many_requests_at_once_keep_nobody_waiting`.
+    assert statistics.median(reply.ended - reply.sent for reply in wrong_ones) < 0.5
+    looks = sorted(reply.ended - reply.sent for reply in report.health)
+    assert looks[len(looks) * 9 // 10] < 0.1
     odd = [reply for reply in report.all if str(reply.call.about).startswith("unusual")]
     assert {reply.status for reply in odd} == {200}
     assert laws.differences(live.model, live.tokenizer, sent, **live.same) == []
