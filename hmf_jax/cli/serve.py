@@ -357,7 +357,8 @@ def serve(
         memory_fraction=gpu_memory_utilization, prefix_cache=cache, snapshot_every=snapshot_every,
         snapshot_spacing=snapshot_spacing, tp=tp, dp=dp, num_iter=num_iter,
         host_bytes=None if prefix_host_gib is None else int(prefix_host_gib * 2**30),
-        dtype="float32" if dtype is DType.float else dtype.value, overrides=_overrides(hf_overrides),
+        dtype="float32" if dtype is DType.float else dtype.value,
+        overrides=_overrides(hf_overrides),
     )  # fmt: skip
     config = ServeConfig(
         host=host, port=port, model_names=tuple(served_model_name or ()),
