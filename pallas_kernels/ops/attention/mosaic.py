@@ -4,17 +4,15 @@ One softmax over one or more key sets, as in chunked.py: full attention, a slidi
 that continue a cache and packed documents are one key set; B'MOJO-F is two, walked one after the
 other with a single online softmax (FlashAttention, Dao et al. 2022).
 
-    forward    per tile of queries:  o = sum_j p_j v_j,  p_j = exp(scale q . k_j - lse)
-    backward   per tile of keys:     ds_i = p_i (do_i . v - do_i . o_i),  dv = sum_i p_i do_i,
-                                     dk = scale sum_i ds_i q_i,  and its part of dq_i = scale ds_i k
+    forward   per tile of queries:  o = sum_j p_j v_j,  p_j = exp(scale q . k_j - lse)
+    dq        per tile of queries:  ds_j = p_j (do . v_j - do . o),  dq = scale sum_j ds_j k_j
+    dkv       per tile of keys:     dk = scale sum_i ds_i q_i,  dv = sum_i p_i do_i
 
-The backward pass recomputes p from the log-sum-exp of the joint softmax, so every key set has a
-kernel of its own. The parts of dq are added up in device memory, float32, by the copy engine. Tiles
-of keys take turns at that, the last ones first, so that every run has the same sums, bit by bit;
-they come to a tile of queries in that order anyway and hardly wait. A CTA has two warpgroups of 64
-rows that compute and one that moves tiles through shared memory by TMA. q, k, v are read as they
-lie in memory [B, T, heads, D]. Which tiles a row of tiles can see, and which of them need no mask,
-is known before (mosaic_tiles.py). Products have bfloat16 operands and float32 accumulators.
+The backward pass recomputes p from the log-sum-exp of the joint softmax, so every key set has its
+own kernels and no result is written twice. A CTA has two warpgroups of 64 rows that compute and one
+that fills a ring of tiles in shared memory by TMA. q, k, v are read as they lie in memory
+[B, T, heads, D]. Which tiles a row of tiles can see, and which of them need no mask, is known
+before (mosaic_tiles.py). Products have bfloat16 operands and float32 accumulators.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import jax.numpy as jnp
 from hmf_jax.pallas_kernels.dispatch import kept, why_no_hopper
 from hmf_jax.pallas_kernels.ops.attention.chunked import KeySet, make_key_sets
 from hmf_jax.pallas_kernels.ops.attention.inputs import Inputs
-from hmf_jax.pallas_kernels.ops.attention.mosaic_backward import backward
+from hmf_jax.pallas_kernels.ops.attention.mosaic_backward import dkv, dq
 from hmf_jax.pallas_kernels.ops.attention.mosaic_forward import forward
 from hmf_jax.pallas_kernels.ops.attention.mosaic_tiles import FAR, TILE, Options, bf16, f32, i32
 
@@ -123,14 +121,21 @@ def _attend_fwd(options, qs, ks, vs, places, doc):
 def _attend_bwd(options, saved, do):
     qs, ks, vs, places, doc, o, lse = saved
     delta = jnp.swapaxes(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
-    found = [
-        backward(options.only(s), qs[s % len(qs)], k, v, places[s : s + 1], doc, do, lse, delta)
-        for s, (k, v) in enumerate(zip(ks, vs, strict=True))
-    ]
-    dqs, dks, dvs = zip(*found, strict=True)
-    if len(qs) < len(dqs):  # one array of queries for both
-        dqs = (functools.reduce(jnp.add, dqs),)
-    dqs = tuple(dq.astype(bf16) for dq in dqs)
+    rest = (doc, do, lse, delta)
+    if len(qs) == 1:
+        dqs = (dq(options, qs[0], ks, vs, places, *rest),)
+    else:
+        dqs = tuple(
+            dq(options.only(s), q, ks[s : s + 1], vs[s : s + 1], places[s : s + 1], *rest)
+            for s, q in enumerate(qs)
+        )
+    dks, dvs = zip(
+        *(
+            dkv(options.only(s), qs[s % len(qs)], k, v, places[s : s + 1], *rest)
+            for s, (k, v) in enumerate(zip(ks, vs, strict=True))
+        ),
+        strict=True,
+    )
     return dqs, dks, dvs, None, None
 
 

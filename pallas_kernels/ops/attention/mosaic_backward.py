@@ -1,8 +1,7 @@
-"""Backward kernel of attention on Hopper: see mosaic.py."""
+"""Backward kernels of attention on Hopper: see mosaic.py."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,24 +21,135 @@ from hmf_jax.pallas_kernels.mosaic import (
     transposed,
     vector,
 )
-from hmf_jax.pallas_kernels.ops.attention.mosaic_forward import given, ring, roles, zeros
+from hmf_jax.pallas_kernels.ops.attention.mosaic_forward import (
+    fill,
+    given,
+    load_keys,
+    ring,
+    roles,
+    zeros,
+)
 from hmf_jax.pallas_kernels.ops.attention.mosaic_tiles import (
     LOG2E,
     TILE,
     M,
     Options,
     Ref,
-    Walk,
     bf16,
     f32,
     i32,
-    last_visits,
     spans_of,
     walk_of,
 )
 
 
-def backward(
+def dq(
+    options: Options,
+    q: jax.Array,
+    ks: tuple[jax.Array, ...],
+    vs: tuple[jax.Array, ...],
+    places: jax.Array,
+    doc: jax.Array | None,
+    do: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+) -> jax.Array:
+    """Gradient of queries through the key sets they read.
+
+    Args: as `forward`; do like q; lse of the joint softmax and delta = do . o, float32 [B, H, T].
+    """
+    (B, T, H, D), packed = q.shape, doc is not None
+    keys, stages = TILE, 2  # of a tile, and tiles whose loads are in flight
+    scratch = {
+        "q_s": tile((2, M, D)),
+        "do_s": tile((2, M, D)),
+        "k_s": tile((stages, keys, D)),
+        "v_s": tile((stages, keys, D)),
+        "lse_s": plgpu.SMEM((2, M), f32),
+        "delta_s": plgpu.SMEM((2, M), f32),
+        "q_full": plgpu.Barrier(num_arrivals=4 + packed, num_barriers=2),
+        "k_ring": ring(stages, 1 + packed),
+        "v_ring": ring(stages, 1),
+    }
+    if packed:
+        scratch |= {"doc_q": plgpu.SMEM((2, M), i32), "doc_k": plgpu.SMEM((stages, keys), i32)}
+    if options.interpret:
+        scratch["room"] = tile((2, M, keys))
+    spans = spans_of(options, q, ks, places, doc, TILE, keys)
+    return kernel(
+        _attention_dq,
+        out=jax.ShapeDtypeStruct(q.shape, bf16),
+        grid={"h": H, "i": T // TILE, "b": B},
+        scratch=scratch,
+        interpret=options.interpret,
+        warpgroups=3,
+        windows=options.windows,
+        scale=options.scale,
+    )(q, *ks, *vs, do, lse, delta, spans, places, *given(doc))
+
+
+def _attention_dq(
+    *refs: Ref, windows: Any, scale: float, wg: Warpgroup,
+    q_s, do_s, k_s, v_s, lse_s, delta_s, q_full, k_ring, v_ring,
+    doc_q: Ref = None, doc_k: Ref = None, room: Ref = None,
+) -> None:  # fmt: skip
+    n = len(windows)
+    q_g, k_gs, v_gs = refs[0], refs[1 : 1 + n], refs[1 + n :][:n]
+    do_g, lse_g, delta_g, spans_g, places_g, *doc_g, dq_g = refs[1 + 2 * n :]
+    tiles, (stages, keys, D) = q_g.shape[1] // TILE, k_s.shape
+    h, i, b = lax.axis_index("h"), tiles - 1 - lax.axis_index("i"), lax.axis_index("b")
+    kv = h // (q_g.shape[2] // k_gs[0].shape[2])
+    walk = walk_of(spans_g, places_g, b, i, windows)
+
+    def compute(w: jax.Array) -> None:
+        start = i * TILE + w * M
+        mine = pl.ds(start, M)
+        plgpu.copy_gmem_to_smem(q_g.at[b, mine, h], q_s.at[w], q_full.at[w])
+        plgpu.copy_gmem_to_smem(do_g.at[b, mine, h], do_s.at[w], q_full.at[w])
+        plgpu.copy_gmem_to_smem(lse_g.at[b, h, mine], lse_s.at[w], q_full.at[w])
+        plgpu.copy_gmem_to_smem(delta_g.at[b, h, mine], delta_s.at[w], q_full.at[w])
+        if doc_g:
+            plgpu.copy_gmem_to_smem(doc_g[0].at[b, mine], doc_q.at[w], q_full.at[w])
+        plgpu.barrier_wait(q_full.at[w])
+        lse, delta = vector(lse_s.at[w]) * LOG2E, vector(delta_s.at[w])
+
+        def step(t, dq):
+            slot = lax.rem(t, stages)
+            key_set, _, tile = walk.at(t)
+
+            def same():
+                down = along_rows(vector(doc_q.at[w]), keys)
+                return down == along_columns(vector(doc_k.at[slot], COLUMNS), M)
+
+            def gradient(scores, products):
+                plgpu.barrier_wait(k_ring["full"].at[slot])
+                plgpu.wgmma(scores, q_s.at[w], transposed(k_s.at[slot]))
+                plgpu.barrier_wait(v_ring["full"].at[slot])
+                plgpu.wgmma(products, do_s.at[w], transposed(v_s.at[slot]))
+                s = wg.before_last(scores)
+                s = walk.mask(s, key_set, tile, start, tile * keys, same if doc_g else None)
+                p = jnp.exp2(s * (scale * LOG2E) - along_rows(lse, keys))
+                return p * (products[...] - along_rows(delta, keys))
+
+            ds = pl.run_scoped(gradient, accumulator((M, keys)), accumulator((M, keys)))
+            plgpu.barrier_arrive(v_ring["free"].at[slot])
+            left = wg.operand(ds, None if room is None else room.at[w])
+            dq = wg.accumulate(dq, lambda acc: plgpu.wgmma(acc, left, k_s.at[slot]))
+            plgpu.barrier_arrive(k_ring["free"].at[slot])
+            return dq
+
+        q_s[w] = (lax.fori_loop(0, walk.steps(), step, zeros(M, D)) * scale).astype(bf16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s.at[w], dq_g.at[b, mine, h])
+        plgpu.wait_smem_to_gmem(0)
+
+    def load() -> None:
+        load_keys(walk, k_gs, v_gs, doc_g, b, kv, k_s, v_s, doc_k, k_ring, v_ring)
+
+    roles(compute, load)
+
+
+def dkv(
     options: Options,
     q: jax.Array,
     k: jax.Array,
@@ -49,224 +159,120 @@ def backward(
     do: jax.Array,
     lse: jax.Array,
     delta: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients through one key set.
-
-    Args: as `forward`, with one key set; do like q; lse of the joint softmax and
-      delta = do . o, float32 [B, H, T].
-
-    Returns:
-      dq [B, T, H, D] float32, the part of this key set; dk, dv like k, v.
-    """
-    (B, T, _, D), packed, stages = q.shape, doc is not None, 2
-    queries = TILE * M // D  # of a tile: with more, the accumulators would not fit into registers
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of the keys and values of one key set; arguments as those of `dq`."""
+    (B, _, _, D), packed = q.shape, doc is not None
+    queries, stages = M, 4
     scratch = {
-        "k": tile((2, M, D)),
-        "v": tile((2, M, D)),
-        "q": tile((stages, queries, D)),
-        "do": tile((stages, queries, D)),
-        "ds": tile((2, 2, M, queries)),
-        "dq": tile((2, M, M), f32),
-        "lse": plgpu.SMEM((stages, queries), f32),
-        "delta": plgpu.SMEM((stages, queries), f32),
-        "kv_full": plgpu.Barrier(num_arrivals=2 * (2 + packed)),
-        "q_ring": ring(stages, 4 + packed),
-        "ds_full": plgpu.Barrier(num_arrivals=2),
-        "dq_full": plgpu.Barrier(num_arrivals=2),
-        "dq_free": plgpu.Barrier(),
-        "k_free": plgpu.Barrier(num_arrivals=2),
+        "k_s": tile((2, M, D)),
+        "v_s": tile((2, M, D)),
+        "q_s": tile((stages, queries, D)),
+        "do_s": tile((stages, queries, D)),
+        "lse_s": plgpu.SMEM((stages, queries), f32),
+        "delta_s": plgpu.SMEM((stages, queries), f32),
+        "k_full": plgpu.Barrier(num_arrivals=2 + packed, num_barriers=2),
+        "q_ring": ring(stages, 2 + packed),
+        "do_ring": ring(stages, 2),
     }
     if packed:
         scratch |= {"doc_k": plgpu.SMEM((2, M), i32), "doc_q": plgpu.SMEM((stages, queries), i32)}
     if options.interpret:
-        scratch |= {
-            "room": tile((2, M, queries)),
-            "old": tile((2, M, M), f32),
-            "old_full": plgpu.Barrier(num_arrivals=2),
-        }
+        scratch["room"] = tile((2, M, queries))
     spans = spans_of(options, q, (k,), places, doc, queries, TILE, by_key=True)
-    spans, last = last_visits(spans, T // queries)
-    dq, dk, dv = kernel(
-        _attention_backward,
-        out=(
-            jax.ShapeDtypeStruct(q.shape, f32),
-            jax.ShapeDtypeStruct(k.shape, bf16),
-            jax.ShapeDtypeStruct(v.shape, bf16),
-        ),
+    return kernel(
+        _attention_dkv,
+        out=(jax.ShapeDtypeStruct(k.shape, bf16), jax.ShapeDtypeStruct(v.shape, bf16)),
         grid={"h": k.shape[2], "i": k.shape[1] // TILE, "b": B},
         scratch=scratch,
         interpret=options.interpret,
         warpgroups=3,
         windows=options.windows,
         scale=options.scale,
-    )(q, k, v, do, lse * LOG2E, delta, spans, last, places, *given(doc))
-    visited = jnp.repeat(last[0] >= 0, queries, 1)[:, :, None, None]  # the rest was never written
-    return jnp.where(visited, dq * options.scale, 0.0), dk, dv
+    )(q, k, v, do, lse, delta, spans, places, *given(doc))
 
 
-def _attention_backward(
-    q, k, v, do, lse, delta, spans, last, places, /, *rest: Ref,
-    windows: Any, scale: float, wg: Warpgroup, **scratch: Ref,
+def _attention_dkv(
+    q_g, k_g, v_g, do_g, lse_g, delta_g, spans_g, places_g, *rest: Ref,
+    windows: Any, scale: float, wg: Warpgroup,
+    k_s, v_s, q_s, do_s, lse_s, delta_s, k_full, q_ring, do_ring,
+    doc_q: Ref = None, doc_k: Ref = None, room: Ref = None,
 ) -> None:  # fmt: skip
-    *doc, dq, dk, dv = rest
-    tiles = k.shape[1] // TILE
-    # Last keys first, which the turns of dq rely on: a CTA waits for those of later keys.
-    h, i, b = lax.axis_index("h"), tiles - 1 - lax.axis_index("i"), lax.axis_index("b")
-    group = q.shape[2] // k.shape[2]
-    walk = walk_of(spans, places, b, i, windows, repeats=group)
-    g = SimpleNamespace(
-        q=q, k=k, v=v, do=do, lse=lse, delta=delta, last=last, doc=doc, dq=dq, dk=dk, dv=dv
-    )
-    s, place = SimpleNamespace(**scratch), (b, h, i)
-    roles(lambda w: _keys(g, s, place, walk, wg, scale, w), lambda: _queries(g, s, place, walk))
+    *doc_g, dk_g, dv_g = rest
+    stages, queries, D = q_s.shape
+    h, i, b = lax.axis_index("h"), lax.axis_index("i"), lax.axis_index("b")
+    group = q_g.shape[2] // k_g.shape[2]
+    walk = walk_of(spans_g, places_g, b, i, windows, repeats=group)
 
+    def compute(w: jax.Array) -> None:
+        start = i * TILE + w * M
+        mine = pl.ds(start, M)
+        plgpu.copy_gmem_to_smem(k_g.at[b, mine, h], k_s.at[w], k_full.at[w])
+        plgpu.copy_gmem_to_smem(v_g.at[b, mine, h], v_s.at[w], k_full.at[w])
+        if doc_g:
+            plgpu.copy_gmem_to_smem(doc_g[0].at[b, mine], doc_k.at[w], k_full.at[w])
+        plgpu.barrier_wait(k_full.at[w])
+        place = None if room is None else room.at[w]
 
-def _dq_part(w: Any, queries: int, D: int) -> tuple[Any, Any]:
-    """First row and column of the [M, M] part of a tile of dq that warpgroup w makes."""
-    return (w * M if queries > M else 0), (w * M if D > M else 0)
+        def step(t, carry):
+            dk, dv = carry
+            slot = lax.rem(t, stages)
+            key_set, _, tile = walk.at(t)
 
+            def same():
+                across = along_columns(vector(doc_q.at[slot], COLUMNS), M)
+                return along_rows(vector(doc_k.at[w]), queries) == across
 
-def _keys(
-    g: Any, s: Any, place: Any, walk: Walk, wg: Warpgroup, scale: float, w: jax.Array
-) -> None:
-    """dk, dv of the M keys of warpgroup w; on the way its part of dq, through shared memory."""
-    (b, h, i), (stages, queries, D), packed = place, s.q.shape, bool(g.doc)
-    start, room = i * TILE + w * M, None if wg.registers else s.room.at[w]
-    mine = pl.ds(start, M)
-    plgpu.copy_gmem_to_smem(g.k.at[b, mine, h], s.k.at[w], s.kv_full)
-    plgpu.copy_gmem_to_smem(g.v.at[b, mine, h], s.v.at[w], s.kv_full)
-    if packed:
-        plgpu.copy_gmem_to_smem(g.doc[0].at[b, mine], s.doc_k.at[w], s.kv_full)
-    plgpu.barrier_wait(s.kv_full)
-    row, column = _dq_part(w, queries, D)
+            def gradients(scores, products):
+                """p and do . v - delta, keys along rows."""
+                plgpu.barrier_wait(q_ring["full"].at[slot])
+                plgpu.wgmma(scores, k_s.at[w], transposed(q_s.at[slot]))
+                plgpu.barrier_wait(do_ring["full"].at[slot])
+                plgpu.wgmma(products, v_s.at[w], transposed(do_s.at[slot]))
+                s = wg.before_last(scores)
+                s = walk.mask(
+                    s, key_set, tile, tile * queries, start, same if doc_g else None, transpose=True
+                )
+                lse = along_columns(vector(lse_s.at[slot], COLUMNS) * LOG2E, M)
+                p = jnp.exp2(s * (scale * LOG2E) - lse)
+                delta = along_columns(vector(delta_s.at[slot], COLUMNS), M)
+                return p, products[...] - delta
 
-    def score(acc, slot):
-        plgpu.wgmma(acc, s.k.at[w], transposed(s.q.at[slot]))
+            p, slope = pl.run_scoped(
+                gradients, accumulator((M, queries)), accumulator((M, queries))
+            )
 
-    def first(acc):
-        pl.when(walk.steps() > 0)(lambda: plgpu.barrier_wait(s.q_ring["full"].at[0]))
-        score(acc, 0)
-        return acc[...]
+            def add(dv, dk):  # dv runs while the operand of dk is made
+                plgpu.wgmma(dv, wg.operand(p, place), do_s.at[slot])
+                plgpu.wgmma(dk, wg.operand(p * slope, place), q_s.at[slot])
 
-    def step(t, carry):
-        dk, dv, scores = carry
-        slot, half, after = lax.rem(t, stages), lax.rem(t, 2), lax.rem(t + 1, stages)
-        key_set, _, tile = walk.at(t)
+            dv, dk = wg.accumulate_both(dv, dk, add)
+            plgpu.barrier_arrive(do_ring["free"].at[slot])
+            plgpu.barrier_arrive(q_ring["free"].at[slot])
+            return dk, dv
 
-        def same():
-            across = along_columns(vector(s.doc_q.at[slot], COLUMNS), M)
-            return along_rows(vector(s.doc_k.at[w]), queries) == across
-
-        def add(dv, dk):
-            def slopes(products):
-                """p (do . v - delta), keys along rows; dv on the way."""
-                plgpu.wgmma(products, s.v.at[w], transposed(s.do.at[slot]))
-                seen = walk.mask(
-                    scores, key_set, tile, tile * queries, start, same if packed else None,
-                    transpose=True,
-                )  # fmt: skip
-                lse = along_columns(vector(s.lse.at[slot], COLUMNS), M)
-                p = jnp.exp2(seen * (scale * LOG2E) - lse)
-                plgpu.wgmma(dv, wg.operand(p, room), s.do.at[slot])
-                delta = along_columns(vector(s.delta.at[slot], COLUMNS), M)
-                return p * (wg.before_last(products) - delta)
-
-            ds = pl.run_scoped(slopes, accumulator((M, queries)))
-            s.ds[half, w] = ds.astype(bf16)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(s.ds_full)
-            plgpu.wgmma(dk, wg.operand(ds, room), s.q.at[slot])
-
-        def finish(dq, scores):
-            """dq, while the scores of the next step are made."""
-            for other in range(2):
-                left = transposed(s.ds.at[half, other, :, pl.ds(row, M)])
-                plgpu.wgmma(dq, left, s.k.at[other, :, pl.ds(column, M)])
-            more = t + 1 < walk.steps()
-            pl.when(more)(lambda: plgpu.barrier_wait(s.q_ring["full"].at[after]))
-            score(scores, after)  # of the last step: of a tile that nobody needs
-            dq = wg.before_last(dq)
-            pl.when(t > 0)(lambda: plgpu.barrier_wait(s.dq_free))
-            s.dq[w] = dq
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(s.dq_full)
-            return scores[...]
-
-        dv, dk = wg.accumulate_both(dv, dk, add)
-        plgpu.barrier_arrive(s.q_ring["free"].at[slot])
-        plgpu.barrier_wait(s.ds_full)
-        scores = pl.run_scoped(finish, accumulator((M, M)), accumulator((M, queries)))
-        return dk, dv, scores
-
-    scores = pl.run_scoped(first, accumulator((M, queries)))
-    dk, dv, _ = lax.fori_loop(0, walk.steps(), step, (zeros(M, D), zeros(M, D), scores))
-    plgpu.barrier_arrive(s.k_free)
-    plgpu.barrier_wait(s.k_free)  # the other warpgroup made its dq with these keys
-    s.k[w], s.v[w] = (dk * scale).astype(bf16), dv.astype(bf16)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(s.k.at[w], g.dk.at[b, mine, h])
-    plgpu.copy_smem_to_gmem(s.v.at[w], g.dv.at[b, mine, h])
-    pl.when(walk.steps() > 0)(lambda: plgpu.barrier_wait(s.dq_free))
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _queries(g: Any, s: Any, place: Any, walk: Walk) -> None:
-    """Load tiles of queries; add their dq to what the CTAs of later keys have left, in turns."""
-    (b, h, i), (stages, queries, D), group = place, s.q.shape, walk.repeats
-    shape = g.q.shape[0], g.q.shape[2], g.q.shape[1] // queries
-    interpret = hasattr(s, "old")
-    turns = None if interpret else pl.get_global(plgpu.SemaphoreType.REGULAR(shape))
-
-    def load(t, slot):
-        _, repeat, tile = walk.at(t)
-        some, head, full = pl.ds(tile * queries, queries), h * group + repeat, s.q_ring["full"]
-        for source, target in ((g.q, s.q), (g.do, s.do)):
-            plgpu.copy_gmem_to_smem(source.at[b, some, head], target.at[slot], full.at[slot])
-        for source, target in ((g.lse, s.lse), (g.delta, s.delta)):
-            plgpu.copy_gmem_to_smem(source.at[b, head, some], target.at[slot], full.at[slot])
-        if g.doc:
-            plgpu.copy_gmem_to_smem(g.doc[0].at[b, some], s.doc_q.at[slot], full.at[slot])
-
-    def add(t):
-        _, repeat, tile = walk.at(t)
-        head = h * group + repeat
-        before = g.last[0, b, tile] - i  # so many CTAs have their turn before this one
-        corners = [_dq_part(w, queries, D) for w in range(2)]
-        targets = [
-            g.dq.at[b, pl.ds(tile * queries + row, M), head, pl.ds(column, M)]
-            for row, column in corners
-        ]
-
-        def copy(**how: Any) -> None:
-            for w, target in enumerate(targets):
-                plgpu.copy_smem_to_gmem(s.dq.at[w], target, **how)
-
-        def add_old():  # the interpreter, which runs one CTA after the other, has no such copies
-            for w, target in enumerate(targets):
-                plgpu.copy_gmem_to_smem(target, s.old.at[w], s.old_full)
-            plgpu.barrier_wait(s.old_full)
-            s.dq[...] += s.old[...]
-            plgpu.commit_smem()
-
-        plgpu.barrier_wait(s.dq_full)
-        if interpret:
-            pl.when(before > 0)(add_old)
-            copy()
-        else:
-            turn = turns.at[b, head, tile]
-            plgpu.semaphore_wait(turn, before, decrement=False, memory_scope="gpu")
-            pl.when(before > 0)(lambda: copy(reduction_op="add"))
-            pl.when(before == 0)(copy)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(s.dq_free)
+        dk, dv = lax.fori_loop(0, walk.steps(), step, (zeros(M, D), zeros(M, D)))
+        k_s[w] = (dk * scale).astype(bf16)
+        v_s[w] = dv.astype(bf16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_s.at[w], dk_g.at[b, mine, h])
+        plgpu.copy_smem_to_gmem(v_s.at[w], dv_g.at[b, mine, h])
         plgpu.wait_smem_to_gmem(0)
-        if not interpret:
-            plgpu.semaphore_signal(turns.at[b, head, tile], memory_scope="gpu")
 
-    def step(t, _):
-        slot = lax.rem(t, stages)
-        pl.when(t >= stages)(lambda: plgpu.barrier_wait(s.q_ring["free"].at[slot]))
-        pl.when(t < walk.steps())(lambda: load(t, slot))
-        pl.when(t >= stages)(lambda: add(t - stages))
+    def load() -> None:
+        def step(t, slot):
+            _, repeat, tile = walk.at(t)
+            some, head = pl.ds(tile * queries, queries), h * group + repeat
+            full = q_ring["full"].at[slot]
+            pl.when(t >= stages)(lambda: plgpu.barrier_wait(q_ring["free"].at[slot]))
+            plgpu.copy_gmem_to_smem(q_g.at[b, some, head], q_s.at[slot], full)
+            plgpu.copy_gmem_to_smem(lse_g.at[b, head, some], lse_s.at[slot], full)
+            if doc_g:
+                plgpu.copy_gmem_to_smem(doc_g[0].at[b, some], doc_q.at[slot], full)
+            full = do_ring["full"].at[slot]
+            pl.when(t >= stages)(lambda: plgpu.barrier_wait(do_ring["free"].at[slot]))
+            plgpu.copy_gmem_to_smem(do_g.at[b, some, head], do_s.at[slot], full)
+            plgpu.copy_gmem_to_smem(delta_g.at[b, head, some], delta_s.at[slot], full)
 
-    lax.fori_loop(0, walk.steps() + jnp.where(walk.steps() > 0, stages, 0), step, None)
+        fill(walk.steps(), stages, step, (q_ring, do_ring))
+
+    roles(compute, load)

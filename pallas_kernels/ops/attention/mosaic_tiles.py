@@ -105,28 +105,6 @@ def spans_of(
     return jnp.stack([span(*x) for x in zip(options.windows, ks, places, strict=True)])
 
 
-def last_visits(spans: jax.Array, tiles: int) -> tuple[jax.Array, jax.Array]:
-    """The last tile of keys that visits a tile of queries: with it, the turns can be counted.
-
-    Args:
-      spans: those of `spans_of`, by key.
-      tiles: number of tiles of queries.
-
-    Returns:
-      spans in which the visitors of a tile of queries are neighbours (neither begin nor end falls
-      from one tile of keys to the next; that widens few of them, if any), and the last visitors,
-      int32 [key_sets, B, tiles], -1 without one.
-    """
-    begin, end, *full = jnp.moveaxis(spans, -1, 0)
-    begin = jnp.where(begin < end, begin, FAR)
-    end = lax.cummax(end, 2)
-    begin = jnp.minimum(lax.cummin(begin, 2, reverse=True), end)
-    number = jnp.arange(tiles)
-    visits = (begin[..., None] <= number) & (number < end[..., None])
-    last = jnp.max(jnp.where(visits, jnp.arange(spans.shape[2])[:, None], -1), 2)
-    return jnp.stack([begin, end, *full], -1), last.astype(i32)
-
-
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """The tiles that a CTA visits: those of every key set in turn, all as often as `repeats`.
