@@ -18,6 +18,8 @@ ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 TilingTransform: Any = plgpu.TilingTransform
 SwizzleTransform: Any = plgpu.SwizzleTransform
 
+JAX = ("jax", "jaxlib")  # the packages that programs are made by
+
 
 def is_traced(x: Any) -> bool:
     """Whether the value of `x` is known only when the program runs."""
@@ -29,6 +31,11 @@ def tracing() -> bool:
     from jax._src.core import trace_state_clean
 
     return not trace_state_clean()
+
+
+def setting(name: str) -> Any:
+    """A setting of JAX, None if this version does not have it."""
+    return getattr(jax.config, name, None)
 
 
 def compute_capability() -> str:

@@ -22,11 +22,12 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from hmf_jax.packed import Origin, PackedModel
+from hmf_jax.pallas_kernels.compat import JAX, compute_capability, multiprocessors, setting
 
 _BEGAN = time.time()
 # Whose code takes part in making a program: their versions are part of the key, and functions and
 # types of theirs are what their names say.
-_MAKERS = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "optax", "qwix", "jla", "jax_triton")
+_MAKERS = (*JAX, "flax", "numpy", "ml_dtypes", "optax", "qwix", "jla", "jax_triton")
 _PLUGINS = ("jax_cuda", "jax_linear", "nvidia_", "triton")  # beginnings of names
 _NAMED = ("hmf_jax", "builtins", *_MAKERS)
 # Settings of JAX that say where programs are kept and what is told about them.
@@ -52,7 +53,7 @@ def key_of(call: Any) -> str:
     leaves, tree = jax.tree.flatten((call.args, dict(call.options)))
     parts = [
         _environment(),
-        ",".join(f"{name}={getattr(jax.config, name, None)!r}" for name in _settings()),
+        ",".join(f"{name}={setting(name)!r}" for name in _settings()),
         ",".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")),
         made_of,
         _text(dict(call.static)),
@@ -86,7 +87,7 @@ def _environment() -> str:
         digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
     device = jax.devices()[0]
     kind = [device.platform, device.device_kind, device.client.platform_version]
-    kind += [getattr(device, name, "") for name in ("compute_capability", "core_count")]
+    kind += [compute_capability(), str(multiprocessors())]
     if device.platform == "cpu":
         kind.append(_instructions())
     return f"{digest.hexdigest()} {sys.version} {kind} {_versions()}"
