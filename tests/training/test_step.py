@@ -441,10 +441,10 @@ def test_every_mesh_makes_the_same_step(name):
         assert p.sharding == shardings[n], n  # not only equivalent: else the next step compiles
     program(got, uneven())
 
-    # Nothing is gathered but token ids and, over fsdp, parameters and the gradient of the embedded
-    # tokens, whose table is split along the hidden dimension: no states, no logits. Over sp also
-    # gradients of channels and numbers per head and token, and the last hidden states, from which
-    # padding has to move.
+    # Nothing is gathered but token ids, the gradient of the embedded tokens (over dp where XLA
+    # finds that less than to add up tables) and, over fsdp, parameters: no states, no logits. Over
+    # sp also gradients of channels and numbers per head and token, and the last hidden states, from
+    # which padding has to move.
     sp = MESHES[name].get("sp", 1)
     fsdp = MESHES[name].get("fsdp", 1) * sp
     weights = {tuple(sorted(p.sharding.shard_shape(p.shape))) for p in got.params.values()}
@@ -453,7 +453,7 @@ def test_every_mesh_makes_the_same_step(name):
         known = any(tuple(sorted(part)) in weights for part in parts)
         known |= shape[1:] in ((T, 32), (T, 32 // fsdp))
         known |= sp > 1 and (len(shape) < 3 or (shape[1] == T and shape[2] <= 8))
-        assert fsdp > 1 and known, shape
+        assert known and (fsdp > 1 or shape[1:] == (T, 32)), shape
     if fsdp > 1:  # nor does the gradient of the output head exist as a whole
         head = list(got.params["lm_head.kernel"].sharding.shard_shape((32, 96)))
         assert tuple(head) in gathered(program.as_text(), "reduce-scatter")
